@@ -1,0 +1,285 @@
+"""Incremental batching as a state machine: times and events in, steps to launch out.
+
+At most one batch is *running*: its segments are launched one after another. Behind it one batch
+is *filling*: whatever arrives in the meantime is gathered for it, a slice beside each segment. When
+the running batch's last segment has been launched, the filling batch takes its place. So nothing
+waits for a batch to fill, and the size of the batches follows the load by itself.
+
+The caller runs the steps on one in-order stream and reports each as it ends. A slice lands
+in its batch's buffer before the batch's first segment starts; two buffers, used in turn, suffice.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import attrgetter
+
+from scheduling.buckets import smallest_holding
+from scheduling.request import Part, Request, Segment, Slice, SliceBucket, Step
+from scheduling.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """The static shapes there are, and how far launches run ahead of the device.
+
+    `batch_buckets` ascend; `slice_buckets` ascend in samples and in ids (one of the two may stay
+    equal from a bucket to the next), so that they have one order. `segments` is how many a batch
+    goes through. Raises ValueError for sizes that make no pipeline.
+    """
+
+    batch_buckets: tuple[int, ...]
+    slice_buckets: tuple[SliceBucket, ...]
+    segments: int
+    max_steps_in_flight: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("segments", "max_steps_in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pipeline: {name} is {getattr(self, name)}, not at least 1")
+        _check_ladder("batch_buckets", [(size, size) for size in self.batch_buckets])
+        _check_ladder("slice_buckets", [(size.samples, size.ids) for size in self.slice_buckets])
+        if self.largest_slice.samples > self.largest_batch:
+            raise ValueError(
+                f"pipeline: a slice of {self.largest_slice.samples} samples does not fit "
+                f"the largest batch, {self.largest_batch}"
+            )
+
+    @property
+    def largest_batch(self) -> int:
+        return self.batch_buckets[-1]
+
+    @property
+    def largest_slice(self) -> SliceBucket:
+        return self.slice_buckets[-1]
+
+    def largest_slice_at(self, row: int) -> SliceBucket | None:
+        """The largest bucket that, padding included, fits the batch's buffer from `row` on."""
+        room = self.largest_batch - row
+        fitting = bisect_right(self.slice_buckets, room, key=attrgetter("samples"))
+        return self.slice_buckets[fitting - 1] if fitting else None
+
+    def smallest_slice_holding(self, samples: int, ids: int) -> SliceBucket:
+        holds_samples = bisect_left(self.slice_buckets, samples, key=attrgetter("samples"))
+        holds_ids = bisect_left(self.slice_buckets, ids, key=attrgetter("ids"))
+        return self.slice_buckets[max(holds_samples, holds_ids)]
+
+
+def _check_ladder(name: str, sizes: list[tuple[int, int]]) -> None:
+    if not sizes or min(sizes[0]) < 1:
+        raise ValueError(f"pipeline: {name} starts at {sizes[:1]}, not at a size of at least 1")
+    for (a, b), (c, d) in pairwise(sizes):
+        if c < a or d < b or (a, b) == (c, d):
+            raise ValueError(f"pipeline: {name} does not ascend from {(a, b)} to {(c, d)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrive:
+    """A request joins the queue."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Nobody waits for this request any more; what of it is launched runs on."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """The device has finished a step. Steps end in the order of their launch."""
+
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Enqueue this step on the device now."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expire:
+    """The deadline passed before any of the request was launched: it was dropped, at no cost."""
+
+    request_id: int
+
+
+Event = Arrive | Cancel | StepDone
+Action = Launch | Expire
+
+
+class Pipeline:
+    """Decides which step to launch next, from what has arrived and what has ended.
+
+    Requests run by ascending priority, then in the order of arrival; one that is too large for a
+    slice or for the rest of a batch is split, and its remainder stays first in its priority. While
+    urgent requests use up the device, less urgent ones wait without bound: give them deadlines.
+    Not thread-safe; one thread calls `step`.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self._config = config
+        self._queue = WaitingQueue()
+        self._running: _Batch | None = None
+        self._filling = _Batch(id=0)
+        self._backlog = 0
+        self._steps_launched = 0
+        self._steps_done = 0
+
+    def step(self, now_us: int, events: Sequence[Event] = ()) -> list[Action]:
+        """What to do now that `events` have happened, in order.
+
+        Raises ValueError, with nothing changed, for a request whose id is waiting already or with
+        a sample of more ids than the largest slice bucket, and for a step that cannot be the next
+        to end.
+        """
+        self._check(events)
+        for event in events:
+            self._apply(event)
+        actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
+        while self._can_launch():
+            actions.append(Launch(step=self._next_step()))
+        return actions
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight: every request has had its end."""
+        return not self._has_work() and not self.steps_in_flight
+
+    @property
+    def queued_samples(self) -> int:
+        """Samples of which nothing has been launched yet."""
+        return self._queue.samples
+
+    @property
+    def next_deadline_us(self) -> int | None:
+        """When the next request expires if none of it is launched before, for the caller's wait."""
+        return self._queue.next_deadline_us
+
+    @property
+    def steps_in_flight(self) -> int:
+        return self._steps_launched - self._steps_done
+
+    def _can_launch(self) -> bool:
+        return self.steps_in_flight < self._config.max_steps_in_flight and self._has_work()
+
+    def _has_work(self) -> bool:
+        return self._running is not None or self._filling.rows > 0 or self._queue.samples > 0
+
+    def _next_step(self) -> Step:
+        if self._running is None and not self._is_gathering():
+            self._run_filled()
+        step = Step(id=self._steps_launched, slice=self._slice(), segment=self._segment())
+        self._steps_launched += 1
+        return step
+
+    def _is_gathering(self) -> bool:
+        """Whether a batch with none before it has more to wait for than what it has.
+
+        It takes as many samples as were waiting when its first slice was launched. Later ones ride
+        beside its segments: if it took these too, a trickle of arrivals would hold it back.
+        """
+        if self._filling.rows == 0:
+            self._backlog = self._queue.samples
+        room = self._config.largest_slice_at(self._filling.rows)
+        return self._backlog > 0 and room is not None and self._queue.fits(room)
+
+    def _run_filled(self) -> None:
+        self._running, self._filling = self._filling, _Batch(id=self._filling.id + 1)
+        self._backlog = 0
+
+    def _slice(self) -> Slice | None:
+        """As much waiting work as one slice and the rest of the filling batch hold."""
+        room = self._config.largest_slice_at(self._filling.rows)
+        parts, ids = self._queue.take(room) if room else ((), 0)
+        if not parts:
+            return None
+        row, samples = self._filling.rows, self._filling.append(parts)
+        self._backlog -= samples
+        return Slice(
+            batch_id=self._filling.id,
+            row=row,
+            parts=parts,
+            samples=samples,
+            ids=ids,
+            bucket=self._config.smallest_slice_holding(samples, ids),
+        )
+
+    def _segment(self) -> Segment | None:
+        """The running batch's next segment; with its last one the batch stops running."""
+        batch = self._running
+        if batch is None:
+            return None
+        index, batch.segments_launched = batch.segments_launched, batch.segments_launched + 1
+        last = batch.segments_launched == self._config.segments
+        if last:
+            self._running = None
+        return Segment(
+            batch_id=batch.id,
+            index=index,
+            bucket=smallest_holding(self._config.batch_buckets, batch.rows),
+            samples=batch.rows,
+            parts=tuple(batch.parts) if last else (),
+        )
+
+    def _check(self, events: Sequence[Event]) -> None:
+        """All events before any is applied, so that a bad one takes no good one with it."""
+        arriving: set[int] = set()
+        ending = self._steps_done
+        for event in events:
+            if isinstance(event, Arrive):
+                self._check_arrival(event.request, arriving)
+                arriving.add(event.request.id)
+            elif isinstance(event, StepDone):
+                if event.step_id != ending or ending == self._steps_launched:
+                    raise ValueError(f"step {event.step_id} cannot end now, {ending} is next")
+                ending += 1
+
+    def _check_arrival(self, request: Request, arriving: set[int]) -> None:
+        if request.id in self._queue or request.id in arriving:
+            raise ValueError(f"request {request.id}: a request with this id is waiting already")
+        most = self._config.largest_slice.ids
+        if request.ids > most:
+            _check_ids_per_sample(request, most)
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case Arrive(request=request):
+                self._queue.push(request)
+            case Cancel(request_id=request_id):
+                self._queue.drop(request_id)
+            case StepDone():
+                self._steps_done += 1
+
+
+def _check_ids_per_sample(request: Request, most: int) -> None:
+    ids = request.id_offsets[1:] - request.id_offsets[:-1]
+    sample = ids.argmax()
+    if ids[sample] > most:
+        raise ValueError(
+            f"request {request.id}: sample {sample} has {ids[sample]} ids, "
+            f"more than the largest slice holds, {most}"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Batch:
+    """Rows gathered so far and the (row, part) they came from; segments launched so far."""
+
+    id: int
+    rows: int = 0
+    parts: list[tuple[int, Part]] = field(default_factory=list)
+    segments_launched: int = 0
+
+    def append(self, parts: tuple[Part, ...]) -> int:
+        """Give each part the next rows; how many rows that were."""
+        first = self.rows
+        for part in parts:
+            self.parts.append((self.rows, part))
+            self.rows += part.samples
+        return self.rows - first

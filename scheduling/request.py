@@ -1,0 +1,116 @@
+"""What flows through the scheduler: requests come in; slices, segments and steps go out.
+
+A *request* asks for the scores of some samples. The scheduler cuts it into *parts*, packs parts of
+many requests into *slices* (embedding work) and collects slices in a *batch*, which then runs
+through its *segments* (bottom MLP, interaction, top MLP). One *step* launches a slice of one
+batch beside a segment of the batch before it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """Some samples to be scored together, known here only by their sizes.
+
+    `id_offsets`, int64 [samples + 1], counts the sparse ids of all features before each sample
+    and starts at 0. Lower `priority` runs first. Times are microseconds on the caller's clock.
+    Raises ValueError for a request of no samples and for offsets of another form.
+    """
+
+    id: int
+    samples: int
+    id_offsets: np.ndarray
+    priority: int = 0
+    deadline_us: int | None = None
+    arrived_us: int = 0
+
+    def __post_init__(self) -> None:
+        offsets, shape = self.id_offsets, (self.samples + 1,)
+        if self.samples < 1:
+            raise ValueError(f"request {self.id}: samples is {self.samples}, not at least 1")
+        if offsets.dtype != np.int64 or offsets.shape != shape:
+            raise ValueError(
+                f"request {self.id}: id_offsets is {offsets.dtype}{list(offsets.shape)}, "
+                f"not int64{list(shape)}"
+            )
+        if offsets[0] != 0:
+            raise ValueError(f"request {self.id}: id_offsets starts at {offsets[0]}, not at 0")
+        falls = offsets[1:] < offsets[:-1]
+        if falls.any():
+            raise ValueError(f"request {self.id}: id_offsets falls at sample {falls.argmax()}")
+
+    @property
+    def ids(self) -> int:
+        """Sparse ids of all samples and features."""
+        return int(self.id_offsets[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Samples [start, stop) of a request."""
+
+    request_id: int
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceBucket:
+    """The static shape of a slice: room for so many samples with so many sparse ids in all."""
+
+    samples: int
+    ids: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Embedding work of one step.
+
+    The pooled rows of `parts`, in this order, land at rows [row, row + samples) of the batch's
+    buffer. The padding writes up to row + bucket.samples, where the next slice writes after it.
+    """
+
+    batch_id: int
+    row: int
+    parts: tuple[Part, ...]
+    samples: int
+    ids: int
+    bucket: SliceBucket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One segment of a batch of `samples` rows, padded to `bucket` rows.
+
+    The last segment names whose answers it makes: `parts` is then every (row, part) of the batch,
+    by ascending row; a segment before the last has none.
+    """
+
+    batch_id: int
+    index: int
+    bucket: int
+    samples: int
+    parts: tuple[tuple[int, Part], ...] = ()
+
+    @property
+    def last(self) -> bool:
+        return bool(self.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What is launched together: a slice of batch n + 1, a segment of batch n, or both.
+
+    Steps are numbered from 0 in the order of their launch, batches likewise.
+    """
+
+    id: int
+    slice: Slice | None
+    segment: Segment | None

@@ -1,0 +1,130 @@
+"""The requests that wait: who is next, who is late, how many samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from scheduling.request import Part, Request, SliceBucket
+
+SWEEP_AT_LEAST = 64
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request of which the samples from `start` on, and the ids from `first_id` on, wait."""
+
+    request: Request
+    arrival: int
+    start: int = 0
+    first_id: int = 0
+    gone: bool = False
+
+    def is_late(self, now_us: int) -> bool:
+        deadline_us = self.request.deadline_us
+        return deadline_us is not None and deadline_us <= now_us
+
+    def reach(self, samples: int, ids: int) -> int:
+        """The sample before which to stop so as to take at most so many samples and ids."""
+        stop = min(self.start + samples, self.request.samples)
+        if self.request.ids - self.first_id <= ids:
+            return stop
+        within_ids = self.request.id_offsets.searchsorted(self.first_id + ids, side="right") - 1
+        return min(stop, int(within_ids))
+
+    def cut(self, stop: int) -> tuple[Part, int]:
+        """The part up to `stop` and its ids, which no longer wait."""
+        part = Part(request_id=self.request.id, start=self.start, stop=stop)
+        ids = int(self.request.id_offsets[stop]) - self.first_id
+        self.start, self.first_id = stop, self.first_id + ids
+        return part, ids
+
+
+class WaitingQueue:
+    """The requests that wait, whole or in part: who is next, who is late, how many samples."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._arrivals = 0
+        self._waiting: dict[int, _Waiting] = {}
+        self._by_priority = _Heap(alive=lambda waiting: not waiting.gone)
+        self._by_deadline = _Heap(alive=lambda waiting: not waiting.gone and waiting.start == 0)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._waiting
+
+    @property
+    def next_deadline_us(self) -> int | None:
+        first = self._by_deadline.head
+        return first.request.deadline_us if first else None
+
+    def push(self, request: Request) -> None:
+        waiting = self._waiting[request.id] = _Waiting(request, self._arrivals)
+        self._arrivals += 1
+        self.samples += request.samples
+        self._by_priority.push(request.priority, waiting)
+        if request.deadline_us is not None:
+            self._by_deadline.push(request.deadline_us, waiting)
+
+    def drop(self, request_id: int) -> None:
+        """Forget what still waits of a request; one that does not wait is ignored."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting:
+            waiting.gone = True
+            self.samples -= waiting.request.samples - waiting.start
+
+    def drop_late(self, now_us: int) -> list[int]:
+        """Drop the requests whose deadline has come before any of their samples left."""
+        late = []
+        while (first := self._by_deadline.head) and first.is_late(now_us):
+            late.append(first.request.id)
+            self.drop(first.request.id)
+        return late
+
+    def fits(self, room: SliceBucket) -> bool:
+        """Whether at least the first waiting sample fits."""
+        first = self._by_priority.head
+        return first is not None and first.reach(room.samples, room.ids) > first.start
+
+    def take(self, room: SliceBucket) -> tuple[tuple[Part, ...], int]:
+        """As many samples as fit, strictly in order; their parts and how many ids they have."""
+        parts, samples_left, ids_left = [], room.samples, room.ids
+        while first := self._by_priority.head:
+            stop = first.reach(samples_left, ids_left)
+            if stop == first.start:
+                break
+            part, ids = first.cut(stop)
+            parts.append(part)
+            samples_left, ids_left = samples_left - part.samples, ids_left - ids
+            self.samples -= part.samples
+            if stop == first.request.samples:
+                self.drop(part.request_id)
+        return tuple(parts), room.ids - ids_left
+
+
+class _Heap:
+    """Waiting requests by ascending key, then by arrival.
+
+    Those that die inside are skipped when they reach the head. The others are swept out when the
+    heap has doubled since the last sweep, so it stays as small as what lives, at O(log n) a push.
+    """
+
+    def __init__(self, alive: Callable[[_Waiting], bool]) -> None:
+        self._alive = alive
+        self._entries: list[tuple[int, int, _Waiting]] = []
+        self._sweep_at = SWEEP_AT_LEAST
+
+    @property
+    def head(self) -> _Waiting | None:
+        while self._entries and not self._alive(self._entries[0][-1]):
+            heappop(self._entries)
+        return self._entries[0][-1] if self._entries else None
+
+    def push(self, key: int, waiting: _Waiting) -> None:
+        if len(self._entries) >= self._sweep_at:
+            self._sweep()
+        heappush(self._entries, (key, waiting.arrival, waiting))
+
+    def _sweep(self) -> None:
+        self._entries = [entry for entry in self._entries if self._alive(entry[-1])]
+        heapify(self._entries)
+        self._sweep_at = max(SWEEP_AT_LEAST, 2 * len(self._entries))

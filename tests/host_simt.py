@@ -1,0 +1,111 @@
+"""Executes one GPU thread of a tile function on the host, strictly.
+
+Loads and stores outside an operand, reads of shared memory that no finished copy wrote, and
+copies that overwrite unread data in flight are errors, as they would be races on a GPU.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class Memory:
+    """Global memory: arrays at made-up addresses, far apart."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, np.ndarray]] = []
+
+    def place(self, array: np.ndarray) -> int:
+        """The address of a byte view of `array` (kept, not copied)."""
+        base = (len(self._places) + 1) << 40
+        self._places.append((base, array.reshape(-1).view(np.uint8)))
+        return base
+
+    def bytes_at(self, address: int, size: int) -> np.ndarray:
+        base, data = self._places[(address >> 40) - 1]
+        start = address - base
+        assert 0 <= start and start + size <= len(data), f"byte {start} of {len(data)}"
+        assert address % size == 0, f"address {address} is not aligned to {size}"
+        return data[start : start + size]
+
+
+class HostSimt:
+    """The Simt protocol on plain Python numbers."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+        self.shared: dict[int, np.ndarray] = {}
+        self.open: list[tuple[int, np.ndarray]] = []
+        self.groups: list[list[tuple[int, np.ndarray]]] = []
+
+    def constant(self, value: int) -> int:
+        return value
+
+    def equal(self, a: int, b: int) -> bool:
+        return a == b
+
+    def wide(self, value: int) -> int:
+        assert -(2**31) <= value < 2**31, f"{value} overflowed 32 bits"
+        return value
+
+    def to_float(self, value: int) -> np.float32:
+        return np.float32(value)
+
+    def float_constant(self, value: float) -> np.float32:
+        return np.float32(value)
+
+    def select(self, where: bool, yes: Any, no: Any) -> Any:
+        return yes if where else no
+
+    def while_(
+        self, condition: Callable[..., bool], body: Callable[..., Sequence[Any]], carry: Sequence
+    ) -> list[Any]:
+        carry = list(carry)
+        while condition(*carry):
+            carry = list(body(*carry))
+        return carry
+
+    def load_word(self, address: int) -> int:
+        return int(self.memory.bytes_at(address, 4).view(np.int32)[0])
+
+    def load_float(self, address: int) -> np.float32:
+        return self.memory.bytes_at(address, 4).view(np.float32)[0]
+
+    def load_shared(self, address: int, words: int) -> list[int]:
+        return [int(word) for word in self._landed(address, words * 4).view(np.int32)]
+
+    def load_shared_float(self, address: int) -> np.float32:
+        return self._landed(address, 4).view(np.float32)[0]
+
+    def _landed(self, address: int, size: int) -> np.ndarray:
+        flying = {target for group in [self.open, *self.groups] for target, _ in group}
+        assert address not in flying, "read before the copy was waited for"
+        data = self.shared.pop(address, None)
+        assert data is not None and len(data) == size, "read of shared memory nobody wrote"
+        return data
+
+    def store(self, address: int, words: Sequence[Any], where: bool) -> None:
+        if where:
+            raw = np.concatenate([np.asarray(word).reshape(1).view(np.uint8) for word in words])
+            self.memory.bytes_at(address, len(raw))[:] = raw
+
+    def copy_async(self, target: int, source: int, size: int, where: bool) -> None:
+        if where:
+            assert target not in self.shared, "copy over a row that was not read yet"
+            self.open.append((target, self.memory.bytes_at(source, size).copy()))
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, pending: int) -> None:
+        while len(self.groups) > pending:
+            self.shared.update(self.groups.pop(0))
+
+    def unpack(self, word: int, dtype: str) -> list[np.float32]:
+        return list(np.array([word], np.int32).view(jnp.dtype(dtype)).astype(np.float32))
+
+    def pack(self, values: Sequence[np.float32], dtype: str) -> np.ndarray:
+        return np.array(values, np.float32).astype(jnp.dtype(dtype)).view(np.int32)

@@ -1,0 +1,301 @@
+"""The gather kernel: its per-thread code run on the host, its lowering, and the GPU."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from host_simt import HostSimt, Memory
+
+from pallas_kernels import reference
+from pallas_kernels.embedding import (
+    Addresses,
+    GatherConfig,
+    GatherShape,
+    RowShape,
+    gather_thread,
+    pooled_gather,
+)
+from pallas_kernels.slots import Slot, width
+
+# One block of one warpgroup and a short ring: the smallest launch in which everything happens.
+TINY = GatherConfig(blocks=1, warpgroups=1, ring_rows=3, ids_ahead=2)
+CONFIGS = [
+    GatherConfig(),
+    GatherConfig(ring_rows=6, ids_ahead=4),
+    GatherConfig(warpgroups=4, ring_rows=12),
+    GatherConfig(warpgroups=2, ring_rows=32),
+    GatherConfig(slots_per_unit=1),
+]
+# |sum of bf16 roundings of the output| and float32 accumulation; see the docs of each dtype.
+RELATIVE_ERROR = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
+
+
+def make_slots(*parts: tuple[int, int, bool]) -> tuple[Slot, ...]:
+    """Slots from (group, dim, mean)."""
+    columns = itertools.accumulate([0, *(dim for _, dim, _ in parts)])
+    return tuple(
+        Slot(group=group, dim=dim, column=column, mean=mean)
+        for (group, dim, mean), column in zip(parts, columns, strict=False)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Operands of a gather, on the host."""
+
+    groups: list[np.ndarray]
+    rows: np.ndarray
+    offsets: np.ndarray
+    weights: np.ndarray | None
+    slots: tuple[Slot, ...]
+
+    @property
+    def samples(self) -> int:
+        return (len(self.offsets) - 1) // len(self.slots)
+
+    def expected(self) -> np.ndarray:
+        """float64, bag by bag."""
+        out = np.zeros((self.samples, width(self.slots)))
+        for bag in range(len(self.offsets) - 1):
+            sample, index = divmod(bag, len(self.slots))
+            slot = self.slots[index]
+            ids = slice(self.offsets[bag], self.offsets[bag + 1])
+            vectors = self.groups[slot.group][self.rows[ids]].astype(np.float64)
+            if self.weights is not None:
+                vectors = vectors * self.weights[ids, None].astype(np.float64)
+            count = max(len(vectors), 1) if slot.mean else 1
+            out[sample, slot.column : slot.column + slot.dim] = vectors.sum(0) / count
+        return out
+
+
+def make_case(
+    slots: tuple[Slot, ...],
+    dtypes: list[str],
+    *,
+    samples: int,
+    longest: int,
+    table_rows: int = 50,
+    weighted: bool = False,
+    seed: int = 0,
+) -> Case:
+    """Random bags of 0 to `longest` ids; padding ids that must never be read lie behind them."""
+    rng = np.random.default_rng(seed)
+    dims = {slot.group: slot.dim for slot in slots}
+    groups = [
+        rng.standard_normal((table_rows, dims[g])).astype(jnp.dtype(dtype))
+        for g, dtype in enumerate(dtypes)
+    ]
+    lengths = rng.integers(0, longest + 1, samples * len(slots))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    rows = rng.integers(0, table_rows, offsets[-1]).astype(np.int32)
+    weights = rng.uniform(0.5, 1.5, len(rows) + 5).astype(np.float32) if weighted else None
+    padded = np.concatenate([rows, np.full(5, 2**30, np.int32)])
+    return Case(groups=groups, rows=padded, offsets=offsets, weights=weights, slots=slots)
+
+
+MIXED = make_slots((0, 128, False), (0, 128, True), (1, 4, False), (2, 100, True), (1, 4, False))
+MIXED_DTYPES = ["bfloat16", "float16", "float32"]
+
+
+def run_on_host(case: Case, config: GatherConfig, out_dtype: str) -> np.ndarray:
+    """Every thread of the launch, one after the other; the output starts poisoned."""
+    memory = Memory()
+    shape = GatherShape(
+        samples=case.samples,
+        slots=case.slots,
+        rows=tuple(RowShape(dim=g.shape[1], dtype=str(g.dtype)) for g in case.groups),
+        out_dtype=out_dtype,
+        weighted=case.weights is not None,
+        config=config,
+    )
+    out = np.full((case.samples, shape.width), np.nan, jnp.dtype(out_dtype))
+    spans, _ = shape.spans()
+    means = np.array([slot.mean for slot in case.slots], np.int32)
+    weights = case.weights if case.weights is not None else np.zeros(1, np.float32)
+    places = [memory.place(a) for a in (case.rows, case.offsets, weights, spans, means, out)]
+    ids, offsets, weights_at, spans_at, means_at, out_at = places
+    groups = tuple(memory.place(group) for group in case.groups)
+    for block, thread in itertools.product(range(config.blocks), range(config.threads)):
+        at = Addresses(
+            groups=groups, ids=ids, offsets=offsets, weights=weights_at, spans=spans_at,
+            means=means_at, out=out_at, ring=0, weight_ring=1 << 20,
+        )  # fmt: skip
+        gather_thread(HostSimt(memory), shape, at, thread=thread, block=block)
+    return out
+
+
+def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
+    difference = out.astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-30))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
+def test_threads_pool_jagged_bags_of_mixed_tables(out_dtype: str, weighted: bool) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4, weighted=weighted)
+    out = run_on_host(case, TINY, out_dtype)
+    assert relative_error(out, case.expected()) < RELATIVE_ERROR[out_dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [4, 8, 12, 36, 64, 252, 256])
+def test_every_dim_is_covered_by_lanes(dim: int, dtype: str) -> None:
+    case = make_case(make_slots((0, dim, False)), [dtype], samples=2, longest=5)
+    assert relative_error(run_on_host(case, TINY, "float32"), case.expected()) < 1e-6
+
+
+@pytest.mark.parametrize("longest", [0, 1, 2, 3, 4, 17])
+def test_bags_shorter_and_longer_than_the_ring(longest: int) -> None:
+    slots = make_slots((0, 8, False), (0, 8, True), (0, 8, False))
+    case = make_case(slots, ["float32"], samples=7, longest=longest)
+    assert relative_error(run_on_host(case, TINY, "float32"), case.expected()) < 1e-6
+
+
+@pytest.mark.parametrize("slots_per_unit", [1, 2, 3, 5, None])
+def test_units_cover_every_bag_once(slots_per_unit: int | None) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=2, longest=3)
+    config = dataclasses.replace(TINY, slots_per_unit=slots_per_unit)
+    assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
+
+
+def test_reference_agrees_with_the_bag_by_bag_sum() -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=5, longest=6, weighted=True)
+    out = reference.pooled_gather(
+        [jnp.asarray(g) for g in case.groups], jnp.asarray(case.rows), jnp.asarray(case.offsets),
+        jnp.asarray(case.weights), slots=case.slots, out_dtype=jnp.float32,
+    )  # fmt: skip
+    assert relative_error(np.asarray(out), case.expected()) < 1e-6
+
+
+def shapes_of(case: Case) -> tuple[list[jax.ShapeDtypeStruct], ...]:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
+        (case.groups, case.rows, case.offsets, case.weights),
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_lowers_to_cuda(config: GatherConfig, weighted: bool) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=9, longest=3, weighted=weighted)
+    gather = functools.partial(
+        pooled_gather, slots=case.slots, out_dtype=jnp.bfloat16, config=config
+    )
+    lowered = jax.jit(gather).trace(*shapes_of(case)).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ring_rows": 1}, "ring_rows is 1, below 2"),
+        ({"blocks": 0}, "blocks is 0, below 1"),
+        ({"warpgroups": 8, "ring_rows": 16}, "a ring of 327680 bytes is more than 232448"),
+    ],
+)
+def test_impossible_configs_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GatherConfig(**change)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    groups = [jnp.zeros((5, 6), jnp.float32)]
+    slots = make_slots((0, 6, False))
+    ids, offsets = jnp.zeros(1, jnp.int32), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=r"group 0 is float32\[rows, 6\]"):
+        pooled_gather(groups, ids, offsets, None, slots=slots, out_dtype=jnp.float32)
+    with pytest.raises(ValueError, match="slot 0 is"):
+        pooled_gather([jnp.zeros((5, 8))], ids, offsets, None, slots=slots, out_dtype=jnp.float32)
+
+
+def check_on_gpu(
+    case: Case, out_dtype: str, config: GatherConfig = CONFIGS[0], limit: float | None = None
+) -> None:
+    gather = jax.jit(
+        functools.partial(pooled_gather, slots=case.slots, out_dtype=out_dtype, config=config)
+    )
+    out = np.asarray(gather(case.groups, case.rows, case.offsets, case.weights))
+    expected = case.expected()
+    assert np.isfinite(out.astype(np.float32)).all()
+    assert relative_error(out, expected) < (limit or RELATIVE_ERROR[out_dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
+def test_gpu_mixed_tables(out_dtype: str, weighted: bool, config: GatherConfig) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=99, longest=40, weighted=weighted)
+    check_on_gpu(case, out_dtype, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [4, 8, 12, 16, 20, 32, 64, 100, 128, 192, 252, 256])
+def test_gpu_every_dim(dim: int, dtype: str) -> None:
+    slots = make_slots(*[(0, dim, False)] * 19)
+    check_on_gpu(make_case(slots, [dtype], samples=257, longest=9, table_rows=10_000), "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [1, 7])
+def test_gpu_few_samples(samples: int) -> None:
+    check_on_gpu(make_case(MIXED, MIXED_DTYPES, samples=samples, longest=5), "float32")
+
+
+@pytest.mark.gpu
+def test_gpu_all_bags_empty() -> None:
+    check_on_gpu(make_case(MIXED, MIXED_DTYPES, samples=500, longest=0), "float32")
+
+
+@pytest.mark.gpu
+def test_gpu_all_ids_the_same() -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=300, longest=9)
+    check_on_gpu(dataclasses.replace(case, rows=np.full_like(case.rows, 49)), "float32")
+
+
+@pytest.mark.gpu
+def test_gpu_skewed_ids() -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=300, longest=9, table_rows=5000)
+    skewed = np.random.default_rng(1).zipf(1.2, len(case.rows)) % 5000
+    check_on_gpu(dataclasses.replace(case, rows=skewed.astype(np.int32)), "float32")
+
+
+@pytest.mark.gpu
+def test_gpu_bag_of_ten_thousand() -> None:
+    case = make_case(make_slots((0, 128, False)), ["bfloat16"], samples=3, longest=3)
+    rng = np.random.default_rng(2)
+    offsets = np.array([0, 2, 10_002, 10_003], np.int32)
+    rows = rng.integers(0, 50, 10_003).astype(np.int32)
+    # One stream adds the rows in sequence: the rounding errors of 10,000 additions.
+    check_on_gpu(dataclasses.replace(case, rows=rows, offsets=offsets), "float32", limit=5e-6)
+
+
+@pytest.mark.gpu
+def test_gpu_last_row_of_a_table_of_more_than_2_to_the_31_elements() -> None:
+    """17 M rows x 128: the last row lies behind 2^31 elements and 2^32 bytes."""
+    rows, dim = 17_000_000, 128
+    table = jax.jit(
+        lambda: (jnp.arange(rows, dtype=jnp.int32)[:, None] % 251 + jnp.zeros((1, dim), jnp.int32))
+        .astype(jnp.bfloat16)
+    )()  # fmt: skip
+    ids = np.array([rows - 1, 0, rows - 2, 2**31 // dim], np.int32)
+    offsets = np.arange(len(ids) + 1, dtype=np.int32)
+    slots = make_slots((0, dim, False))
+    out = pooled_gather(
+        [table], jnp.asarray(ids), jnp.asarray(offsets), None, slots=slots, out_dtype=jnp.float32
+    )
+    np.testing.assert_array_equal(np.asarray(out), np.repeat(ids[:, None] % 251, dim, 1))
+
+
+@pytest.mark.gpu
+def test_gpu_same_bits_twice() -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=200, longest=30)
+    gather = jax.jit(functools.partial(pooled_gather, slots=case.slots, out_dtype=jnp.float32))
+    first = np.asarray(gather(case.groups, case.rows, case.offsets, None))
+    again = np.asarray(gather(case.groups, case.rows, case.offsets, None))
+    np.testing.assert_array_equal(first, again)

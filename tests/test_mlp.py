@@ -1,0 +1,160 @@
+"""The MLP layer kernel: interpreted on the CPU, lowered for CUDA, and held to float64 on a GPU."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mlp, reference
+from pallas_kernels.mlp import CONFIGS, MlpConfig, choose_config, dense, pad_kernel
+
+# Rounding of the 16-bit output; sums are float32.
+RELATIVE_ERROR = {"bfloat16": 4e-3, "float16": 5e-4}
+SMALL = MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=2, blocks=2)
+
+
+def operands(
+    m: int, k: int, n: int, dtype: str = "bfloat16", seed: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [m, k], kernel [k, n] scaled to keep the outputs near one, float32 bias [n]."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((m, k))
+    kernel = rng.standard_normal((k, n)) / np.sqrt(k)
+    bias = rng.standard_normal(n)
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(bias, jnp.float32)
+
+
+def relative_error(out: jax.Array, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> float:
+    """Of a relu layer, against float64."""
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+    exact = np.maximum(exact, 0)
+    return float(np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact))
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Runs Mosaic kernels on the CPU and watches for races, which are printed, not raised."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("m", "k", "n"), [(70, 100, 70), (129, 64, 200)])
+def test_interpreted_kernel_equals_the_reference(
+    m: int, k: int, n: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x, kernel, bias = operands(m, k, n)
+    out = dense(x, kernel, bias, activation="relu", config=SMALL)
+    expected = reference.dense(x, kernel, bias, activation="relu")
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=0.02
+    )
+    assert relative_error(out, x, kernel, bias) < RELATIVE_ERROR["bfloat16"]
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_interpreter_finds_a_planted_race(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without the wait for the copy that still reads an output slot, the slot is overwritten."""
+    wait = mlp.plgpu.wait_smem_to_gmem
+    only_last = lambda n, **kwargs: wait(n, **kwargs) if n == 0 else None  # noqa: E731
+    monkeypatch.setattr(mlp.plgpu, "wait_smem_to_gmem", only_last)
+    x, kernel, bias = operands(64 * 6, 64, 64)
+    dense(x, kernel, bias, activation="relu", config=SMALL).block_until_ready()
+    assert "RACE DETECTED" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_lowers_to_cuda(config: MlpConfig, dtype: str, activation: str) -> None:
+    layer = functools.partial(dense, activation=activation, config=config)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(99, 100, 130, dtype)]
+    lowered = jax.jit(layer).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_padding_changes_no_output() -> None:
+    _, kernel, _ = operands(1, 13, 70)
+    padded = pad_kernel(kernel)
+    assert padded.shape == (64, 128)
+    np.testing.assert_array_equal(padded[:13, :70], kernel)
+    assert not padded[13:].any() and not padded[:, 70:].any()
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 64), (256, 1024), (8192, 1024), (300, 192), (9, 320)])
+def test_chosen_tiles_divide_the_columns(m: int, n: int) -> None:
+    assert n % choose_config(m, n).block_n == 0
+
+
+def test_full_cards_get_large_tiles_and_small_batches_small_ones() -> None:
+    assert choose_config(32768, 1024).block_n == 256
+    small = choose_config(64, 1024)
+    assert small.block_m * small.block_n < 128 * 256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_m": 96}, "block_m is no multiple of 64 per warpgroup"),
+        ({"block_n": 48}, "block_n is no multiple of 64"),
+        ({"block_k": 32}, "block_k is no multiple of 64"),
+        ({"stages": 1}, "needs two stages"),
+        ({"stages": 5}, "bytes of SMEM"),
+    ],
+)
+def test_impossible_configs_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MlpConfig(**change)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    x, kernel, bias = operands(4, 64, 64)
+    with pytest.raises(ValueError, match="x is float32"):
+        dense(x.astype(jnp.float32), kernel, bias, activation="relu")
+    with pytest.raises(ValueError, match="activation 'swish'"):
+        dense(x, kernel, bias, activation="swish")
+    with pytest.raises(ValueError, match="x has 200 inputs, the kernel 64"):
+        dense(jnp.zeros((4, 200), x.dtype), kernel, bias, activation="relu")
+    with pytest.raises(ValueError, match="the bias has 200 outputs"):
+        dense(x, kernel, jnp.zeros(200), activation="relu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(1, 13, 512), (7, 64, 256), (99, 479, 130), (1000, 3456, 1024), (4096, 1024, 512)],
+)
+def test_gpu_layer(m: int, k: int, n: int, config: MlpConfig | None, dtype: str) -> None:
+    x, kernel, bias = operands(m, k, n, dtype)
+    layer = jax.jit(functools.partial(dense, activation="relu", config=config))
+    out = layer(x, pad_kernel(kernel), bias)
+    assert out.shape == (m, n)
+    assert relative_error(out, x, kernel, bias) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+def test_gpu_activations(activation: str) -> None:
+    x, kernel, bias = operands(300, 128, 256)
+    out = jax.jit(functools.partial(dense, activation=activation))(x, kernel, bias)
+    expected = reference.dense(x, kernel, bias, activation=activation)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=0.02, rtol=0.01
+    )
+
+
+@pytest.mark.gpu
+def test_gpu_same_bits_twice() -> None:
+    x, kernel, bias = operands(1111, 512, 1024)
+    layer = jax.jit(functools.partial(dense, activation="relu"))
+    first, again = layer(x, kernel, bias), layer(x, kernel, bias)
+    np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(again, np.float32))
