@@ -162,7 +162,10 @@ def _launch(x: Array, kernel: Array, bias: Array, activation: str, config: MlpCo
 
 
 def _swizzled() -> tuple[Any, ...]:
-    return plgpu.TilingTransform((8, SWIZZLE_ITEMS)), plgpu.SwizzleTransform(SWIZZLE)
+    # Abstract to the type checker alone: JAX fills in what is missing.
+    tiling = plgpu.TilingTransform((8, SWIZZLE_ITEMS))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(SWIZZLE)  # pyright: ignore[reportAbstractUsage]
+    return tiling, swizzle
 
 
 def _body(
@@ -306,7 +309,7 @@ def multiply_tile(
         plgpu.barrier_arrive(consumed.at[lax.rem(first_step + steps - 1, config.stages)])
         return acc[...]
 
-    return pl.run_scoped(accumulate, plgpu.ACC((config.rows, config.block_n)))
+    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((config.rows, config.block_n)))
 
 
 def _check(x: Array, kernel: Array, bias: Array, activation: str) -> None:

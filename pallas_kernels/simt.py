@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 Value = Any  # a Scalar here, a plain number in the host's version
 
@@ -108,12 +108,12 @@ class MosaicSimt:
     def global_address(self, ref: ir.Value) -> Scalar:
         """Where a GMEM ref's first element lies."""
         pointer = mgpu.utils.memref_ptr(ref)
-        return Scalar(mgpu.utils.llvm.ptrtoint(self._i64, pointer))
+        return Scalar(llvm.ptrtoint(self._i64, pointer))
 
     def shared_address(self, ref: ir.Value) -> Scalar:
         """Where an SMEM ref's first element lies, in the shared window."""
         pointer = mgpu.utils.memref_ptr(ref)
-        return Scalar(mgpu.utils.llvm.ptrtoint(self._i32, pointer))
+        return Scalar(llvm.ptrtoint(self._i32, pointer))
 
     def thread(self) -> Scalar:
         """Index of the thread in its block."""

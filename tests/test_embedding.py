@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from host_simt import HostSimt, Memory
 
+from host_simt import HostSimt, Memory
 from pallas_kernels import reference
 from pallas_kernels.embedding import (
     Addresses,

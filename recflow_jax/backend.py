@@ -1,0 +1,82 @@
+"""Which kernels run on this device, and why.
+
+`mosaic`: the Pallas kernels, on Hopper GPUs and newer. `xla`: the reference formulations compiled
+by XLA, anywhere, the CPU included. `auto` takes mosaic where it runs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+
+from pallas_kernels import embedding, mlp, reference
+from recflow_jax.config import DLRMConfig
+from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_layer_dtype
+
+BackendName = Literal["xla", "mosaic"]
+MOSAIC_CAPABILITY = 9.0
+
+
+class BackendError(RuntimeError):
+    """A back end that cannot run on this device; the message says which can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The operations of one back end. `reason` says why it was chosen."""
+
+    name: BackendName
+    reason: str
+    ops: Ops
+
+    def prepare(self, params: Params, config: DLRMConfig) -> Params:
+        """The parameters as the kernels want them: layers in the compute dtype, padded once."""
+        params = with_layer_dtype(params, config.compute_dtype)
+        if self.name != "mosaic" or config.compute_dtype not in mlp.DTYPES:
+            return params
+        *hidden, last = params.top
+        return dataclasses.replace(
+            params, bottom=_padded(params.bottom), top=(*_padded(tuple(hidden)), last)
+        )
+
+
+def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
+    """The back end for `device` (default: the first one). Raises BackendError, ValueError."""
+    names = ("auto", *get_args(BackendName))
+    if requested not in names:
+        raise ValueError(f"back end {requested!r} is not one of {', '.join(names)}")
+    device = device or jax.devices()[0]
+    can_mosaic, reason = _mosaic_runs_on(device)
+    if requested == "mosaic" and not can_mosaic:
+        raise BackendError(f"back end 'mosaic' cannot run here: {reason}; use 'xla' or 'auto'")
+    if requested == "xla":
+        return Backend(name="xla", reason="asked for", ops=REFERENCE)
+    if not can_mosaic:
+        return Backend(name="xla", reason=reason, ops=REFERENCE)
+    ops = Ops(pooled_gather=embedding.pooled_gather, dense=_mosaic_dense)
+    return Backend(name="mosaic", reason=reason, ops=ops)
+
+
+def _padded(layers: tuple[DenseLayer, ...]) -> tuple[DenseLayer, ...]:
+    return tuple(
+        dataclasses.replace(layer, kernel=mlp.pad_kernel(layer.kernel)) for layer in layers
+    )
+
+
+def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision: Any) -> Any:
+    """The kernel where it takes the dtype and fills the card, else XLA."""
+    (samples, _), (inputs, outputs) = x.shape, kernel.shape
+    if str(x.dtype) in mlp.DTYPES and not mlp.leaves_card_idle(samples, outputs, inputs):
+        return mlp.dense(x, kernel, bias, activation=activation)
+    unpadded = kernel[: x.shape[1], : len(bias)]
+    return reference.dense(x, unpadded, bias, activation=activation, precision=precision)
+
+
+def _mosaic_runs_on(device: Any) -> tuple[bool, str]:
+    if device.platform != "gpu":
+        return False, f"{device.device_kind} is no GPU"
+    capability = getattr(device, "compute_capability", None)
+    if capability is None or float(capability) < MOSAIC_CAPABILITY:
+        return False, f"compute capability {capability} is below {MOSAIC_CAPABILITY}"
+    return True, f"compute capability {capability}"

@@ -1,0 +1,89 @@
+"""Answers first: contenders that disagree are not timed."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from recflow_jax import model
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.bench.contenders import Contender, device_batches
+from recflow_jax.config import DLRMConfig
+from recflow_jax.layout import Layout
+from recflow_jax.model import DeviceBatch, Params
+
+CHECKED_SAMPLES = 64
+
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference from the float32 reference, as a share of the standard deviation of its
+scores. float32: sums in another order. 16 bit: every layer rounds to 11 bits (float16) or
+8 (bfloat16), and a contender may round in other places than the next one.
+"""
+
+Scores = Float[np.ndarray, "samples outputs"]
+
+
+class WrongAnswers(RuntimeError):
+    """A contender whose scores are not the model's: who, on which sample, by how much."""
+
+
+def reference_scores(
+    config: DLRMConfig, params: Params, batch: JaggedBatch, *, samples: int = CHECKED_SAMPLES
+) -> Scores:
+    """float32 scores of the first `samples` samples by the reference in full precision."""
+    head = batch.part(0, min(samples, batch.samples))
+    exact = dataclasses.replace(config, compute_dtype="float32")
+    layout = Layout.of(exact)
+    ids = 1 << max(len(head.values) - 1, 0).bit_length()  # few shapes, few compilations
+    (inputs,) = device_batches(layout, [head], ids=ids)
+    return np.asarray(_reference(params, inputs, exact, layout))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _reference(params: Params, batch: DeviceBatch, config: DLRMConfig, layout: Layout) -> Array:
+    return model.forward(
+        params, batch, config=config, layout=layout, precision=lax.Precision.HIGHEST
+    )
+
+
+def check_answers(
+    reference: Float[np.ndarray, "checked outputs"],
+    answers: Mapping[str, Scores],
+    *,
+    dtype: str,
+) -> dict[str, float]:
+    """The largest error of each contender: over the samples that `reference` has from it, over
+    the others from the first contender; as a share of the reference's standard deviation.
+
+    Raises WrongAnswers beyond TOLERANCES[dtype], and for scores that are not finite.
+    """
+    scale = float(reference.std()) or 1.0
+    first = next(iter(answers.values()))
+    expected = np.concatenate([reference, first[len(reference) :]])
+    errors = {}
+    for name, scores in answers.items():
+        off = np.abs(scores - expected).max(axis=1) / scale
+        worst = int(np.argmax(np.where(np.isfinite(off), off, np.inf)))
+        errors[name] = float(off[worst])
+        if not errors[name] <= TOLERANCES[dtype]:
+            raise WrongAnswers(
+                f"{name} gives {scores[worst]} for sample {worst}, expected {expected[worst]}: "
+                f"{errors[name]:.2g} standard deviations off, more than {TOLERANCES[dtype]:g}"
+            )
+    return errors
+
+
+def checked(
+    config: DLRMConfig,
+    params: Params,
+    sample_set: JaggedBatch,
+    contenders: Mapping[str, Contender],
+) -> dict[str, float]:
+    """`check_answers` of the contenders' scores for their first input set."""
+    reference = reference_scores(config, params, sample_set)
+    answers = {name: contender.answer(0) for name, contender in contenders.items()}
+    return check_answers(reference, answers, dtype=config.compute_dtype)

@@ -1,0 +1,241 @@
+"""One kind of work alone: the pooled gather beside the copy rate, dense layers beside jnp.dot."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from recflow_jax.backend import Backend
+from recflow_jax.bench.ceilings import ITEM_BYTES, copy_bytes_per_s, matmul_flop_per_s, work_of
+from recflow_jax.bench.contenders import compile_all, device_batches, launches, precision_of
+from recflow_jax.bench.offline import input_sets
+from recflow_jax.config import DLRMConfig
+from recflow_jax.layout import Layout
+from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, dense_shapes, pool
+from recflow_jax.timing import Timing, TimingOptions, measure_side_by_side
+
+KERNEL_TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Largest difference of two kernels on one input, as a share of the largest value: sums are
+float32 in both, so it is the rounding of the output and, in float32, the order of sums.
+"""
+
+
+class WrongKernel(RuntimeError):
+    """A kernel that does not compute what its reference does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherResult:
+    """The pooled gather of one batch size. `row_bytes`: dim times item size of every id, which
+    `row_bytes_per_s` counts; `moved_bytes` has whole sectors, ids, offsets and the output too.
+    """
+
+    batch: int
+    input_sets: int
+    ids: int
+    row_bytes: int
+    distinct_row_bytes: int
+    moved_bytes: int
+    copy_bytes_per_s: float
+    timings: dict[str, Timing]
+
+    @property
+    def row_bytes_per_s(self) -> dict[str, float]:
+        """Useful bytes per second."""
+        return {n: 1e6 * self.row_bytes / t.median_us for n, t in self.timings.items()}
+
+    @property
+    def share_of_copy(self) -> dict[str, float]:
+        """Useful bytes per second as a share of the copy rate of this run."""
+        return {n: rate / self.copy_bytes_per_s for n, rate in self.row_bytes_per_s.items()}
+
+
+def bench_gather(
+    config: DLRMConfig,
+    params: Params,
+    backend: Backend,
+    batches: Sequence[int],
+    *,
+    ids: str,
+    seed: int,
+    options: TimingOptions | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[GatherResult]:
+    """Times the back end's gather and the reference's, after comparing what they give.
+
+    Raises WrongKernel.
+    """
+    layout = Layout.of(config)
+    copy_rate = copy_bytes_per_s(options)
+    gathers = {
+        name: partial(pool, config=config, layout=layout, ops=ops)
+        for name, ops in _contestants(backend).items()
+    }
+    results = []
+    for samples in batches:
+        sets = input_sets(config, samples, ids=ids, seed=seed)
+        inputs = device_batches(layout, sets)
+        jobs = {name: (gather, (params.groups, inputs[0])) for name, gather in gathers.items()}
+        timed = {
+            name: launches(executable, params.groups, inputs)
+            for name, (executable, _) in compile_all(jobs).items()
+        }
+        _check_equal({name: t.launch(0) for name, t in timed.items()}, config.compute_dtype)
+        timings = measure_side_by_side(timed, options)
+        results.append(_gather_result(config, layout, sets, copy_rate, timings))
+        advance()
+    return results
+
+
+def _contestants(backend: Backend) -> dict[str, Ops]:
+    """The back end's operations and, where they are others, the reference's."""
+    reference = {} if backend.ops == REFERENCE else {"reference": REFERENCE}
+    return {backend.name: backend.ops, **reference}
+
+
+def _check_equal(outputs: dict[str, Array], dtype: str) -> None:
+    reference = np.asarray([*outputs.values()][-1].astype(jnp.float32))
+    scale = float(np.abs(reference).max()) or 1.0
+    for name, output in outputs.items():
+        error = float(np.abs(np.asarray(output.astype(jnp.float32)) - reference).max()) / scale
+        if not error <= KERNEL_TOLERANCES[dtype]:
+            raise WrongKernel(f"{name} is {error:.2g} of the largest value off the reference")
+
+
+def _gather_result(
+    config: DLRMConfig,
+    layout: Layout,
+    sets: Sequence[Any],
+    copy_rate: float,
+    timings: dict[str, Timing],
+) -> GatherResult:
+    work = work_of(config, layout, sets[0])
+    output_bytes = sets[0].samples * config.pooled_width * ITEM_BYTES[config.compute_dtype]
+    return GatherResult(
+        batch=sets[0].samples,
+        input_sets=len(sets),
+        ids=len(sets[0].values),
+        row_bytes=_useful_bytes(config, layout, sets[0]),
+        distinct_row_bytes=work.distinct_row_bytes,
+        moved_bytes=work.row_bytes + work.input_bytes - sets[0].dense.nbytes + output_bytes,
+        copy_bytes_per_s=copy_rate,
+        timings=timings,
+    )
+
+
+def _useful_bytes(config: DLRMConfig, layout: Layout, batch: Any) -> int:
+    per_slot = np.diff(layout.slot_offsets(batch)).reshape(batch.samples, -1).sum(axis=0)
+    row_bytes = [layout.row_bytes[slot.group] for slot in layout.slots]
+    return int(np.dot(per_slot, row_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseResult:
+    """One layer with its activation at one batch size, beside jnp.dot on large square matrices."""
+
+    layer: str
+    batch: int
+    inputs: int
+    outputs: int
+    matmul_flop_per_s: float
+    timings: dict[str, Timing]
+
+    @property
+    def flop_per_s(self) -> dict[str, float]:
+        """Floating-point operations per second."""
+        flop = 2 * self.batch * self.inputs * self.outputs
+        return {name: 1e6 * flop / timing.median_us for name, timing in self.timings.items()}
+
+
+def bench_dense(
+    config: DLRMConfig,
+    params: Params,
+    backend: Backend,
+    batches: Sequence[int],
+    *,
+    options: TimingOptions | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[DenseResult]:
+    """Times each MLP layer (but the last, whose output is a score) with the back end's `dense` and
+    the reference's, after comparing what they give. Raises WrongKernel.
+    """
+    rate = matmul_flop_per_s(config.compute_dtype, options)
+    prepared = {
+        name: Backend(name=backend.name, reason="", ops=ops).prepare(params, config)
+        for name, ops in _contestants(backend).items()
+    }
+    results = []
+    for samples in batches:
+        for layer in _layers(config):
+            timings = _time_layer(config, backend, prepared, layer, samples, options)
+            inputs, outputs = layer.shape
+            results.append(
+                DenseResult(
+                    layer=layer.name,
+                    batch=samples,
+                    inputs=inputs,
+                    outputs=outputs,
+                    matmul_flop_per_s=rate,
+                    timings=timings,
+                )
+            )
+        advance()
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    part: str
+    index: int
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}.{self.index}"
+
+    def of(self, params: Params) -> DenseLayer:
+        return getattr(params, self.part)[self.index]
+
+
+def _layers(config: DLRMConfig) -> list[_Layer]:
+    bottom, top = dense_shapes(config)
+    named = [*(("bottom", i, s) for i, s in enumerate(bottom))]
+    named += [("top", i, s) for i, s in enumerate(top[:-1])]
+    return [_Layer(part=part, index=index, shape=shape) for part, index, shape in named]
+
+
+def _time_layer(
+    config: DLRMConfig,
+    backend: Backend,
+    prepared: Mapping[str, Params],
+    layer: _Layer,
+    samples: int,
+    options: TimingOptions | None,
+) -> dict[str, Timing]:
+    x = jax.random.normal(jax.random.key(0), (samples, layer.shape[0]), jnp.float32)
+    x = x.astype(config.compute_dtype)
+    jobs = {
+        name: (partial(_run_layer, config, ops), (layer.of(prepared[name]), x))
+        for name, ops in _contestants(backend).items()
+    }
+    timed = {
+        name: launches(executable, layer.of(prepared[name]), [x])
+        for name, (executable, _) in compile_all(jobs).items()
+    }
+    _check_equal({name: t.launch(0) for name, t in timed.items()}, config.compute_dtype)
+    return measure_side_by_side(timed, options)
+
+
+def _run_layer(config: DLRMConfig, ops: Ops, layer: DenseLayer, x: Array) -> Array:
+    return ops.dense(
+        x,
+        layer.kernel,
+        layer.bias,
+        activation=config.activation,
+        precision=precision_of(config),
+    )

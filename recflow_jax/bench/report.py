@@ -1,0 +1,207 @@
+"""Results for people, as tables, and for programs, as JSON."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from recflow_jax.backend import Backend
+from recflow_jax.bench.ceilings import Ceilings
+from recflow_jax.bench.contenders import RECFLOW
+from recflow_jax.bench.kernels import DenseResult, GatherResult
+from recflow_jax.bench.offline import OfflineResult
+from recflow_jax.bench.online import OnlineResult
+from recflow_jax.bench.stream import StreamResult
+from recflow_jax.commands.console import console
+from recflow_jax.config import DLRMConfig
+
+SCHEMA = 1
+WIDTH = 110
+
+Result = OfflineResult | StreamResult | OnlineResult | GatherResult | DenseResult
+
+
+def header(
+    config: DLRMConfig, backend: Backend, *, ids: str, seed: int, versions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What results hold for: device, back end, versions, date, command line, model and input."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "backend": {"name": backend.name, "reason": backend.reason},
+        "versions": dict(versions),
+        "model": {
+            "name": config.name,
+            "fingerprint": config.fingerprint,
+            "tables": len(config.tables),
+            "largest_table_rows": max((table.rows for table in config.tables), default=0),
+            "rows": sum(table.rows for table in config.tables),
+            "table_dtypes": sorted({table.dtype for table in config.tables}),
+            "compute_dtype": config.compute_dtype,
+        },
+        "ids": ids,
+        "seed": seed,
+    }
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses as objects, with their properties, which are derived values, among the fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        names += [n for n, kind in vars(type(value)).items() if isinstance(kind, property)]
+        return {name: as_json(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_json(item) for item in value]
+    return value
+
+
+def save_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes the report, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def ceilings_line(ceilings: Ceilings) -> str:
+    """The rates measured in this run."""
+    return (
+        f"measured here: copy {ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s, "
+        f"{ceilings.matmul_dtype} matmul {ceilings.matmul_flop_per_s / 1e12:,.3g} TFLOP/s"
+    )
+
+
+def show(table: Table) -> None:
+    """Prints a table, in a file or a pipe with room for all columns."""
+    wide = console if console.is_terminal else Console(highlight=False, width=WIDTH)
+    wide.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for column in columns:
+        text = column in ("contender", "how", "layer")
+        table.add_column(column, justify="left" if text else "right", no_wrap=True)
+    return table
+
+
+def offline_table(results: Sequence[OfflineResult]) -> Table:
+    """Medians, ratios and floors."""
+    table = _table(
+        "offline: inputs on the device, microseconds per batch",
+        *("batch", "contender", "how", "median", "p10-p90", "x recflow", "floor", "of floor"),
+    )
+    for result in results:
+        for name, measured in result.contenders.items():
+            timing = measured.timing
+            table.add_row(
+                f"{result.batch}" if name == RECFLOW else "",
+                name,
+                measured.note,
+                f"{timing.median_us:,.0f}",
+                f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+                "" if name == RECFLOW else f"{result.ratios[name]:.2f}",
+                f"{result.floor.us:,.0f}" if name == RECFLOW else "",
+                f"{result.floor.us / timing.median_us:.0%}",
+                end_section=name == list(result.contenders)[-1],
+            )
+    return table
+
+
+def stream_table(results: Sequence[StreamResult]) -> Table:
+    """Medians and ratios."""
+    table = _table(
+        "numpy: fresh numpy inputs, microseconds per batch, copies and packing counted",
+        *("batch", "contender", "how", "median", "p10-p90", "x recflow", "samples/s"),
+    )
+    for result in results:
+        for name, measured in result.contenders.items():
+            timing = measured.timing
+            table.add_row(
+                f"{result.batch}" if name == RECFLOW else "",
+                name,
+                measured.note,
+                f"{timing.median_us:,.0f}",
+                f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+                "" if name == RECFLOW else f"{result.ratios[name]:.2f}",
+                f"{1e6 * result.batch / timing.median_us:,.0f}",
+                end_section=name == list(result.contenders)[-1],
+            )
+    return table
+
+
+def online_table(result: OnlineResult) -> Table:
+    """Latency by load."""
+    saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
+    table = _table(
+        f"online: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
+        f"saturation in requests/s: {saturation}",
+        *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "answered/s", "failed"),
+    )
+    for point in result.points:
+        for name, load in point.contenders.items():
+            share = "" if point.share is None else f"{point.share:.0%}"
+            table.add_row(
+                share if name == RECFLOW else "",
+                f"{point.qps:,.0f}" if name == RECFLOW else "",
+                name,
+                *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms)),
+                f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
+                str(load.failed),
+                end_section=name == list(point.contenders)[-1],
+            )
+    return table
+
+
+def gather_table(results: Sequence[GatherResult]) -> Table:
+    """Row bytes per second beside the copy rate."""
+    table = _table(
+        "pooled gather alone: bytes of the rows asked for, against the copy rate of this run",
+        *("batch", "contender", "median us", "GB/s of rows", "of copy rate", "distinct rows"),
+    )
+    for result in results:
+        for name, timing in result.timings.items():
+            table.add_row(
+                str(result.batch),
+                name,
+                f"{timing.median_us:,.0f}",
+                f"{result.row_bytes_per_s[name] / 1e9:,.1f}",
+                f"{result.share_of_copy[name]:.0%}",
+                f"{result.distinct_row_bytes / max(result.row_bytes, 1):.0%}",
+            )
+    return table
+
+
+def dense_table(results: Sequence[DenseResult]) -> Table:
+    """FLOP per second of each layer beside a large jnp.dot."""
+    table = _table(
+        "dense layers alone, against jnp.dot on large square matrices in this run",
+        *("batch", "layer", "inputs", "outputs", "contender"),
+        *("median us", "TFLOP/s", "of matmul rate"),
+    )
+    for result in results:
+        for name, timing in result.timings.items():
+            rate = result.flop_per_s[name]
+            table.add_row(
+                *(str(result.batch), result.layer, str(result.inputs), str(result.outputs), name),
+                f"{timing.median_us:,.0f}",
+                f"{rate / 1e12:,.3g}",
+                f"{rate / result.matmul_flop_per_s:.0%}",
+            )
+    return table

@@ -1,0 +1,258 @@
+"""The command `recflow`: options and exit codes. What it does is in `recflow_jax.commands`.
+
+Commands are imported when they run, so that `--help` and a mistyped option answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from recflow_jax.commands import console
+from recflow_jax.config import DLRMConfig, DType
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    failed (RECFLOW_DEBUG=1 or --debug shows the traceback)
+  2    bad usage, bad input or a file that cannot be read or written
+  3    something needed is not on this machine: a GPU, a package, the data
+  130  interrupted"""
+
+app = typer.Typer(
+    name="recflow",
+    help="DLRM inference in JAX and Pallas: train, profile, serve and compare.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[str, typer.Option(help="A shipped model's name or a TOML file.")]
+MaxRows = Annotated[int | None, typer.Option(help="Cut every table to this many rows.", min=1)]
+TableDType = Annotated[DType | None, typer.Option(help="Instead of the model's.")]
+ComputeDType = Annotated[DType | None, typer.Option(help="Instead of the model's.")]
+BackendName = Annotated[
+    Literal["auto", "xla", "mosaic"], typer.Option("--backend", help="Which kernels run.")
+]
+Ids = Annotated[str, typer.Option(help="How ids are drawn: uniform or zipf(a).")]
+Data = Annotated[
+    Path | None, typer.Option(help="MovieLens-100K's folder.  [default: recbole's copy]")
+]
+Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs `recflow` with these arguments and returns its exit code; errors go to stderr."""
+    try:
+        code = app(list(arguments) or ["--help"], prog_name="recflow", standalone_mode=False)
+        # An interrupted command comes back as its exit code, one that is done as None.
+        return _report("interrupted", code) if code else console.OK
+    except typer.TyperException as error:
+        return _report(error.format_message(), error.exit_code)
+    except Exception as error:
+        if os.environ.get("RECFLOW_DEBUG"):
+            raise
+        return _report(console.one_line(error), console.exit_code(error))
+
+
+def _report(message: str, code: int) -> int:
+    print(f"recflow: error: {message}", file=sys.stderr)
+    return code
+
+
+def _example(*lines: str) -> str:
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        print(f"recflow {_version_installed()}")
+        raise typer.Exit
+    return asked
+
+
+def _version_installed() -> str:
+    try:
+        return version("recflow-jax")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+@app.callback()
+def _recflow(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["RECFLOW_DEBUG"] = "1"
+
+
+@app.command(epilog=_example("recflow demo", "recflow demo --quick --out /tmp/demo"))
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for what the demo makes.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Less training, shorter runs.")] = False,
+    data: Data = None,
+) -> None:
+    """Do the main job on real input.
+
+    Trains on MovieLens-100K, profiles this device, serves requests and compares with plain JAX.
+    """
+    from recflow_jax.commands.demo import demo
+
+    demo(out=out, quick=quick, data=data)
+
+
+@app.command(epilog=_example("recflow train movielens --out model.safetensors"))
+def train(
+    workload: Annotated[Literal["movielens"], typer.Argument(help="What to train on.")],
+    out: Annotated[Path, typer.Option(help="Where the model goes (safetensors).")],
+    data: Data = None,
+    seed: Seed = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 2,
+) -> None:
+    """Train a click model on MovieLens-100K.
+
+    Prints its AUC on the interactions after those it was trained on, and saves it.
+    """
+    from recflow_jax.commands.train import train
+
+    train(workload, out=out, data=data, seed=seed, epochs=epochs)
+
+
+@app.command(
+    epilog=_example(
+        "recflow profile --model dlrm-v2 --max-rows-per-table 2000000 --out profiles/",
+        "recflow profile --model my.toml --quick",
+    )
+)
+def profile(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableDType = None,
+    compute_dtype: ComputeDType = None,
+    out: Annotated[Path, typer.Option(help="Directory of table and heat map.")] = Path("profiles"),
+    backend: BackendName = "auto",
+    max_batch: Annotated[int | None, typer.Option(help="Largest batch.", min=1)] = None,
+    resume: Annotated[bool, typer.Option(help="Keep what an earlier run has measured.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, fewer repeats.")] = False,
+    seed: Seed = 0,
+    ids: Ids = "uniform",
+) -> None:
+    """Measure this device for one model.
+
+    Writes the profile table, which the engine plans with, and a heat map of it.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.profile import profile
+
+    profile(
+        config,
+        out=out,
+        backend=backend,
+        max_batch=max_batch,
+        resume=resume,
+        quick=quick,
+        seed=seed,
+        ids=ids,
+    )
+
+
+@app.command(
+    epilog=_example(
+        "recflow bench --model dlrm-kaggle --against jax,torch --batch 256,4096",
+        "recflow bench --model rm1 --mode online --load 0.5,0.8 --out online.json",
+        "recflow bench --kernel gather --model dlrm-v2 --max-rows-per-table 2000000",
+    )
+)
+def bench(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableDType = None,
+    compute_dtype: ComputeDType = None,
+    against: Annotated[str, typer.Option(help="Of jax, jax-per-table, torch.")] = "jax",
+    batch: Annotated[str, typer.Option(help="Samples per batch.")] = "256,1024,4096",
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    mode: Annotated[str, typer.Option(help="Of offline, numpy, online.")] = "offline",
+    load: Annotated[str, typer.Option(help="Online: shares of saturation.")] = "0.5,0.8,0.95",
+    qps: Annotated[str, typer.Option(help="Online: requests per second, not shares.")] = "",
+    request_samples: Annotated[
+        int | None, typer.Option(help="Online: of each request.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Online: of each load.", min=0.1)] = 5.0,
+    backend: BackendName = "auto",
+    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    kernel: Annotated[
+        Literal["gather", "dense"] | None,
+        typer.Option(help="One kernel against what the device reaches, instead."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Results as JSON.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Results as PNG.")] = None,
+) -> None:
+    """Compare the engine with plain JAX and torch.
+
+    All get the same inputs, in one run, side by side with the floor of bytes and FLOP. Lists are
+    separated by commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    batches, loads, rates = (
+        _list("--batch", batch, int),
+        _list("--load", load, float),
+        _list("--qps", qps, float),
+    )
+    from recflow_jax.bench.online import OnlineOptions
+    from recflow_jax.commands.bench import bench, bench_kernel
+
+    common: dict[str, Any] = {"batches": batches, "ids": ids, "seed": seed, "backend": backend}
+    common |= {"out": out, "figure": figure}
+    if kernel is not None:
+        bench_kernel(config, kernel, **common)
+        return
+    online = OnlineOptions(loads=loads, qps=rates, request_samples=request_samples, seconds=seconds)
+    rivals, modes = _list("--against", against, str), _list("--mode", mode, str)
+    bench(config, against=rivals, modes=modes, profile=profile, online=online, **common)
+
+
+@app.command(epilog=_example("recflow info", "recflow info --json"))
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show device, back end, versions and models.
+
+    Says why the back end was chosen and which ceilings are known for the device.
+    """
+    from recflow_jax.commands.info import info
+
+    info(as_json=as_json)
+
+
+def _config(
+    model: str, max_rows: int | None, table_dtype: DType | None, compute_dtype: DType | None
+) -> DLRMConfig:
+    """The shipped model or TOML file named `model`, varied as asked."""
+    is_file = model.endswith(".toml")
+    config = DLRMConfig.load(model) if is_file else DLRMConfig.shipped(model)
+    if max_rows is not None:
+        config = config.with_max_rows(max_rows)
+    return config.with_dtypes(tables=table_dtype, compute=compute_dtype)
+
+
+def _list[T](option: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The comma-separated values of an option. Raises ValueError, naming both."""
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} is not a list of {kind.__name__}") from None

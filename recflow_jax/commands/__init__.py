@@ -1,0 +1,1 @@
+"""The subcommands of `recflow`, one module each."""

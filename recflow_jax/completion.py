@@ -1,0 +1,63 @@
+"""The thread that waits for the device: results in, answers out."""
+
+from queue import SimpleQueue
+
+import numpy as np
+
+from recflow_jax.launcher import fail_step
+from recflow_jax.ledger import Ledger
+from recflow_jax.messages import Fault, Flight, Inbox
+from recflow_jax.staging import Staging
+from scheduling.pipeline import StepDone
+
+
+class Completion:
+    """Waits for each step in the order of launch, and brings the scores to those who asked."""
+
+    def __init__(
+        self,
+        staging: Staging,
+        *,
+        inbox: Inbox,
+        flights: SimpleQueue[Flight | None],
+        ledger: Ledger,
+    ) -> None:
+        self._staging = staging
+        self._inbox = inbox
+        self._flights = flights
+        self._ledger = ledger
+
+    def run(self) -> None:
+        """Until the launcher says that there is no more."""
+        while (flight := self._flights.get()) is not None:
+            try:
+                self._finish(flight)
+            except Exception as error:
+                self._fail(flight, error)
+
+    def _finish(self, flight: Flight) -> None:
+        """A fault is reported before the end of its step, so that nothing is built on it."""
+        scores = None
+        try:
+            scores = self._wait(flight)
+        except Exception as error:
+            self._inbox.put(Fault(error))
+            self._fail(flight, error)
+        self._inbox.put(StepDone(step_id=flight.step_id))
+        if scores is not None:
+            self._answer(flight, scores)
+
+    def _wait(self, flight: Flight) -> np.ndarray | None:
+        """The scores on the host, once the step has ended; None if it makes none."""
+        for result in flight.results:
+            result.block_until_ready()
+        if flight.buffer is not None:
+            self._staging.give_back(flight.buffer)
+        return None if flight.scores is None else np.asarray(flight.scores)
+
+    def _answer(self, flight: Flight, scores: np.ndarray) -> None:
+        for row, part in flight.parts:
+            self._ledger.add(part, scores[row : row + part.samples])
+
+    def _fail(self, flight: Flight, fault: Exception) -> None:
+        fail_step(self._ledger, (part.request_id for _, part in flight.parts), fault)

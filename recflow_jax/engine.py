@@ -1,0 +1,236 @@
+"""The engine: samples in from any thread, scores out.
+
+A request is checked and let in on its caller's thread. The launcher thread batches and dispatches,
+the completion thread waits for the device and answers; see `launcher` and `completion`.
+"""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from recflow_jax.answer import Answer
+from recflow_jax.backend import Backend, choose_backend
+from recflow_jax.batch import InputError, JaggedBatch
+from recflow_jax.completion import Completion
+from recflow_jax.config import DLRMConfig
+from recflow_jax.errors import DeadlineExceeded, EngineError
+from recflow_jax.intake import Sparse, Terms, checked_batch, new_request
+from recflow_jax.launcher import Launcher
+from recflow_jax.ledger import Ledger
+from recflow_jax.messages import Close, Flight, Inbox, now_us
+from recflow_jax.model import Params
+from recflow_jax.options import EngineOptions
+from recflow_jax.pieces import PIECES_WAITING, predict_in_pieces
+from recflow_jax.profiles import IdleTimes, load_profile
+from recflow_jax.segments import Segments
+from recflow_jax.stats import EngineStats, Tally
+from scheduling.request import Request
+from scheduling.table import ProfileTable
+
+
+class Engine:
+    """Scores samples with incremental batching: no request waits for a batch to fill.
+
+    Compiles every size at start, and nothing after. `profile` is a profile table of this device
+    and model; with it, a request that an idle engine could not answer in time is rejected at once.
+    progress: show a bar while compiling (None: on a terminal, if it takes over two seconds).
+    Raises BackendError, ProfileTableError, and ValueError for parameters of another model.
+
+    Any thread may call. Answers equal `model.forward`'s up to rounding; the same samples in a batch
+    of the same composition and bucket give the same bits, other batches may round differently.
+    """
+
+    def __init__(
+        self,
+        config: DLRMConfig,
+        params: Params,
+        *,
+        options: EngineOptions | None = None,
+        profile: str | Path | ProfileTable | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        options = options or EngineOptions()
+        segments = Segments(config, params, choose_backend(options.backend), options)
+        table = None if profile is None else load_profile(profile, segments)
+        segments.compile_all(progress)
+        self._start(segments, table, profile)
+
+    @classmethod
+    def from_segments(
+        cls, segments: Segments, *, profile: str | Path | ProfileTable | None = None
+    ) -> Self:
+        """An engine on segments that are compiled already."""
+        engine = cls.__new__(cls)
+        table = None if profile is None else load_profile(profile, segments)
+        engine._start(segments, table, profile)
+        return engine
+
+    def _start(
+        self,
+        segments: Segments,
+        table: ProfileTable | None,
+        profile: str | Path | ProfileTable | None,
+    ) -> None:
+        self._segments = segments
+        self._idle_times = None if table is None else IdleTimes(table, segments)
+        self._profile = None if table is None else _profile_name(table, profile)
+        self._request_ids = itertools.count()
+        self._tally = Tally(self.options.latency_window)
+        inbox, flights = Inbox(), SimpleQueue[Flight | None]()
+        self._ledger = Ledger(
+            max_samples=self.options.max_queued_samples,
+            outputs=self.config.outputs,
+            inbox=inbox,
+            tally=self._tally,
+        )
+        shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger}
+        self._threads = [
+            _started("launcher", Launcher(segments, tally=self._tally, **shared).run),
+            _started("completion", Completion(segments.staging, **shared).run),
+        ]
+        # An engine that is forgotten, or still open when Python ends, takes its threads with it.
+        self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
+
+    @property
+    def config(self) -> DLRMConfig:
+        """The model."""
+        return self._segments.config
+
+    @property
+    def options(self) -> EngineOptions:
+        """What the engine was told."""
+        return self._segments.options
+
+    @property
+    def backend(self) -> Backend:
+        """Which kernels run, and why."""
+        return self._segments.backend
+
+    def submit(
+        self,
+        dense: Any,
+        sparse: Sparse | None = None,
+        *,
+        deadline_ms: float | None = None,
+        priority: int = 0,
+    ) -> Answer:
+        """Queues samples; never waits. Takes a JaggedBatch, or what JaggedBatch.from_features does.
+
+        The samples are copied: the caller's arrays are free at once. Lower priorities run first.
+        Raises InputError, QueueFull, EngineClosed, and DeadlineExceeded if `deadline_ms` from now
+        is known to be too soon. The answer raises DeadlineExceeded if the deadline passes before
+        the launch, or before the answer is there: an answer is never late.
+        """
+        terms = Terms.of(now_us(), deadline_ms, priority)
+        batch = self._checked(dense, sparse, most=self.options.max_queued_samples, copy=True)
+        return self._enter(batch, terms)
+
+    def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
+        """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.
+
+        The caller's arrays must not change meanwhile. Raises InputError, QueueFull if others fill
+        the queue, EngineClosed, StepFailed, and EngineError in a callback of an answer.
+        """
+        if threading.current_thread() in self._threads:
+            raise EngineError("predict would wait for its own thread: use submit in callbacks")
+        batch = self._checked(dense, sparse)
+        most = self.options.max_queued_samples
+        if batch.samples <= most:
+            return self._enter_now(batch).result()
+        size = max(most // PIECES_WAITING, 1)
+        return predict_in_pieces(batch, size, self.config.outputs, self._enter_now)
+
+    def stats(self) -> EngineStats:
+        """What was accepted, answered, rejected, launched so far, and how long answers took."""
+        return self._tally.stats(
+            queued_samples=self._ledger.samples,
+            backend=self.backend.name,
+            backend_reason=self.backend.reason,
+            profile=self._profile,
+        )
+
+    def close(self, drain: bool = True) -> None:
+        """Accepts nothing more; waits until the threads have ended. May be called again.
+
+        drain: first answer all that was accepted; else what is not answered raises EngineClosed.
+        In a callback of an answer it does not wait.
+        """
+        _close(self._ledger, self._threads, drain=drain)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked(
+        self, dense: Any, sparse: Sparse | None, *, most: int | None = None, copy: bool = False
+    ) -> JaggedBatch:
+        try:
+            max_ids = self._segments.max_ids_per_sample
+            batch = checked_batch(self.config, dense, sparse, max_ids=max_ids, copy=copy)
+            if most is not None and batch.samples > most:
+                raise InputError(
+                    f"{batch.samples} samples are more than the queue ever holds, {most}; "
+                    "predict takes any number"
+                )
+            return batch
+        except InputError:
+            self._tally.rejected("input")
+            raise
+
+    def _enter_now(self, batch: JaggedBatch) -> Answer:
+        return self._enter(batch, Terms(arrived_us=now_us()))
+
+    def _enter(self, batch: JaggedBatch, terms: Terms) -> Answer:
+        if not batch.samples:
+            return self._empty_answer()
+        submitted = new_request(next(self._request_ids), batch, terms)
+        if terms.deadline_us is not None:
+            self._check_deadline(submitted.request, terms.deadline_us)
+        return self._ledger.accept(submitted)
+
+    def _empty_answer(self) -> Answer:
+        answer = Answer()
+        answer.set_result(np.zeros((0, self.config.outputs), np.float32))
+        return answer
+
+    def _check_deadline(self, request: Request, deadline_us: int) -> None:
+        times = self._idle_times
+        needed_us = times.least_us(request.samples, request.ids) if times else 0
+        left_us = deadline_us - now_us()
+        if left_us <= needed_us:
+            self._tally.rejected("deadline")
+            raise DeadlineExceeded(
+                f"{left_us / 1000:.3f} ms are left to the deadline, the request takes "
+                f"{needed_us / 1000:.3f} ms at least"
+            )
+
+
+def _started(name: str, run: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=run, name=f"recflow-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _close(ledger: Ledger, threads: list[threading.Thread], *, drain: bool) -> None:
+    ledger.shut(Close(drain))
+    if threading.current_thread() not in threads:
+        for thread in threads:
+            thread.join()
+
+
+def _profile_name(table: ProfileTable, profile: Any) -> str:
+    return f"{table.model} on {table.device}" if profile is table else str(profile)

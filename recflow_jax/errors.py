@@ -1,0 +1,21 @@
+"""What can go wrong with a request, beside samples that the model cannot take (InputError)."""
+
+
+class EngineError(RuntimeError):
+    """A request that gets no answer; the subclass says why."""
+
+
+class QueueFull(EngineError):
+    """The request was not accepted: too many samples wait. Later there may be room."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request was not, or could not be, answered before its deadline."""
+
+
+class EngineClosed(EngineError):
+    """The engine takes no more requests, or was closed before it came to this one."""
+
+
+class StepFailed(EngineError):
+    """A launch raised or the device failed; `__cause__` is what it said. The engine goes on."""

@@ -1,0 +1,211 @@
+"""The thread that owns the pipeline: mail in, launches out. It never waits for the device."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.errors import EngineClosed, StepFailed
+from recflow_jax.ledger import Ledger
+from recflow_jax.messages import (
+    Close,
+    Dropped,
+    Fault,
+    Flight,
+    Inbox,
+    Message,
+    Submitted,
+    now_us,
+)
+from recflow_jax.segments import BatchState, Segments
+from recflow_jax.stats import Tally
+from scheduling.pipeline import (
+    Action,
+    Arrive,
+    Cancel,
+    Event,
+    Expire,
+    Pipeline,
+    PipelineConfig,
+    StepDone,
+)
+from scheduling.request import Part, Segment, Slice, Step
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch whose last segment is not launched yet: where it is on the device, who is in it."""
+
+    state: BatchState | None = None
+    x: Any = None
+    request_ids: set[int] = field(default_factory=set)
+    fault: Exception | None = None
+
+
+class Launcher:
+    """Turns the pipeline's steps into dispatches. All but the constructor runs on one thread.
+
+    A launch that raises fails the requests of its batch. A fault on the device fails those of every
+    batch that is not launched to its end, as its state may be lost; later batches get new states.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        *,
+        inbox: Inbox,
+        flights: SimpleQueue[Flight | None],
+        ledger: Ledger,
+        tally: Tally,
+    ) -> None:
+        self._segments = segments
+        self._pipeline = Pipeline(pipeline_config(segments))
+        self._inbox = inbox
+        self._flights = flights
+        self._ledger = ledger
+        self._tally = tally
+        self._waiting: dict[int, JaggedBatch] = {}
+        self._batches: dict[int, _Batch] = {}
+        self._free_states: list[BatchState] = []
+        self._close: Close | None = None
+
+    def run(self) -> None:
+        """Until it is told to close; never ends with a request left open."""
+        try:
+            while not self._is_done():
+                messages = self._inbox.wait(self._patience_s())
+                actions = self._pipeline.step(now_us(), [*self._events(messages)])
+                self._act(actions)
+            self._give_up("the engine was closed before it came to the request")
+        except BaseException as error:
+            self._give_up(f"the engine stopped: {error!r}", error)
+        finally:
+            self._flights.put(None)
+
+    def _is_done(self) -> bool:
+        return self._close is not None and (not self._close.drain or self._pipeline.idle)
+
+    def _patience_s(self) -> float | None:
+        deadline_us = self._pipeline.next_deadline_us
+        return None if deadline_us is None else (deadline_us - now_us()) / 1e6
+
+    def _give_up(self, message: str, cause: BaseException | None = None) -> None:
+        self._ledger.shut()
+        self._ledger.fail_all(EngineClosed, message, cause)
+
+    def _events(self, messages: Iterable[Message]) -> Iterator[Event]:
+        for message in messages:
+            match message:
+                case Submitted(request=request, samples=samples):
+                    self._waiting[request.id] = samples
+                    yield Arrive(request=request)
+                case Dropped(request_id=request_id):
+                    self._waiting.pop(request_id, None)
+                    yield Cancel(request_id=request_id)
+                case StepDone():
+                    yield message
+                case Fault(error=error):
+                    self._lose_states(error)
+                case Close():
+                    self._close = message
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Expire):
+                self._ledger.expire(action.request_id)
+            else:
+                self._flights.put(self._launch(action.step))
+
+    def _launch(self, step: Step) -> Flight:
+        """The older batch's segment first, then the younger one's slice."""
+        flight = Flight(step_id=step.id, results=[])
+        if step.segment is not None:
+            self._launch_segment(step.segment, flight)
+        if step.slice is not None:
+            self._launch_slice(step.slice, flight)
+        self._tally.launched_step()
+        return flight
+
+    def _launch_slice(self, piece: Slice, flight: Flight) -> None:
+        batch = self._batches.setdefault(piece.batch_id, _Batch())
+        batch.request_ids.update(part.request_id for part in piece.parts)
+        samples = [self._samples_of(part) for part in piece.parts]
+        try:
+            if batch.fault is None:
+                self._embed(piece, samples, batch, flight)
+        except Exception as error:
+            batch.fault = error
+        self._tally.launched_slice(piece)
+
+    def _launch_segment(self, segment: Segment, flight: Flight) -> None:
+        batch = self._batches[segment.batch_id]
+        try:
+            if batch.fault is None:
+                self._advance(segment, batch, flight)
+        except Exception as error:
+            batch.fault = error
+        self._end_if_faulty(batch)
+        if segment.last:
+            del self._batches[segment.batch_id]
+        self._tally.launched_segment(segment)
+
+    def _embed(
+        self, piece: Slice, samples: list[JaggedBatch], batch: _Batch, flight: Flight
+    ) -> None:
+        state = batch.state or self._take_state()
+        flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, samples)
+        batch.state = self._segments.embed(state, flight.buffer)
+        flight.results.append(batch.state.landed)
+
+    def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
+        if batch.state is not None:
+            batch.x = self._segments.start(batch.state, segment.bucket)
+            self._free_states.append(batch.state)
+            batch.state = None
+        else:
+            batch.x = self._segments.run(segment.index, segment.bucket, batch.x)
+        flight.results.append(batch.x)
+        if segment.last:
+            flight.scores, flight.parts = batch.x, segment.parts
+
+    def _take_state(self) -> BatchState:
+        """Two are in use at most: a later batch's slices run behind the segment that read it."""
+        return self._free_states.pop() if self._free_states else self._segments.new_state()
+
+    def _samples_of(self, part: Part) -> JaggedBatch:
+        """The part's samples; with the request's last part they are let go."""
+        samples = self._waiting[part.request_id]
+        if part.stop == samples.samples:
+            del self._waiting[part.request_id]
+        is_whole = part.samples == samples.samples
+        return samples if is_whole else samples.part(part.start, part.stop)
+
+    def _lose_states(self, fault: Exception) -> None:
+        self._free_states.clear()
+        for batch in self._batches.values():
+            batch.fault = fault
+
+    def _end_if_faulty(self, batch: _Batch) -> None:
+        """With its next segment, which no batch is without, and with each later one."""
+        if batch.fault is not None:
+            batch.state = batch.x = None
+            fail_step(self._ledger, batch.request_ids, batch.fault)
+            batch.request_ids.clear()
+
+
+def fail_step(ledger: Ledger, request_ids: Iterable[int], fault: Exception) -> None:
+    """Ends the requests of a batch of which a step raised `fault`."""
+    for request_id in request_ids:
+        message = f"a step of the request's batch failed: {type(fault).__name__}: {fault}"
+        ledger.fail(request_id, StepFailed, message, fault)
+
+
+def pipeline_config(segments: Segments) -> PipelineConfig:
+    """The pipeline of these segments' sizes."""
+    return PipelineConfig(
+        batch_buckets=segments.batch_buckets,
+        slice_buckets=segments.slice_buckets,
+        segments=segments.count,
+        max_steps_in_flight=segments.options.max_steps_in_flight,
+    )

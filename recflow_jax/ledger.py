@@ -1,0 +1,165 @@
+"""Every accepted request until its one end: answered, cancelled, expired or failed."""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from recflow_jax.answer import Answer
+from recflow_jax.errors import DeadlineExceeded, EngineClosed, EngineError, QueueFull
+from recflow_jax.messages import Close, Dropped, Inbox, Submitted, now_us
+from recflow_jax.stats import Tally
+from scheduling.admission import Admission
+from scheduling.request import Part, Request
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that has had no end yet, and its scores as far as they have come."""
+
+    request: Request
+    answer: Answer
+    scores: np.ndarray
+    missing: int
+
+    def add(self, part: Part, scores: np.ndarray) -> bool:
+        """Takes a part's scores; whether that was the last part."""
+        self.scores[part.start : part.stop] = scores
+        self.missing -= part.samples
+        return self.missing == 0
+
+    def late_us(self, now: int) -> int:
+        """How long its deadline has passed."""
+        deadline_us = self.request.deadline_us
+        return 0 if deadline_us is None else max(now - deadline_us, 0)
+
+
+class Ledger:
+    """The requests of an engine that wait for their answers; any thread may call.
+
+    Whoever takes a request out of the table ends it, and nobody else: so each ends exactly once,
+    and its samples leave the queue exactly once.
+    """
+
+    def __init__(self, *, max_samples: int, outputs: int, inbox: Inbox, tally: Tally) -> None:
+        self._admission = Admission(max_samples)
+        self._outputs = outputs
+        self._inbox = inbox
+        self._tally = tally
+        self._open: dict[int, _Open] = {}
+        self._door = threading.Lock()
+        self._shut = False
+
+    @property
+    def samples(self) -> int:
+        """Samples accepted and not yet answered."""
+        return self._admission.samples
+
+    def accept(self, submitted: Submitted) -> Answer:
+        """Lets a request in and tells the launcher. Raises EngineClosed, QueueFull."""
+        request = submitted.request
+        answer = Answer(partial(self._cancel, request.id))
+        scores = np.empty((request.samples, self._outputs), np.float32)
+        with self._door:
+            self._let_in(request.samples)
+            self._open[request.id] = _Open(request, answer, scores, request.samples)
+            self._inbox.put(submitted)
+        self._tally.accepted(request.samples)
+        return answer
+
+    def shut(self, close: Close | None = None) -> None:
+        """Accepts nothing more; `close` is the first message behind all that was accepted."""
+        with self._door:
+            self._shut = True
+            if close is not None:
+                self._inbox.put(close)
+
+    def add(self, part: Part, scores: np.ndarray) -> None:
+        """Takes the scores of a part, and answers the request if it was the last one."""
+        entry = self._open.get(part.request_id)
+        if entry is not None and entry.add(part, scores):
+            self._finish(part.request_id)
+
+    def expire(self, request_id: int) -> None:
+        """The deadline came before the launch."""
+        message = "the deadline passed before the request was launched"
+        self.fail(request_id, DeadlineExceeded, message)
+
+    def fail(
+        self,
+        request_id: int,
+        kind: type[EngineError],
+        message: str,
+        cause: BaseException | None = None,
+    ) -> None:
+        """Ends a request with an error, unless it has ended already."""
+        entry = self._take_out(request_id)
+        if entry is None:
+            return
+        self._inbox.put(Dropped(request_id))
+        if not entry.answer.set_running_or_notify_cancel():
+            return self._tally.cancelled()
+        error = kind(message)
+        error.__cause__ = cause
+        self._count(error)
+        _settle(entry.answer.set_exception, error)
+
+    def fail_all(
+        self, kind: type[EngineError], message: str, cause: BaseException | None = None
+    ) -> None:
+        """Ends every request that is open."""
+        for request_id in list(self._open):
+            self.fail(request_id, kind, message, cause)
+
+    def _count(self, error: EngineError) -> None:
+        if isinstance(error, DeadlineExceeded):
+            self._tally.rejected("deadline")
+        else:
+            self._tally.failed()
+
+    def _let_in(self, samples: int) -> None:
+        if self._shut:
+            self._tally.rejected("closed")
+            raise EngineClosed("the engine is closed")
+        if not self._admission.try_enter(samples):
+            self._tally.rejected("queue_full")
+            waiting, most = self._admission.samples, self._admission.max_samples
+            raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
+
+    def _finish(self, request_id: int) -> None:
+        entry = self._take_out(request_id)
+        if entry is None:
+            return
+        now, request = now_us(), entry.request
+        if not entry.answer.set_running_or_notify_cancel():
+            self._tally.cancelled()
+        elif late_us := entry.late_us(now):
+            self._tally.rejected("deadline")
+            message = f"the answer came {late_us / 1000:.3f} ms after the deadline"
+            _settle(entry.answer.set_exception, DeadlineExceeded(message))
+        else:
+            self._tally.answered(request.samples, now - request.arrived_us)
+            _settle(entry.answer.set_result, entry.scores)
+
+    def _cancel(self, request_id: int) -> None:
+        entry = self._take_out(request_id)
+        if entry is not None:
+            self._inbox.put(Dropped(request_id))
+            self._tally.cancelled()
+            entry.answer.set_running_or_notify_cancel()
+
+    def _take_out(self, request_id: int) -> _Open | None:
+        entry = self._open.pop(request_id, None)
+        if entry is not None:
+            self._admission.leave(entry.request.samples)
+        return entry
+
+
+def _settle(settle: Callable[[Any], None], outcome: Any) -> None:
+    """A caller's callback may raise even SystemExit: that must not end the engine's thread."""
+    with suppress(BaseException):
+        settle(outcome)

@@ -1,0 +1,198 @@
+"""Open-loop load: requests arrive when they are due, whether or not earlier ones are answered.
+
+Latency counts from the moment a request was due, so that a server that falls behind, or that
+holds up whoever sends, cannot hide it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from recflow_jax.batch import JaggedBatch
+
+Submit = Callable[[JaggedBatch], "Future[Any]"]
+WARM_UP_SHARE = 0.1
+
+
+class LoadError(RuntimeError):
+    """A server that did not answer what it was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadResult:
+    """What was offered, what came back. Latencies in milliseconds, from due time to answer."""
+
+    offered_per_s: float
+    answered_per_s: float
+    samples_per_s: float
+    requests: int
+    failed: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+
+    @property
+    def kept_up(self) -> bool:
+        """Whether answers came about as fast as requests: if not, latency grows with the run."""
+        return self.answered_per_s >= 0.95 * self.offered_per_s
+
+
+def poisson_arrivals_s(per_s: float, count: int, *, seed: int) -> Float[np.ndarray, " count"]:
+    """Times of `count` Poisson arrivals at `per_s` per second, from 0."""
+    if per_s <= 0:
+        raise ValueError(f"load: {per_s} requests per second is not above 0")
+    gaps = np.random.default_rng(seed).exponential(1 / per_s, count)
+    return np.cumsum(gaps) - gaps[0] if count else gaps
+
+
+class _Answers:
+    """When each request was answered; written by whichever thread answers."""
+
+    def __init__(self, count: int):
+        self.times_s = np.full(count, np.nan)
+        self.failed = 0
+        self._left = count
+        self._lock = threading.Lock()
+        self._all_answered = threading.Event()
+
+    def record(self, index: int, future: "Future[Any]") -> None:
+        now = time.perf_counter()
+        failed = future.cancelled() or future.exception() is not None
+        with self._lock:
+            if failed:
+                self.failed += 1
+            else:
+                self.times_s[index] = now
+            self._left -= 1
+            if not self._left:
+                self._all_answered.set()
+
+    def wait(self, timeout_s: float) -> None:
+        if not self._all_answered.wait(timeout_s):
+            raise LoadError(f"{self._left} requests had no answer {timeout_s:g} s after the last")
+
+
+def run_open_loop(
+    submit: Submit,
+    requests: Sequence[JaggedBatch],
+    due_s: Float[np.ndarray, " arrivals"],
+    *,
+    timeout_s: float = 120,
+) -> LoadResult:
+    """Sends request i % len(requests) at due_s[i] seconds from now and waits for all answers.
+
+    A request that fails (rejected, too late) is counted; the latencies are of those answered, less
+    the first tenth of the run. Raises LoadError if an answer does not come within `timeout_s` of
+    the last request, or if nothing is answered.
+    """
+    answers = _Answers(len(due_s))
+    start = time.perf_counter()
+    for index, due in enumerate(due_s.tolist()):
+        ahead = start + due - time.perf_counter()
+        if ahead > 0:
+            time.sleep(ahead)
+        _send(submit, requests[index % len(requests)], index, answers)
+    answers.wait(timeout_s)
+    sizes = np.array([request.samples for request in requests])
+    return _result(answers, start + due_s, sizes[np.arange(len(due_s)) % len(sizes)])
+
+
+def _send(submit: Submit, request: JaggedBatch, index: int, answers: _Answers) -> None:
+    try:
+        future = submit(request)
+    except RuntimeError as error:  # rejected at the door
+        future = Future()
+        future.set_exception(error)
+    future.add_done_callback(lambda done: answers.record(index, done))
+
+
+def _result(answers: _Answers, due_s: np.ndarray, samples: np.ndarray) -> LoadResult:
+    count = len(due_s)
+    counted = np.arange(count) >= int(WARM_UP_SHARE * count)
+    answered = counted & np.isfinite(answers.times_s)
+    if not answered.any():
+        raise LoadError(f"none of {count} requests was answered")
+    latencies_ms = 1e3 * (answers.times_s - due_s)[answered]
+    p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99]).tolist()
+    start_s = due_s[counted][0]
+    span_s = max(answers.times_s[answered].max() - start_s, 1e-9)
+    return LoadResult(
+        offered_per_s=float(counted.sum() / max(due_s[-1] - start_s, 1e-9)),
+        answered_per_s=float(answered.sum() / span_s),
+        samples_per_s=float(samples[answered].sum() / span_s),
+        requests=count,
+        failed=answers.failed,
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        max_ms=float(latencies_ms.max()),
+    )
+
+
+def saturation_samples_per_s(
+    submit: Submit,
+    requests: Sequence[JaggedBatch],
+    *,
+    in_flight_samples: int,
+    seconds: float,
+) -> float:
+    """Samples answered per second while `in_flight_samples` of them are always inside.
+
+    The first fifth of the time warms up and is not counted.
+    """
+    inside = _Inside(in_flight_samples)
+    start = time.perf_counter()
+    counted_from, index, before = start + seconds / 5, 0, None
+    while (now := time.perf_counter()) < start + seconds:
+        if before is None and now >= counted_from:
+            before = (now, inside.answered)
+        request = requests[index % len(requests)]
+        inside.enter(request.samples)
+        submit(request).add_done_callback(lambda done, n=request.samples: inside.leave(n, done))
+        index += 1
+    answered, stop = inside.answered, time.perf_counter()
+    inside.wait_until_empty()
+    counted_from, answered_before = before or (start, 0)
+    return (answered - answered_before) / (stop - counted_from)
+
+
+class _Inside:
+    """Samples sent and not yet answered, never more than `limit` (one request always may)."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.answered = 0
+        self._samples = 0
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+
+    def enter(self, samples: int) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or not self._samples or self._samples + samples <= self.limit
+            )
+            self._raise_failure()
+            self._samples += samples
+
+    def leave(self, samples: int, done: "Future[Any]") -> None:
+        with self._changed:
+            self._failure = self._failure or done.exception()
+            self._samples -= samples
+            self.answered += samples
+            self._changed.notify()
+
+    def wait_until_empty(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._samples)
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise LoadError(f"a request failed: {self._failure}") from self._failure

@@ -1,0 +1,252 @@
+"""The DLRM: its parameters, the reference forward that says what everything computes, and a
+flax.nnx module over the same parameters for training with optax.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import reference
+from recflow_jax.config import DLRMConfig
+from recflow_jax.layout import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DenseLayer:
+    """kernel [inputs, outputs], bias [outputs]."""
+
+    kernel: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class CrossLayer:
+    """Low-rank cross layer: x0 * ((x @ down) @ up + bias) + x; down [width, rank]."""
+
+    down: Any
+    up: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """All parameters: stacked table groups (see Layout) and the layers."""
+
+    groups: tuple[Any, ...]
+    bottom: tuple[DenseLayer, ...]
+    cross: tuple[CrossLayer, ...]
+    top: tuple[DenseLayer, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch:
+    """Packed samples. dense float32 [n, dense_width], rows int32 [ids], offsets int32
+    [n * slots + 1], weights float32 [ids] or None; ids behind the last offset are padding.
+    """
+
+    dense: Any
+    rows: Any
+    offsets: Any
+    weights: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """The two operations that back ends replace, signatures as in pallas_kernels.reference."""
+
+    pooled_gather: Callable[..., Any] = reference.pooled_gather
+    dense: Callable[..., Any] = reference.dense
+
+
+REFERENCE = Ops()
+
+
+def dense_shapes(config: DLRMConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(inputs, outputs) of each bottom and each top MLP layer."""
+    bottom = [config.dense_width, *config.bottom_mlp]
+    top = [config.interaction_width, *config.top_mlp]
+    return list(zip(bottom, bottom[1:], strict=False)), list(zip(top, top[1:], strict=False))
+
+
+def param_shapes(config: DLRMConfig) -> Params:
+    """The parameters as jax.ShapeDtypeStruct; layers are float32, tables of their own dtype."""
+
+    def layer(inputs: int, outputs: int) -> DenseLayer:
+        return DenseLayer(kernel=_f32(inputs, outputs), bias=_f32(outputs))
+
+    width, rank = config.interaction_width, config.cross_rank
+    bottom, top = dense_shapes(config)
+    cross = CrossLayer(down=_f32(width, rank), up=_f32(rank, width), bias=_f32(width))
+    return Params(
+        groups=tuple(
+            jax.ShapeDtypeStruct((g.rows, g.dim), jnp.dtype(g.dtype))
+            for g in Layout.of(config).groups
+        ),
+        bottom=tuple(layer(*shape) for shape in bottom),
+        cross=(cross,) * config.cross_layers,
+        top=tuple(layer(*shape) for shape in top),
+    )
+
+
+def _f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def with_layer_dtype(params: Params, dtype: Any) -> Params:
+    """The same parameters with kernels in `dtype`; biases stay float32, tables as they are."""
+
+    def cast(path: Any, leaf: Any) -> Any:
+        return leaf if path[-1].name == "bias" else leaf.astype(dtype)
+
+    layers = dataclasses.replace(params, groups=())
+    cast_layers = jax.tree_util.tree_map_with_path(cast, layers)
+    return dataclasses.replace(cast_layers, groups=params.groups)
+
+
+def forward(
+    params: Params,
+    batch: DeviceBatch,
+    *,
+    config: DLRMConfig,
+    layout: Layout,
+    precision: lax.Precision | None = None,
+    ops: Ops = REFERENCE,
+) -> Float[Array, "samples outputs"]:
+    """Scores (logits, float32) of `batch`, in config.compute_dtype: the meaning of the engine.
+
+    With compute_dtype float32, `precision=lax.Precision.HIGHEST` and the reference ops this is
+    what every back end's answers are held against.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+    params = with_layer_dtype(params, dtype)
+    pooled = pool(params.groups, batch, config=config, layout=layout, ops=ops)
+    dense = batch.dense.astype(dtype)
+    bottom = mlp(params.bottom, dense, config.activation, precision=precision, ops=ops)
+    x = interact(params.cross, bottom, pooled, config=config, precision=precision)
+    hidden = mlp(params.top[:-1], x, config.activation, precision=precision, ops=ops)
+    return scores(params.top[-1], hidden, precision)
+
+
+def pool(
+    groups: tuple[Any, ...],
+    batch: DeviceBatch,
+    *,
+    config: DLRMConfig,
+    layout: Layout,
+    ops: Ops = REFERENCE,
+) -> Float[Array, "samples pooled"]:
+    """The concatenated pooled rows of all sparse features, in config.compute_dtype."""
+    dtype = jnp.dtype(config.compute_dtype)
+    if not layout.slots:
+        return jnp.zeros((len(batch.dense), 0), dtype)
+    return ops.pooled_gather(
+        groups, batch.rows, batch.offsets, batch.weights, slots=layout.slots, out_dtype=dtype
+    )
+
+
+def mlp(
+    layers: tuple[DenseLayer, ...],
+    x: Float[Array, "samples inputs"],
+    activation: str,
+    *,
+    precision: lax.Precision | None = None,
+    ops: Ops = REFERENCE,
+) -> Float[Array, "samples outputs"]:
+    """Dense layers, each followed by the activation."""
+    for layer in layers:
+        x = ops.dense(x, layer.kernel, layer.bias, activation=activation, precision=precision)
+    return x
+
+
+def scores(
+    layer: DenseLayer,
+    x: Float[Array, "samples inputs"],
+    precision: lax.Precision | None = None,
+) -> Float[Array, "samples outputs"]:
+    """The last layer: float32 logits, whatever the dtype that feeds it."""
+    product = jnp.dot(x, layer.kernel, precision=precision, preferred_element_type=jnp.float32)
+    return product + layer.bias
+
+
+def interact(
+    cross: tuple[CrossLayer, ...],
+    bottom: Float[Array, "samples bottom"],
+    pooled: Float[Array, "samples pooled"],
+    *,
+    config: DLRMConfig,
+    precision: lax.Precision | None = None,
+) -> Float[Array, "samples width"]:
+    """The interaction of config: `concat`, `dot` or `dcn` (see DLRMConfig)."""
+    if config.interaction == "dot":
+        return _dot(bottom, pooled, config, precision)
+    x0 = jnp.concatenate([bottom, pooled], axis=1)
+    x = x0
+    for layer in cross:
+        x = _cross(layer, x0, x, precision)
+    return x
+
+
+def _dot(bottom: Array, pooled: Array, config: DLRMConfig, precision: Any) -> Array:
+    vectors = jnp.concatenate([bottom, pooled], axis=1) if config.dense_width else pooled
+    vectors = vectors.reshape(len(vectors), config.dot_vectors, -1)
+    products = jnp.einsum(
+        "nid,njd->nij", vectors, vectors, precision=precision, preferred_element_type=jnp.float32
+    )
+    upper = jnp.triu_indices(config.dot_vectors, k=1)
+    return jnp.concatenate([bottom, products[:, *upper].astype(bottom.dtype)], axis=1)
+
+
+def _cross(layer: CrossLayer, x0: Array, x: Array, precision: Any) -> Array:
+    low = jnp.dot(x, layer.down, precision=precision, preferred_element_type=jnp.float32)
+    high = jnp.dot(
+        low.astype(x.dtype), layer.up, precision=precision, preferred_element_type=jnp.float32
+    )
+    return (x0 * (high + layer.bias) + x).astype(x.dtype)
+
+
+class DLRM(nnx.Module):
+    """The model as a flax.nnx module for training: `model(batch)` gives logits.
+
+    `to_params()` gives the parameters that checkpoints and the engine take.
+    """
+
+    def __init__(self, config: DLRMConfig, params: Params):
+        self.config = config
+        self.layout = Layout.of(config)
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+
+    def __call__(self, batch: DeviceBatch) -> Float[Array, "samples outputs"]:
+        return forward(self.to_params(), batch, config=self.config, layout=self.layout)
+
+    def to_params(self) -> Params:
+        """The current values, without the nnx boxes."""
+        return jax.tree.map(
+            lambda p: p[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
+        )
+
+
+def device_batch_shapes(
+    layout: Layout, config: DLRMConfig, *, samples: int, ids: int
+) -> DeviceBatch:
+    """A DeviceBatch of shapes: what a bucket of `samples` and `ids` is compiled for."""
+    return DeviceBatch(
+        dense=_f32(samples, config.dense_width),
+        rows=_i32(ids),
+        offsets=_i32(samples * len(layout.slots) + 1),
+        weights=_f32(ids) if config.weighted else None,
+    )
+
+
+def _i32(*shape: int) -> Int32[Array, "..."] | jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

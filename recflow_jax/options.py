@@ -1,0 +1,99 @@
+"""What an engine is told: the sizes it is compiled for, the limits of its queue, its back end."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import NormalDist
+
+from recflow_jax.config import BagConfig, DLRMConfig
+from scheduling.buckets import ladder
+from scheduling.request import SliceBucket
+
+JAGGED_HEADROOM = 1.25
+IDS_STEP = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Sizes and limits of an engine. Raises ValueError that names the field.
+
+    max_batch, smallest_batch, batch_factor: the ladder of batch sizes that run through the MLPs;
+        a batch is padded to the next one.
+    max_slice, smallest_slice, slice_factor: the same for slices, the embedding work of one step
+        (max_slice is cut to max_batch).
+    ids_per_sample: sparse ids that a slice has room for, per sample. None: what the config's bags
+        are expected to hold, with a quarter more where they are jagged.
+    max_ids_per_sample: a sample with more is an InputError. None: what the largest slice holds.
+    segments: executables that a batch goes through (at most one per top layer, and one).
+    max_queued_samples: samples accepted and not yet answered, beyond which QueueFull is raised.
+    max_steps_in_flight: how far launches run ahead of the device.
+    backend: "auto", "xla" or "mosaic".
+    compilation_cache: where compiled executables are kept between processes; "auto" is
+        recflow-jax/xla in the user's cache folder, None keeps none. A cache folder that JAX is
+        already told to use is left as it is.
+    latency_window: answers that the percentiles of `stats()` look back on.
+    """
+
+    max_batch: int = 8192
+    smallest_batch: int = 8
+    batch_factor: float = 2
+    max_slice: int = 2048
+    smallest_slice: int = 8
+    slice_factor: float = 2
+    ids_per_sample: float | None = None
+    max_ids_per_sample: int | None = None
+    segments: int = 3
+    max_queued_samples: int = 65536
+    max_steps_in_flight: int = 3
+    backend: str = "auto"
+    compilation_cache: str | Path | None = "auto"
+    latency_window: int = 8192
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (type(value) is int and value >= 1):
+                raise ValueError(f"options: {field.name} is {value!r}, not a whole number above 0")
+        for name in ("batch_factor", "slice_factor"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"options: {name} is {getattr(self, name)!r}, not above 1")
+        for name in ("ids_per_sample", "max_ids_per_sample"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"options: {name} is {value!r}, not above 0")
+
+    @property
+    def batch_buckets(self) -> tuple[int, ...]:
+        """Batch sizes, ascending."""
+        return ladder(self.max_batch, min(self.smallest_batch, self.max_batch), self.batch_factor)
+
+    def slice_buckets(self, config: DLRMConfig) -> tuple[SliceBucket, ...]:
+        """Slice sizes, ascending in samples and ids; the last holds `max_ids_per_sample`."""
+        largest = min(self.max_slice, self.max_batch)
+        sizes = ladder(largest, min(self.smallest_slice, largest), self.slice_factor)
+        per_sample = self.ids_per_sample or _expected_ids(config)
+        ids = [_round_up(size * per_sample) for size in sizes]
+        ids[-1] = max(ids[-1], _round_up(self.max_ids_per_sample or 0))
+        return tuple(SliceBucket(samples=s, ids=i) for s, i in zip(sizes, ids, strict=True))
+
+
+def _round_up(ids: float) -> int:
+    """Whole steps of ids, so that a buffer's next field is aligned."""
+    return max(math.ceil(ids / IDS_STEP), 1) * IDS_STEP
+
+
+def _expected_ids(config: DLRMConfig) -> float:
+    bags = [feature.bag for feature in config.features]
+    jagged = any(bag.kind != "fixed" or bag.coverage < 1 for bag in bags)
+    return sum(map(_expected_length, bags)) * (JAGGED_HEADROOM if jagged else 1)
+
+
+def _expected_length(bag: BagConfig) -> float:
+    """Mean ids of a bag: of the truncated normal where it is one."""
+    if bag.kind in ("fixed", "gamma_poisson") or bag.sd == 0:
+        return bag.coverage * bag.mean
+    low = -bag.mean / bag.sd
+    high = (bag.max - bag.mean) / bag.sd if bag.kind == "normal" else math.inf
+    unit = NormalDist()
+    inside = unit.cdf(high) - unit.cdf(low)
+    return bag.coverage * (bag.mean + bag.sd * (unit.pdf(low) - unit.pdf(high)) / inside)

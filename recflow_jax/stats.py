@@ -1,0 +1,126 @@
+"""What an engine has done so far, counted as it happens."""
+
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from scheduling.request import Segment, Slice
+
+PERCENTILES = (50, 95, 99)
+COUNTED = (
+    "requests_accepted",
+    "samples_accepted",
+    "requests_answered",
+    "samples_answered",
+    "cancelled",
+    "failed",
+    "batches",
+    "slices",
+    "steps",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started; `rejected` by reason, in requests.
+
+    Reasons: `input`, `queue_full` and `closed` (raised by submit), `deadline` (could not be
+    answered in time, or was answered too late). Batch and slice sizes are samples on average.
+    `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
+    padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
+    and nan before the first.
+    """
+
+    requests_accepted: int
+    samples_accepted: int
+    requests_answered: int
+    samples_answered: int
+    rejected: dict[str, int]
+    cancelled: int
+    failed: int
+    queued_samples: int
+    batches: int
+    slices: int
+    steps: int
+    mean_batch: float
+    mean_slice: float
+    sample_padding: float
+    id_padding: float
+    latency_p50_ms: float
+    latency_p95_ms: float
+    latency_p99_ms: float
+    backend: str
+    backend_reason: str
+    profile: str | None
+
+
+class Tally:
+    """The counters behind EngineStats; any thread may add to them."""
+
+    def __init__(self, latency_window: int) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._latencies_us: deque[int] = deque(maxlen=latency_window)
+
+    def accepted(self, samples: int) -> None:
+        self._add(requests_accepted=1, samples_accepted=samples)
+
+    def answered(self, samples: int, latency_us: int) -> None:
+        self._add(requests_answered=1, samples_answered=samples)
+        self._latencies_us.append(latency_us)
+
+    def rejected(self, reason: str) -> None:
+        with self._lock:
+            self._rejected[reason] += 1
+
+    def cancelled(self) -> None:
+        self._add(cancelled=1)
+
+    def failed(self) -> None:
+        self._add(failed=1)
+
+    def launched_slice(self, piece: Slice) -> None:
+        self._add(slices=1, slice_samples=piece.samples, ids=piece.ids, id_room=piece.bucket.ids)
+
+    def launched_segment(self, segment: Segment) -> None:
+        if segment.last:
+            self._add(batches=1, batch_samples=segment.samples, batch_room=segment.bucket)
+
+    def launched_step(self) -> None:
+        self._add(steps=1)
+
+    def _add(self, **counts: int) -> None:
+        with self._lock:
+            for name, count in counts.items():
+                self._counts[name] += count
+
+    def stats(
+        self, *, queued_samples: int, backend: str, backend_reason: str, profile: str | None
+    ) -> EngineStats:
+        """All counters at one moment."""
+        with self._lock:
+            n, rejected = Counter(self._counts), dict(self._rejected)
+            latencies_ms = np.array(self._latencies_us) / 1000
+        p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
+        return EngineStats(
+            **{name: n[name] for name in COUNTED},
+            rejected=rejected,
+            queued_samples=queued_samples,
+            mean_batch=n["batch_samples"] / max(n["batches"], 1),
+            mean_slice=n["slice_samples"] / max(n["slices"], 1),
+            sample_padding=_padding(n["batch_samples"], n["batch_room"]),
+            id_padding=_padding(n["ids"], n["id_room"]),
+            latency_p50_ms=float(p50),
+            latency_p95_ms=float(p95),
+            latency_p99_ms=float(p99),
+            backend=backend,
+            backend_reason=backend_reason,
+            profile=profile,
+        )
+
+
+def _padding(used: int, room: int) -> float:
+    return 1 - used / room if room else 0.0

@@ -1,0 +1,140 @@
+"""Segments whose arithmetic can be done by hand, on a device that can be held, broken and watched.
+
+A sample's score is its dense feature + 10 * (the sum of its ids), doubled by every segment after
+the first: 2 * (dense + 10 * ids) with two segments.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from recflow_jax.backend import choose_backend
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.layout import Layout
+from recflow_jax.options import EngineOptions
+from recflow_jax.segments import BatchState, Segments
+from recflow_jax.staging import Staging
+
+CONFIG = DLRMConfig(
+    name="fake",
+    tables=(TableConfig(name="t", rows=1000, dim=4),),
+    features=(FeatureConfig(name="f", table="t", bag=BagConfig(mean=2)),),
+    dense_width=1,
+)
+OPTIONS = EngineOptions(
+    max_batch=8,
+    smallest_batch=2,
+    max_slice=4,
+    smallest_slice=1,
+    max_queued_samples=64,
+    max_ids_per_sample=600,
+    segments=2,
+)
+
+
+class DeviceBroke(RuntimeError):
+    pass
+
+
+class FakeArray:
+    """An array that is ready when the device lets it, or raises if what it is made of is lost."""
+
+    def __init__(self, device: "FakeSegments", values: np.ndarray, lost: bool = False) -> None:
+        self.device, self.values, self.lost = device, values, lost
+
+    def block_until_ready(self) -> None:
+        assert self.device.runs.wait(60)
+        if self.lost:
+            raise DeviceBroke("the card fell out")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.values
+
+
+class FakeSegments(Segments):
+    """`hold()` keeps every step from ending until `go_on()`; `break_next(what)` makes one dispatch
+    ("embed", "start", "run") raise; `lose_next(what)` makes one fail on the device, later.
+    """
+
+    def __init__(self, options: EngineOptions = OPTIONS) -> None:
+        self.config = CONFIG
+        self.options = options
+        self.backend = choose_backend("xla")
+        self.layout = Layout.of(CONFIG)
+        self.batch_buckets = options.batch_buckets
+        self.slice_buckets = options.slice_buckets(CONFIG)
+        self.staging = Staging(CONFIG, self.layout)
+        self.runs = threading.Event()
+        self.runs.set()
+        self.states_made = 0
+        self.batches_seen: list[list[float]] = []
+        self._break: set[str] = set()
+        self._lose: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        return self.options.segments
+
+    def hold(self) -> None:
+        self.runs.clear()
+
+    def go_on(self) -> None:
+        self.runs.set()
+
+    def break_next(self, what: str) -> None:
+        self._break.add(what)
+
+    def lose_next(self, what: str) -> None:
+        self._lose.add(what)
+
+    def new_state(self) -> BatchState:
+        self.states_made += 1
+        rows = np.zeros(self.batch_buckets[-1], np.float32)
+        return BatchState(pooled=FakeArray(self, rows), dense=None, landed=None)
+
+    def embed(self, state: BatchState, packed: np.ndarray) -> BatchState:
+        lost = state.pooled.lost or self._is_next("embed")
+        (bucket,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
+        fields = {n: packed[p] for n, p in self.staging.shape(bucket).places.items()}
+        sums = np.concatenate([[0], np.cumsum(fields["rows"])])[fields["offsets"]]
+        row, new = fields["first_row"][0], state.pooled.values.copy()
+        assert row + bucket.samples <= len(new)
+        new[row : row + bucket.samples] = fields["dense"].view(np.float32) + 10 * np.diff(sums)
+        pooled = FakeArray(self, new, lost)
+        state.pooled.values = state.pooled.lost = None  # donated
+        return BatchState(pooled=pooled, dense=None, landed=FakeArray(self, new[:0], lost))
+
+    def start(self, state: BatchState, bucket: int) -> Any:
+        lost = state.pooled.lost or self._is_next("start")
+        return FakeArray(self, state.pooled.values[:bucket, None].copy(), lost)
+
+    def run(self, index: int, bucket: int, x: Any) -> Any:
+        lost = x.lost or self._is_next("run")
+        assert x.values.shape == (bucket, 1)
+        self.batches_seen.append(x.values[:, 0].tolist())
+        return FakeArray(self, 2 * x.values, lost)
+
+    def _is_next(self, what: str) -> bool:
+        if what in self._break:
+            self._break.discard(what)
+            raise DeviceBroke(f"{what} broke")
+        is_lost = what in self._lose
+        self._lose.discard(what)
+        return is_lost
+
+
+def samples(*dense: float, ids: int = 1) -> JaggedBatch:
+    """One sample per value, each with a bag of `ids` times the id 1."""
+    n = len(dense)
+    return JaggedBatch(
+        dense=np.array(dense, np.float32).reshape(n, 1),
+        values=np.ones(n * ids, np.int32),
+        offsets=np.arange(n + 1, dtype=np.int64) * ids,
+    )
+
+
+def scores(*dense: float, ids: int = 1) -> list[list[float]]:
+    """What the fake makes of `samples` with the same arguments."""
+    return [[2 * (value + 10 * ids)] for value in dense]

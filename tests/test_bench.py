@@ -1,0 +1,268 @@
+"""`recflow bench`: checked answers, counted work, results as JSON, and clear errors."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import small_models as models
+from pallas_kernels import reference
+from recflow_jax.backend import Backend, choose_backend
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.bench import contenders
+from recflow_jax.bench.agreement import WrongAnswers, check_answers, reference_scores
+from recflow_jax.bench.ceilings import Ceilings, Floor, Work, work_of
+from recflow_jax.bench.contenders import Lineup
+from recflow_jax.bench.kernels import WrongKernel, bench_gather
+from recflow_jax.bench.offline import input_sets
+from recflow_jax.bench.online import OnlineOptions, request_pool
+from recflow_jax.commands.bench import bench, bench_kernel
+from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.layout import Layout
+from recflow_jax.model import Ops
+from recflow_jax.timing import TimingOptions
+
+FAST = TimingOptions(rounds=2, round_s=0.0005, limit_s=0.2)
+PAIR = DLRMConfig(
+    name="pair",
+    tables=(
+        TableConfig(name="a", rows=40, dim=8),
+        TableConfig(name="b", rows=30, dim=12, dtype="bfloat16"),
+    ),
+    features=(
+        FeatureConfig(name="a", table="a", bag=BagConfig(mean=2)),
+        FeatureConfig(name="b", table="b"),
+    ),
+    dense_width=3,
+    bottom_mlp=(4,),
+    top_mlp=(8, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of all modes, as its JSON file holds it."""
+    folder = tmp_path_factory.mktemp("bench")
+    returned = bench(
+        PAIR,
+        against=("jax", "jax-per-table"),
+        batches=(8, 4),
+        modes=("offline", "numpy", "online"),
+        ids="zipf(1.05)",
+        seed=3,
+        backend="xla",
+        online=OnlineOptions(loads=(0.3,), request_samples=2, seconds=0.2),
+        timing=FAST,
+        out=folder / "made" / "bench.json",
+        figure=folder / "bench.png",
+    )
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((folder / "made" / "bench.json").read_text())
+    assert stored == json.loads(json.dumps(returned))
+    return stored
+
+
+def test_the_report_says_what_it_holds_for(report: dict[str, Any]) -> None:
+    assert report["schema"] == 1
+    assert report["device"] == "cpu" and report["backend"]["name"] == "xla"
+    assert {"jax", "numpy", "recflow-jax"} <= set(report["versions"])
+    assert report["model"] == {
+        "name": "pair",
+        "fingerprint": PAIR.fingerprint,
+        "tables": 2,
+        "largest_table_rows": 40,
+        "rows": 70,
+        "table_dtypes": ["bfloat16", "float32"],
+        "compute_dtype": "float32",
+    }
+    assert (report["ids"], report["seed"], report["skipped"]) == ("zipf(1.05)", 3, {})
+    assert report["command"] and report["created"].startswith("20")
+
+
+def test_offline_has_times_errors_ratios_and_floors(report: dict[str, Any]) -> None:
+    assert [result["batch"] for result in report["offline"]] == [4, 8]
+    for result in report["offline"]:
+        times = {n: c["timing"]["median_us"] for n, c in result["contenders"].items()}
+        assert list(times) == ["recflow", "jax", "jax-per-table"]
+        assert result["ratios"]["jax"] == pytest.approx(times["jax"] / times["recflow"])
+        assert all(c["error"] <= 1e-4 for c in result["contenders"].values())
+        assert result["floor"]["us"] == max(result["floor"]["bytes_us"], result["floor"]["flop_us"])
+    assert report["ceilings"]["copy_bytes_per_s"] > 1e8
+
+
+def test_numpy_and_online_compare_with_plain_jax(report: dict[str, Any]) -> None:
+    assert [set(result["contenders"]) for result in report["numpy"]] == [{"recflow", "jax"}] * 2
+    online = report["online"]
+    assert set(online["saturation"]) == {"recflow", "jax"}
+    (point,) = online["points"]
+    assert point["qps"] == pytest.approx(0.3 * min(online["saturation"].values()))
+    for load in point["contenders"].values():
+        assert 0 < load["p50_ms"] <= load["p95_ms"] <= load["p99_ms"] and load["failed"] == 0
+
+
+def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2)
+    result = bench(
+        models.CONCAT, batches=(4,), modes=("numpy", "online"), online=online, timing=FAST
+    )
+    assert result["online"]["points"][0]["share"] is None
+    printed = capsys.readouterr().out
+    assert "p99 ms" in printed and "samples/s" in printed
+
+
+def test_bfloat16_agrees_within_its_tolerance() -> None:
+    result = bench(models.BF16, batches=(16,), timing=FAST)
+    errors = [c["error"] for c in result["offline"][0]["contenders"].values()]
+    assert 0 < max(errors) < 0.1
+
+
+@pytest.mark.parametrize("kernel", ["gather", "dense"])
+def test_kernels_alone(kernel: str, tmp_path: Path) -> None:
+    out, figure = tmp_path / "kernel.json", tmp_path / "kernel.png"
+    result = bench_kernel(PAIR, kernel, batches=(4,), timing=FAST, out=out, figure=figure)
+    assert json.loads(out.read_text())[kernel] == json.loads(json.dumps(result[kernel]))
+    assert figure.exists()
+    first = result[kernel][0]
+    if kernel == "gather":
+        assert first["row_bytes"] == 4 * (2 * 32 + 24)
+        rate = 1e6 * first["row_bytes"] / first["timings"]["xla"]["median_us"]
+        assert first["row_bytes_per_s"]["xla"] == pytest.approx(rate)
+    else:
+        assert (first["layer"], first["inputs"], first["outputs"]) == ("bottom.0", 3, 4)
+
+
+def test_a_wrong_gather_is_not_timed() -> None:
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        return 2 * reference.pooled_gather(*args, **kwargs)
+
+    broken = Backend(name="mosaic", reason="a test", ops=Ops(pooled_gather=doubled))
+    with pytest.raises(WrongKernel, match="mosaic is 1 of the largest value off"):
+        bench_gather(
+            PAIR, models.params_of(PAIR), broken, (4,), ids="uniform", seed=0, options=FAST
+        )
+
+
+def test_a_contender_with_wrong_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.PlainModel.forward
+
+    def wrong(*args: Any) -> Any:
+        return right(*args) + jnp.array([[0.0], [0.0], [1.0], [0.0]])
+
+    monkeypatch.setattr(contenders.PlainModel, "forward", wrong)
+    with pytest.raises(WrongAnswers, match=r"jax gives \[.*\] for sample 2"):
+        bench(PAIR, batches=(4,), timing=FAST)
+
+
+def test_scores_that_are_no_numbers_are_wrong() -> None:
+    scores = np.array([[1.0], [2.0], [4.0]], np.float32)
+    with pytest.raises(WrongAnswers, match="recflow gives .*nan.* for sample 1"):
+        check_answers(scores, {"recflow": scores * [[1], [np.nan], [1]]}, dtype="float32")
+
+
+def test_samples_behind_the_reference_are_held_against_the_first_contender() -> None:
+    first = np.array([[1.0], [2.0], [4.0]], np.float32)
+    other = first + [[0], [0], [1]]
+    with pytest.raises(WrongAnswers, match="other gives .* for sample 2"):
+        check_answers(first[:2], {"first": first, "other": other}, dtype="bfloat16")
+
+
+def test_the_reference_is_the_model() -> None:
+    config, params = models.BF16, models.params_of(models.BF16)
+    batch = input_sets(config, 5, ids="uniform", seed=1)[0]
+    exact = dataclasses.replace(config, compute_dtype="float32")
+    expected = models.reference_scores(exact, params, batch)
+    found = reference_scores(config, params, batch, samples=3)
+    np.testing.assert_allclose(found, expected[:3], rtol=1e-5, atol=1e-5)
+
+
+def test_work_counts_sectors_and_distinct_rows() -> None:
+    """Rows of 32 bytes are one sector; of 24 bytes one or two, by where they start."""
+    batch = JaggedBatch(
+        dense=np.zeros((2, 3), np.float32),
+        values=np.array([5, 5, 0, 5, 6, 1], np.int32),
+        offsets=np.array([0, 2, 3, 5, 6], np.int64),
+    )
+    work = work_of(PAIR, Layout.of(PAIR), batch)
+    assert work.row_bytes == 4 * 32 + (1 + 2) * 32
+    assert work.distinct_row_bytes == 2 * 32 + (1 + 2) * 32
+    assert work.input_bytes == 4 * (6 + 5) + 2 * 3 * 4
+    assert work.layer_bytes == 4 * (3 * 4 + 4 + (4 + 20) * 8 + 8 + 8 + 1)
+    assert work.output_bytes == 2 * 4
+    assert work.flop == 2 * 2 * (3 * 4 + 24 * 8 + 8)
+
+
+def test_the_floor_is_the_larger_of_bytes_and_flop() -> None:
+    ceilings = Ceilings(copy_bytes_per_s=1e9, matmul_flop_per_s=1e12, matmul_dtype="float32")
+    work = Work(
+        row_bytes=600,
+        distinct_row_bytes=100,
+        input_bytes=200,
+        layer_bytes=150,
+        output_bytes=50,
+        flop=3e6,
+    )
+    floor = Floor.of(work, ceilings)
+    assert (floor.bytes_us, floor.flop_us, floor.us) == pytest.approx((1.0, 3.0, 3.0))
+
+
+def test_input_sets_outgrow_caches() -> None:
+    few = input_sets(PAIR, 4, ids="uniform", seed=1)
+    assert len(few) == 32
+    assert len({batch.values.tobytes() for batch in few}) == 32
+
+
+def test_requests_have_mlperf_sizes_or_one() -> None:
+    sizes = {request.samples for request in request_pool(PAIR, ids="uniform", seed=0)}
+    assert sizes <= {100, 200, 300, 400, 500, 600, 700} and len(sizes) > 1
+    fixed = request_pool(PAIR, ids="uniform", seed=0, request_samples=3)
+    assert {request.samples for request in fixed} == {3}
+
+
+def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "torch_is_installed", lambda: False)
+    monkeypatch.setattr(contenders, "MOST_TABLES_APART", 1)
+    lineup = Lineup(
+        PAIR, models.params_of(PAIR), choose_backend("xla"), ("jax", "jax-per-table", "torch")
+    )
+    assert lineup.rivals == ("jax",)
+    assert lineup.skipped["torch"] == "torch is not installed"
+    assert "2 tables" in lineup.skipped["jax-per-table"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modes": ("sideways",)}, "mode 'sideways' is not one of offline, numpy, online"),
+        ({"against": ("abacus",)}, "rival 'abacus' is not one of jax, jax-per-table, torch"),
+        ({"batches": ()}, "batches are"),
+        ({"batches": (0, 4)}, "batches are"),
+        ({"modes": ("numpy",), "against": ("torch",)}, "mode 'numpy' compares with rival 'jax'"),
+        ({"ids": "normal"}, "ids 'normal'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench(PAIR, timing=FAST, **{"batches": (4,), **arguments})
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(ValueError, match="kernel 'softmax' is not one of gather, dense"):
+        bench_kernel(PAIR, "softmax", batches=(4,))
+
+
+@pytest.mark.parametrize("options", [{"loads": (0.5, 0.0)}, {"qps": (-1.0,)}, {"seconds": 0.0}])
+def test_bad_loads_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"online: {next(iter(options))}"):
+        OnlineOptions(**options)
+
+
+def test_the_command_line_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [os.path.join("bin", "recflow"), "bench", "--model", "pair"])
+    result = bench_kernel(PAIR, "gather", batches=(4,), timing=FAST)
+    assert result["command"] == "recflow bench --model pair"

@@ -1,0 +1,250 @@
+"""The console command: options reach the functions, errors are one line, exit codes hold."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
+
+import pytest
+
+from recflow_jax import cli
+from recflow_jax.commands import console, info
+
+COMMANDS = ("demo", "train", "profile", "bench", "info")
+
+TINY = """
+name = "tiny"
+dense_width = 2
+top_mlp = [4, 1]
+
+[[tables]]
+name = "items"
+rows = 100
+dim = 4
+
+[[features]]
+name = "items"
+table = "items"
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A model file."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that an error may take."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("recflow: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("recflow: error: ").strip()
+
+
+def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    """The exit code of a command that raises `error`."""
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(info, "info", fail)
+    return cli.run(["info"])
+
+
+def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> Any:
+    """How `command` calls the function of that name, which must take such a call."""
+    module = importlib.import_module(f"recflow_jax.commands.{command}")
+    function = create_autospec(getattr(module, command))
+    monkeypatch.setattr(module, command, function)
+    assert cli.run([command, *arguments]) == 0
+    function.assert_called_once()
+    return function.call_args
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Example:" in out and f"recflow {command}" in out.partition("Example:")[2]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_commands_and_exit_codes(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {command}" in out for command in COMMANDS)
+    codes = (console.OK, console.FAILED, console.BAD_INPUT, console.MISSING, console.INTERRUPTED)
+    assert all(f"\n    {code} " in out for code in codes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["serv"], "serv"),
+        (["profile"], "--model"),
+        (["profile", "--model", "no-such-model"], "no-such-model"),
+        (["profile", "--model", "no-such.toml"], "no-such.toml"),
+        (["profile", "--model", "rm1", "--table-dtype", "int4"], "int4"),
+        (["profile", "--model", "rm1", "--max-batch", "0"], "--max-batch"),
+        (["bench", "--model", "rm1", "--batch", "256,many"], "'256,many'"),
+        (["bench", "--model", "rm1", "--backend", "triton"], "triton"),
+        (["train", "netflix", "--out", "x"], "netflix"),
+        (["info", "--jsn"], "--jsn"),
+    ],
+)
+def test_bad_usage_names_the_culprit(
+    arguments: list[str], culprit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(arguments) == console.BAD_INPUT
+    assert culprit in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("table 'x': no rows\nmore"), console.BAD_INPUT, "table 'x': no rows"),
+        (FileNotFoundError(2, "No such file", "a.toml"), console.BAD_INPUT, "'a.toml'"),
+        (console.Missing("no GPU; use xla"), console.MISSING, "no GPU; use xla"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), console.MISSING, "'torch'"),
+        (ModuleNotFoundError("it is not", name="scheduling.x"), console.FAILED, "it is not"),
+        (RuntimeError("ptxas died"), console.FAILED, "RuntimeError: ptxas died (RECFLOW_DEBUG=1"),
+        (AssertionError(), console.FAILED, "AssertionError: "),
+        (KeyboardInterrupt(), console.INTERRUPTED, "interrupted"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    error: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RECFLOW_DEBUG", raising=False)
+    assert fails_with(monkeypatch, error) == code
+    assert message in error_line(capsys)
+
+
+def test_train_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = called(monkeypatch, "train", "movielens", "--out", "m.safetensors", "--seed", "3")
+    assert call.args == ("movielens",)
+    assert call.kwargs == {"out": Path("m.safetensors"), "data": None, "seed": 3, "epochs": 2}
+
+
+def test_demo_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = called(monkeypatch, "demo", "--quick", "--out", "d", "--data", "ml-100k")
+    assert call.kwargs == {"out": Path("d"), "quick": True, "data": Path("ml-100k")}
+
+
+def test_profile_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    others = ("--no-resume", "--quick", "--max-batch", "64", "--ids", "zipf(1.05)")
+    call = called(monkeypatch, "profile", "--model", tiny, "--out", "p", *others)
+    assert call.args[0].name == "tiny"
+    assert call.kwargs == {
+        "out": Path("p"),
+        "backend": "auto",
+        "max_batch": 64,
+        "resume": False,
+        "quick": True,
+        "seed": 0,
+        "ids": "zipf(1.05)",
+    }
+
+
+def test_bench_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    lists = ("--batch", "8, 16", "--against", "jax,torch", "--mode", "numpy,online")
+    call = called(monkeypatch, "bench", "--model", tiny, *lists, "--qps", "10,20.5", "--load", "")
+    assert call.args[0].name == "tiny"
+    assert call.kwargs["batches"] == (8, 16)
+    assert call.kwargs["against"] == ("jax", "torch")
+    assert call.kwargs["modes"] == ("numpy", "online")
+    assert call.kwargs["online"].qps == (10.0, 20.5)
+    assert call.kwargs["online"].loads == ()
+
+
+def test_model_options_vary_the_model(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    dtypes = ("--table-dtype", "bfloat16", "--compute-dtype", "float16")
+    call = called(monkeypatch, "bench", "--model", tiny, "--max-rows-per-table", "7", *dtypes)
+    (table,) = call.args[0].tables
+    assert (table.rows, table.dtype, call.args[0].compute_dtype) == (7, "bfloat16", "float16")
+
+
+def test_shipped_models_go_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert called(monkeypatch, "bench", "--model", "dlrm-kaggle").args[0].name == "dlrm-kaggle"
+
+
+def test_bench_of_one_kernel(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    module = importlib.import_module("recflow_jax.commands.bench")
+    function = create_autospec(module.bench_kernel)
+    monkeypatch.setattr(module, "bench_kernel", function)
+    assert cli.run(["bench", "--kernel", "gather", "--model", tiny, "--out", "g.json"]) == 0
+    assert function.call_args.args[1] == "gather"
+    assert function.call_args.kwargs["out"] == Path("g.json")
+
+
+def test_a_missing_gpu_and_missing_data_are_missing() -> None:
+    from recflow_jax.backend import BackendError
+    from recflow_jax.movielens import DataError
+
+    for error in (BackendError("no GPU"), DataError("no MovieLens")):
+        assert console.exit_code(error) == console.MISSING
+        assert console.one_line(error) == str(error)
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECFLOW_DEBUG", "1")
+    with pytest.raises(ValueError, match="here"):
+        fails_with(monkeypatch, ValueError("here"))
+
+
+def test_the_option_debug_sets_the_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RECFLOW_DEBUG", "")
+    assert cli.run(["--debug", "info", "--json"]) == 0
+    assert os.environ["RECFLOW_DEBUG"] == "1"
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["device"]["platform"] == "cpu"
+    assert facts["backend"]["name"] == "xla" and facts["backend"]["reason"]
+    assert facts["versions"]["jax"]
+    assert "dlrm-v2" in facts["models"]
+
+
+def test_info_for_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "back end  xla (" in out and "dlrm-v2" in out
+
+
+def test_ceilings_have_a_source() -> None:
+    h100 = info.ceilings("NVIDIA H100 80GB HBM3")
+    assert h100 is not None
+    assert h100["copy_tb_s"] == [2.96, 3.02] and "JAX" in h100["source"]
+    assert info.ceilings("NVIDIA H200") is not None
+    assert info.ceilings("abacus") is None
+
+
+def test_the_command_sets_the_exit_code_of_the_process() -> None:
+    command = [sys.executable, "-m", "recflow_jax", "profile", "--model", "no-such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (console.BAD_INPUT, "")
+    assert done.stderr.startswith("recflow: error: no model 'no-such-model' is shipped")
+
+
+def test_progress_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("compiling", 2) as advance:
+        advance()
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,578 @@
+"""Who gets which answer, and when: an engine on a device whose arithmetic is done by hand."""
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
+from recflow_jax.answer import Answer
+from recflow_jax.batch import InputError
+from recflow_jax.engine import Engine
+from recflow_jax.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    EngineError,
+    QueueFull,
+    StepFailed,
+)
+from scheduling.pipeline import Pipeline
+
+SOON_S = 30
+
+
+@pytest.fixture
+def device() -> FakeSegments:
+    return FakeSegments()
+
+
+@pytest.fixture
+def engine(device: FakeSegments) -> Iterator[Engine]:
+    with Engine.from_segments(device) as engine:
+        yield engine
+        device.go_on()
+
+
+def result(answer: Answer) -> list[list[float]]:
+    return answer.result(timeout=SOON_S).tolist()
+
+
+def eventually(condition) -> None:
+    """Waits for another thread; fails after a while."""
+    limit = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < limit, "it did not come to pass"
+        time.sleep(0.001)
+
+
+def fill_the_device(engine: Engine, device: FakeSegments) -> Answer:
+    """A request that is launched and held, as far ahead as steps may be in flight."""
+    device.hold()
+    answer = engine.submit(samples(*range(16)))
+    eventually(lambda: engine.stats().steps == OPTIONS.max_steps_in_flight)
+    return answer
+
+
+# --- answers
+
+
+def test_a_request_gets_its_scores(engine: Engine):
+    answer = engine.submit(samples(1, 2, 3))
+    assert result(answer) == scores(1, 2, 3)
+    assert answer.result().dtype == np.float32
+
+
+def test_answers_belong_to_the_caller(engine: Engine):
+    found = engine.predict(samples(1))
+    found[:] = 0
+    assert engine.predict(samples(1)).tolist() == scores(1)
+
+
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=1, max_size=20),
+    threads=st.integers(1, 4),
+)
+@settings(max_examples=25)
+def test_everyone_gets_their_own_answers_in_their_own_order(requests, threads):
+    """Requests of any size from several threads: larger than slices, batches, or empty."""
+    options = replace(OPTIONS, max_queued_samples=1000)
+    with Engine.from_segments(FakeSegments(options)) as engine:
+        wrong: list[object] = []
+
+        def client(offset: int) -> None:
+            asked = [
+                (range(1000 * offset + 30 * i, 1000 * offset + 30 * i + n), ids)
+                for i, (n, ids) in enumerate(requests)
+            ]
+            answers = [engine.submit(samples(*values, ids=ids)) for values, ids in asked]
+            for (values, ids), answer in zip(asked, answers, strict=True):
+                if result(answer) != scores(*values, ids=ids):
+                    wrong.append((values, ids))
+
+        clients = [threading.Thread(target=client, args=(i,)) for i in range(threads)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        assert not wrong
+        stats = engine.stats()
+        asked = [n for n, _ in requests if n] * threads
+        assert (stats.requests_answered, stats.samples_answered) == (len(asked), sum(asked))
+        assert stats.queued_samples == 0
+
+
+def test_requests_that_arrive_meanwhile_share_the_next_batch(engine: Engine, device: FakeSegments):
+    first = engine.submit(samples(1))
+    result(first)
+    device.hold()
+    engine.submit(samples(2))
+    eventually(lambda: engine.stats().steps >= 5)
+    later = [engine.submit(samples(value)) for value in (3, 4, 5)]
+    device.go_on()
+    assert [result(answer) for answer in later] == [scores(3), scores(4), scores(5)]
+    assert len(device.batches_seen) < 5
+
+
+def test_two_batch_buffers_serve_any_number_of_batches(engine: Engine, device: FakeSegments):
+    for value in range(50):
+        engine.submit(samples(*range(value, value + 12))).result(timeout=SOON_S)
+    assert device.states_made <= 2
+
+
+def test_urgent_requests_overtake(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    order: list[str] = []
+    later = engine.submit(samples(*range(8)), priority=1)
+    urgent = engine.submit(samples(*range(8)), priority=-1)
+    later.add_done_callback(lambda _: order.append("later"))
+    urgent.add_done_callback(lambda _: order.append("urgent"))
+    device.go_on()
+    wait([held, later, urgent], timeout=SOON_S)
+    assert order == ["urgent", "later"]
+
+
+def test_awaiting_works_beside_other_tasks(engine: Engine):
+    async def ask(value: float) -> list[list[float]]:
+        return (await engine.submit(samples(value))).tolist()
+
+    async def ask_all() -> list[list[list[float]]]:
+        return await asyncio.gather(*(ask(value) for value in range(20)))
+
+    assert asyncio.run(ask_all()) == [scores(value) for value in range(20)]
+
+
+def test_what_the_caller_does_to_its_arrays_later_changes_nothing(
+    engine: Engine, device: FakeSegments
+):
+    held = fill_the_device(engine, device)
+    mine = samples(1, 2)
+    answer = engine.submit(mine)
+    mine.dense[:], mine.values[:], mine.offsets[:] = np.nan, 10**6, -1
+    device.go_on()
+    assert result(answer) == scores(1, 2)
+    result(held)
+
+
+# --- the queue
+
+
+def test_the_queue_is_exact(engine: Engine, device: FakeSegments):
+    """64 samples, launched or not, are let in; not one more, until some are answered."""
+    device.hold()
+    answers = [engine.submit(samples(*range(n))) for n in (16, 40, 8)]
+    with pytest.raises(QueueFull, match="64 of at most 64 samples wait, 1 more do not fit"):
+        engine.submit(samples(1))
+    device.go_on()
+    for answer in answers:
+        result(answer)
+    assert result(engine.submit(samples(*range(64)))) == scores(*range(64))
+    assert engine.stats().rejected == {"queue_full": 1}
+
+
+def test_an_answer_leaves_the_queue_before_it_is_seen(engine: Engine):
+    for _ in range(50):
+        assert len(result(engine.submit(samples(*range(64))))) == 64
+
+
+def test_a_request_larger_than_the_queue_is_told_so(engine: Engine):
+    with pytest.raises(InputError, match="65 samples are more than the queue ever holds, 64"):
+        engine.submit(samples(*range(65)))
+
+
+@pytest.mark.parametrize("n", [0, 1, 64, 65, 500])
+def test_predict_takes_any_number(engine: Engine, n: int):
+    found = engine.predict(samples(*range(n)))
+    assert found.shape == (n, 1) and found.dtype == np.float32
+    assert found.tolist() == scores(*range(n))
+
+
+def test_predict_of_many_goes_piece_by_piece_beside_others(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(engine.predict, samples(*range(100)))
+        eventually(lambda: engine.stats().rejected == {"queue_full": 1})
+        assert engine.stats().queued_samples == 16 + 32
+        device.go_on()
+        assert found.result(timeout=SOON_S).tolist() == scores(*range(100))
+    result(held)
+
+
+def test_predict_of_many_waits_for_itself_and_not_for_others(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    others = engine.submit(samples(*range(48)))
+    with pytest.raises(QueueFull):
+        engine.predict(samples(*range(100)))
+    device.go_on()
+    assert len(result(held)) + len(result(others)) == 64
+
+
+# --- deadlines
+
+
+def test_an_unlaunched_request_expires_while_the_device_is_busy(
+    engine: Engine, device: FakeSegments
+):
+    fill_the_device(engine, device)
+    answer = engine.submit(samples(1), deadline_ms=20)
+    with pytest.raises(DeadlineExceeded, match="before the request was launched"):
+        answer.result(timeout=SOON_S)
+    assert engine.stats().rejected == {"deadline": 1}
+    assert engine.stats().queued_samples == 16
+
+
+def test_an_answer_is_never_late(engine: Engine, device: FakeSegments):
+    device.hold()
+    answer = engine.submit(samples(1), deadline_ms=50)
+    eventually(lambda: engine.stats().steps > 0)
+    time.sleep(0.06)
+    device.go_on()
+    with pytest.raises(DeadlineExceeded, match="ms after the deadline"):
+        answer.result(timeout=SOON_S)
+
+
+def test_a_deadline_that_is_met_changes_nothing(engine: Engine):
+    assert result(engine.submit(samples(1), deadline_ms=1e15)) == scores(1)
+
+
+@pytest.mark.parametrize("deadline_ms", [0, -5])
+def test_a_deadline_in_the_past_is_rejected_at_once(engine: Engine, deadline_ms: float):
+    with pytest.raises(DeadlineExceeded, match="are left to the deadline"):
+        engine.submit(samples(1), deadline_ms=deadline_ms)
+    assert engine.stats().rejected == {"deadline": 1}
+
+
+@pytest.mark.parametrize("deadline_ms", [float("nan"), float("inf")])
+def test_a_deadline_is_a_number(engine: Engine, deadline_ms: float):
+    with pytest.raises(ValueError, match="not a number of milliseconds"):
+        engine.submit(samples(1), deadline_ms=deadline_ms)
+
+
+# --- cancellation
+
+
+def test_cancelled_while_it_waits(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    answers = [engine.submit(samples(value)) for value in (100, 200, 300)]
+    assert answers[1].cancel() and answers[1].cancel()
+    assert engine.stats().queued_samples == 16 + 2
+    device.go_on()
+    assert [result(answers[0]), result(answers[2])] == [scores(100), scores(300)]
+    assert result(held) == scores(*range(16))
+    seen = [value for batch in device.batches_seen for value in batch]
+    assert 300 + 10 in seen and 200 + 10 not in seen
+    assert (engine.stats().cancelled, engine.stats().requests_answered) == (1, 3)
+
+
+def test_cancelled_when_partly_launched(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    assert held.cancel()
+    answer = engine.submit(samples(7))
+    device.go_on()
+    assert result(answer) == scores(7)
+    with pytest.raises(CancelledError):
+        held.result(timeout=SOON_S)
+    assert engine.stats().queued_samples == 0
+
+
+def test_waiting_for_a_cancelled_answer_ends(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    held.cancel()
+    assert wait([held], timeout=SOON_S).done == {held}
+
+
+def test_an_answer_that_is_there_cannot_be_cancelled(engine: Engine):
+    answer = engine.submit(samples(1))
+    result(answer)
+    assert not answer.cancel()
+    assert engine.stats().cancelled == 0
+
+
+def test_a_cancelled_task_cancels_its_request(engine: Engine, device: FakeSegments):
+    device.hold()
+
+    async def give_up() -> None:
+        await asyncio.wait_for(engine.submit(samples(1)), timeout=0.01)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    assert (engine.stats().cancelled, engine.stats().queued_samples) == (1, 0)
+
+
+def test_cancelling_amid_completions_ends_each_request_once(device: FakeSegments):
+    with Engine.from_segments(device) as engine:
+        for _ in range(200):
+            answers = [engine.submit(samples(value)) for value in range(4)]
+            cancelled = [answer.cancel() for answer in answers]
+            for value, (answer, gone) in enumerate(zip(answers, cancelled, strict=True)):
+                if not gone:
+                    assert result(answer) == scores(value)
+        eventually(lambda: engine.stats().queued_samples == 0)
+        stats = engine.stats()
+    assert stats.cancelled + stats.requests_answered == stats.requests_accepted == 800
+
+
+# --- the end
+
+
+def test_draining_answers_all_that_was_accepted(device: FakeSegments):
+    engine = Engine.from_segments(device)
+    fill_the_device(engine, device)
+    answers = [engine.submit(samples(value)) for value in range(20)]
+    threading.Timer(0.05, device.go_on).start()
+    engine.close()
+    assert [answer.result(timeout=0).tolist() for answer in answers] == [
+        scores(value) for value in range(20)
+    ]
+
+
+def test_closing_without_drain_fails_what_waits_at_once(device: FakeSegments):
+    engine = Engine.from_segments(device)
+    held = fill_the_device(engine, device)
+    pending = engine.submit(samples(1))
+    closing = threading.Thread(target=engine.close, kwargs={"drain": False})
+    closing.start()
+    for answer in (held, pending):
+        with pytest.raises(EngineClosed, match="before it came to the request"):
+            answer.result(timeout=SOON_S)
+    device.go_on()
+    closing.join(timeout=SOON_S)
+    assert not closing.is_alive()
+    assert engine.stats().failed == 2
+
+
+def test_a_drain_can_be_cut_short(device: FakeSegments):
+    engine = Engine.from_segments(device)
+    held = fill_the_device(engine, device)
+    draining = threading.Thread(target=engine.close)
+    draining.start()
+    cutting = threading.Thread(target=engine.close, kwargs={"drain": False})
+    cutting.start()
+    with pytest.raises(EngineClosed):
+        held.result(timeout=SOON_S)
+    device.go_on()
+    draining.join(timeout=SOON_S)
+    cutting.join(timeout=SOON_S)
+    assert not draining.is_alive() and not cutting.is_alive()
+
+
+def test_a_closed_engine_takes_nothing_and_closes_again(device: FakeSegments):
+    engine = Engine.from_segments(device)
+    engine.close()
+    engine.close(drain=False)
+    for ask in (engine.submit, engine.predict):
+        with pytest.raises(EngineClosed, match="the engine is closed"):
+            ask(samples(1))
+    assert engine.stats().rejected == {"closed": 2}
+    assert not any(thread.is_alive() for thread in engine._threads)
+
+
+def test_submitting_while_it_closes_ends_in_an_answer_or_a_clear_no(device: FakeSegments):
+    engine = Engine.from_segments(device)
+    accepted: list[Answer] = []
+
+    def client() -> None:
+        try:
+            while True:
+                accepted.append(engine.submit(samples(1)))
+        except QueueFull:
+            client()
+        except EngineClosed:
+            pass
+
+    clients = [threading.Thread(target=client) for _ in range(3)]
+    for thread in clients:
+        thread.start()
+    time.sleep(0.02)
+    engine.close()
+    for thread in clients:
+        thread.join(timeout=SOON_S)
+    assert all(answer.result(timeout=0).tolist() == scores(1) for answer in accepted)
+
+
+def test_closing_in_a_callback_does_not_hang(device: FakeSegments):
+    """It does not wait for what is still to be answered, but that is answered."""
+    engine, closed = Engine.from_segments(device), threading.Event()
+
+    def close(_: Future) -> None:
+        engine.close()
+        closed.set()
+
+    held = fill_the_device(engine, device)
+    held.add_done_callback(close)
+    later = [engine.submit(samples(*range(16))) for _ in range(2)]
+    device.go_on()
+    assert [result(answer) for answer in later] == [scores(*range(16))] * 2
+    assert closed.wait(SOON_S)
+    eventually(lambda: not any(thread.is_alive() for thread in engine._threads))
+
+
+def test_an_engine_that_is_forgotten_ends_its_threads(device: FakeSegments):
+    engine = Engine.from_segments(device)
+    engine.predict(samples(1))
+    threads = engine._threads
+    del engine
+    gc.collect()
+    eventually(lambda: not any(thread.is_alive() for thread in threads))
+
+
+# --- faults
+
+
+def test_a_callback_may_submit_but_not_wait(engine: Engine):
+    seen: list[Answer] = []
+
+    def ask_again(_: Future) -> None:
+        with pytest.raises(EngineError, match="use submit in callbacks"):
+            engine.predict(samples(3))
+        seen.append(engine.submit(samples(2)))
+
+    engine.submit(samples(1)).add_done_callback(ask_again)
+    eventually(lambda: seen)
+    assert result(seen[0]) == scores(2)
+
+
+def test_a_callback_that_exits_takes_nobody_with_it(engine: Engine, device: FakeSegments):
+    device.hold()
+    answers = [engine.submit(samples(value)) for value in (1, 2)]
+    answers[0].add_done_callback(lambda _: exec("raise SystemExit"))
+    device.go_on()
+    assert [result(answer) for answer in answers] == [scores(1), scores(2)]
+    assert result(engine.submit(samples(3))) == scores(3)
+
+
+@pytest.mark.parametrize("what", ["embed", "start", "run"])
+def test_a_launch_that_raises_fails_its_batch_alone(
+    engine: Engine, device: FakeSegments, what: str
+):
+    device.break_next(what)
+    with pytest.raises(StepFailed, match=f"DeviceBroke: {what} broke") as failure:
+        engine.submit(samples(1)).result(timeout=SOON_S)
+    assert isinstance(failure.value.__cause__, DeviceBroke)
+    assert result(engine.submit(samples(2))) == scores(2)
+    assert (engine.stats().failed, engine.stats().queued_samples) == (1, 0)
+
+
+@pytest.mark.parametrize("what", ["embed", "start", "run"])
+def test_a_step_that_fails_on_the_device_fails_those_concerned(
+    engine: Engine, device: FakeSegments, what: str
+):
+    """The state that is lost with it is not used again."""
+    device.lose_next(what)
+    with pytest.raises(StepFailed, match="DeviceBroke: the card fell out"):
+        engine.submit(samples(1)).result(timeout=SOON_S)
+    for value in range(5):
+        assert result(engine.submit(samples(value))) == scores(value)
+    assert (engine.stats().failed, engine.stats().queued_samples) == (1, 0)
+
+
+@pytest.mark.parametrize("how", ["break_next", "lose_next"])
+@pytest.mark.parametrize("what", ["embed", "start", "run"])
+def test_a_fault_under_load_fails_some_and_answers_the_rest(
+    engine: Engine, device: FakeSegments, how: str, what: str
+):
+    """Requests in many parts among them: each ends, with its own scores or an error."""
+    held = fill_the_device(engine, device)
+    getattr(device, how)(what)
+    values = [range(100, 130), range(200, 203), range(300, 310), range(400, 405)]
+    answers = [held, *(engine.submit(samples(*v)) for v in values)]
+    device.go_on()
+    wait(answers, timeout=SOON_S)
+    failed = [answer for answer in answers if answer.exception(timeout=0)]
+    assert failed and all(isinstance(answer.exception(), StepFailed) for answer in failed)
+    for asked, answer in zip([range(16), *values], answers, strict=True):
+        assert answer in failed or result(answer) == scores(*asked)
+    assert engine.predict(samples(1, 2)).tolist() == scores(1, 2)
+    assert engine.stats().queued_samples == 0
+    assert engine.stats().failed == len(failed)
+
+
+@pytest.mark.parametrize("what", ["embed", "start", "run"])
+def test_a_lost_state_does_not_go_round(what: str):
+    """Of forty batches, one is lost, and those at most that were launched before that was known."""
+    device = FakeSegments(replace(OPTIONS, max_queued_samples=1000))
+    with Engine.from_segments(device) as engine:
+        fill_the_device(engine, device)
+        device.lose_next(what)
+        answers = [engine.submit(samples(*range(8))) for _ in range(40)]
+        device.go_on()
+        wait(answers, timeout=SOON_S)
+        assert 1 <= engine.stats().failed <= 3
+
+
+def test_a_broken_launcher_fails_everyone_and_hangs_nobody(
+    engine: Engine, device: FakeSegments, monkeypatch: pytest.MonkeyPatch
+):
+    held = fill_the_device(engine, device)
+
+    def bug(*_: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(Pipeline, "step", bug)
+    device.go_on()
+    with pytest.raises(EngineClosed, match="the engine stopped: AssertionError"):
+        held.result(timeout=SOON_S)
+    with pytest.raises(EngineClosed):
+        engine.submit(samples(1))
+    engine.close()
+
+
+# --- bookkeeping
+
+
+def test_counts_are_those_done_by_hand(engine: Engine):
+    """Three samples of two ids: a slice of 4 with 640 ids, a batch of 4, three steps, twice."""
+    for _ in range(2):
+        engine.predict(samples(1, 2, 3, ids=2))
+    with pytest.raises(InputError):
+        engine.predict(samples(float("nan")))
+    stats = engine.stats()
+    assert (stats.requests_accepted, stats.samples_accepted) == (2, 6)
+    assert (stats.requests_answered, stats.samples_answered) == (2, 6)
+    assert (stats.batches, stats.slices, stats.steps) == (2, 2, 6)
+    assert (stats.mean_batch, stats.mean_slice) == (3, 3)
+    assert (stats.sample_padding, stats.id_padding) == (1 / 4, 1 - 6 / 640)
+    assert stats.rejected == {"input": 1}
+    assert 0 < stats.latency_p50_ms <= stats.latency_p95_ms <= stats.latency_p99_ms < 10_000
+    assert (stats.backend, stats.backend_reason, stats.profile) == ("xla", "asked for", None)
+
+
+def test_latencies_are_of_the_last_answers_only(device: FakeSegments):
+    device.options = replace(OPTIONS, latency_window=2)
+    with Engine.from_segments(device) as engine:
+        assert np.isnan(engine.stats().latency_p99_ms)
+        device.hold()
+        slow = engine.submit(samples(1))
+        time.sleep(0.2)
+        device.go_on()
+        result(slow)
+        assert engine.stats().latency_p99_ms >= 200
+        for _ in range(2):
+            engine.predict(samples(1))
+        assert engine.stats().latency_p99_ms < 200
+
+
+def test_ten_thousand_requests_leave_nothing_behind(engine: Engine, device: FakeSegments):
+    def ask(times: int) -> weakref.ref:
+        for _ in range(times):
+            answers = [engine.submit(samples(value)) for value in range(50)]
+            wait(answers, timeout=SOON_S)
+        device.batches_seen.clear()
+        return weakref.ref(answers[0])
+
+    ask(20)
+    gc.collect()
+    before = len(gc.get_objects())
+    last = ask(200)
+    gc.collect()
+    assert last() is None
+    assert len(gc.get_objects()) - before < 500
+    assert not engine._ledger._open

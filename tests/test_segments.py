@@ -1,0 +1,152 @@
+"""The compiled pieces of a model give the reference forward, wherever slices land."""
+
+import dataclasses
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recflow_jax.backend import choose_backend
+from recflow_jax.config import DLRMConfig
+from recflow_jax.model import Params
+from recflow_jax.segments import Segments
+from recflow_jax.workloads import generate
+from small_models import (
+    BF16,
+    CONCAT,
+    DCN,
+    DOT,
+    FLOAT32_MODELS,
+    FP16,
+    SMALL,
+    assert_same_scores,
+    compiled,
+    params_of,
+    reference_scores,
+)
+
+ONE_SIZE = dataclasses.replace(SMALL, smallest_batch=16, smallest_slice=8)
+
+
+def run_batch(segments: Segments, batch, cuts, bucket: int) -> np.ndarray:
+    """All samples in slices [cuts[i], cuts[i + 1]), through every segment."""
+    state = segments.new_state()
+    for start, stop in pairwise(cuts):
+        fitting = next(b for b in segments.slice_buckets if b.samples >= stop - start)
+        packed = segments.staging.pack(fitting, start, [batch.part(start, stop)])
+        state = segments.embed(state, packed)
+    x = segments.start(state, bucket)
+    for index in range(1, segments.count):
+        x = segments.run(index, bucket, x)
+    return np.asarray(x)[: batch.samples]
+
+
+@pytest.mark.parametrize("config", [*FLOAT32_MODELS, BF16, FP16], ids=lambda c: c.name)
+def test_scores_are_the_reference(config: DLRMConfig):
+    segments, batch = compiled(config), generate(config, 7, seed=0)
+    found = run_batch(segments, batch, (0, 7), 16)
+    assert found.dtype == np.float32
+    assert_same_scores(config, found, reference_scores(config, params_of(config), batch))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_any_number_of_segments_gives_the_same_scores(count: int):
+    segments = compiled(DCN, dataclasses.replace(ONE_SIZE, segments=count))
+    assert segments.count == min(count, 1 + len(DCN.top_mlp))
+    batch = generate(DCN, 7, seed=0)
+    expected = reference_scores(DCN, params_of(DCN), batch)
+    assert_same_scores(DCN, run_batch(segments, batch, (0, 7), 16), expected)
+
+
+def test_slices_land_where_they_are_told():
+    segments, batch = compiled(CONCAT), generate(CONCAT, 15, seed=0)
+    at_once = run_batch(segments, batch, (0, 8, 15), 16)
+    in_pieces = run_batch(segments, batch, (0, 1, 3, 8, 15), 16)
+    np.testing.assert_array_equal(at_once, in_pieces)
+    assert_same_scores(CONCAT, at_once, reference_scores(CONCAT, params_of(CONCAT), batch))
+
+
+def test_a_state_is_used_up_by_the_next_slice():
+    """The buffers are donated, so a slice writes in place."""
+    segments, batch = compiled(CONCAT), generate(CONCAT, 1, seed=0)
+    state = segments.new_state()
+    later = segments.embed(state, segments.staging.pack(segments.slice_buckets[0], 0, [batch]))
+    assert state.pooled.is_deleted() and not later.pooled.is_deleted()
+    assert later.pooled.shape == (16, CONCAT.pooled_width)
+
+
+def test_top_layers_are_shared_out_by_flop():
+    """Layers of 100, 100, 100, 1 thousand FLOP: the small one does not get a segment of its own."""
+    config = DLRMConfig(
+        name="even",
+        tables=(),
+        features=(),
+        dense_width=100,
+        top_mlp=(1000, 100, 1000, 1),
+    )
+    shapes = jax.eval_shape(lambda: params_of(config))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    segments = Segments(
+        config, zeros, choose_backend("xla"), dataclasses.replace(SMALL, segments=4)
+    )
+    layers = [len(weights[-1]) for weights in segments._weights]
+    assert layers == [0, 1, 1, 2]
+
+
+def test_float32_runs_in_full_precision():
+    """Not only here, where it makes no difference, but on devices that round operands."""
+    segments = Segments(DOT, params_of(DOT), choose_backend("xla"), SMALL)
+    for job in segments._jobs()[-segments.count :]:
+        dots = [line for line in str(job.function.trace(*job.arguments).jaxpr).split("\n")]
+        dots = [line for line in dots if "precision=" in line]
+        assert dots and all("HIGHEST" in line for line in dots), dots
+
+
+def test_nothing_compiles_before_it_is_asked_for():
+    segments = Segments(DOT, params_of(DOT), choose_backend("xla"), SMALL)
+    assert not segments._executables
+
+
+def test_numpy_parameters_are_moved_to_the_device_once():
+    host = jax.tree.map(np.asarray, params_of(DOT))
+    segments = Segments(DOT, host, choose_backend("xla"), SMALL)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(segments.params))
+
+
+def test_largest_sample_is_told_or_what_the_largest_slice_holds():
+    backend, params = choose_backend("xla"), params_of(DOT)
+    told = dataclasses.replace(SMALL, max_ids_per_sample=700)
+    assert Segments(DOT, params, backend, told).max_ids_per_sample == 700
+    segments = Segments(DOT, params, backend, SMALL)
+    assert segments.max_ids_per_sample == segments.slice_buckets[-1].ids
+
+
+def _without_bottom(params: Params) -> Params:
+    return dataclasses.replace(params, bottom=())
+
+
+def _of_another_width(params: Params) -> Params:
+    kernel = jnp.zeros((4, 8))
+    return dataclasses.replace(
+        params, bottom=(dataclasses.replace(params.bottom[0], kernel=kernel),)
+    )
+
+
+def _of_another_dtype(params: Params) -> Params:
+    return dataclasses.replace(params, groups=(params.groups[0].astype(jnp.float16),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without_bottom, r"bottom\[0\].kernel is missing, .* it is \[5, 8\]"),
+        (_of_another_width, r"bottom\[0\].kernel is \[4, 8\], .* it is \[5, 8\]"),
+        (_of_another_dtype, r"groups\[0\] is float16\[81, 8\], .* it is float32\[81, 8\]"),
+    ],
+)
+def test_parameters_of_another_model_are_named(change, message: str):
+    config = dataclasses.replace(DOT, tables=DOT.tables[:2])
+    with pytest.raises(ValueError, match=message):
+        Segments(config, change(params_of(config)), choose_backend("xla"), SMALL)

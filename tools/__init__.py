@@ -1,0 +1,1 @@
+"""Programs for a checkout: `python -m tools.<name>`. Nothing imports them."""
