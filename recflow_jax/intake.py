@@ -56,7 +56,7 @@ def new_request(request_id: int, batch: JaggedBatch, terms: Terms) -> Submitted:
     request = Request(
         id=request_id,
         samples=batch.samples,
-        id_offsets=_id_offsets(batch),
+        id_offsets=batch.id_offsets,
         priority=terms.priority,
         deadline_us=terms.deadline_us,
         arrived_us=terms.arrived_us,
@@ -85,13 +85,7 @@ def _copied(batch: JaggedBatch) -> JaggedBatch:
 def _check_ids_per_sample(batch: JaggedBatch, most: int) -> None:
     if len(batch.values) <= most:
         return
-    ids = np.diff(_id_offsets(batch))
+    ids = np.diff(batch.id_offsets)
     sample = int(ids.argmax())
     if ids[sample] > most:
         raise InputError(f"sample {sample} has {ids[sample]} ids in all, more than {most}")
-
-
-def _id_offsets(batch: JaggedBatch) -> np.ndarray:
-    """int64 [samples + 1], of a model without sparse features too."""
-    has_bags = len(batch.offsets) > batch.samples
-    return batch.id_offsets if has_bags else np.zeros(batch.samples + 1, np.int64)

@@ -40,11 +40,20 @@ def interleaved(config: DLRMConfig) -> DLRMConfig:
     return dataclasses.replace(config, features=config.features[::2] + config.features[1::2])
 
 
+MIXED_DOT = dataclasses.replace(
+    models.DOT,
+    name="mixed_dot",
+    tables=(models.TABLES[0], dataclasses.replace(models.TABLES[1], dtype="float16")),
+    features=(*models.ALIKE[1:], models.ALIKE[0]),
+)
+"""Dots of vectors from two groups, gathered in another order than the config's."""
+
 FIXED = with_fixed_bags(models.CONCAT)
 STACKED = (
     *models.FLOAT32_MODELS,
     interleaved(models.CONCAT),
     interleaved(models.DCN),
+    MIXED_DOT,
     models.BF16,
     models.FP16,
     FIXED,

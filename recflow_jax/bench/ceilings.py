@@ -86,7 +86,7 @@ def measure_ceilings(dtype: str, options: TimingOptions | None = None) -> Ceilin
 
 def copy_bytes_per_s(options: TimingOptions | None = None) -> float:
     """Bytes read and written per second, the better of a copy and an update in place."""
-    size = 2**28 if _on_gpu() else 2**24
+    size = 2**27 if _on_gpu() else 2**24
     source = jnp.zeros(size, jnp.float32)
     copy = jax.jit(lambda x: x + 1).lower(source).compile()
     update = jax.jit(lambda x: x + 1, donate_argnums=0).lower(source).compile()
