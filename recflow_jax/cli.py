@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from recflow_jax.commands import console
+from recflow_jax import console
 from recflow_jax.config import DLRMConfig, DType
 
 EXIT_CODES = """\b

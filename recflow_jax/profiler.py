@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.segments import BatchState, Segments
+from recflow_jax.segments import Segments
 from recflow_jax.timing import Timed, Timing, TimingOptions, measure
 from recflow_jax.workloads import generate
 from scheduling import ProfileKey, ProfileRow, SliceBucket
@@ -19,21 +18,10 @@ from scheduling import ProfileKey, ProfileRow, SliceBucket
 PACKED_SETS = 4
 
 
-class TimedSegments(Segments):
-    """Segments whose slices may lie on the device already."""
-
-    def embed_resident(self, state: BatchState, packed: Array) -> BatchState:
-        """`embed` of a buffer that needs no copy."""
-        run = self._executables["slice", len(packed)]
-        return run(self.params.groups, state.pooled, state.dense, packed)
-
-
 class Profiler:
     """Times the compiled pieces of one model."""
 
-    def __init__(
-        self, segments: TimedSegments, *, ids: str, seed: int, timing: TimingOptions
-    ) -> None:
+    def __init__(self, segments: Segments, *, ids: str, seed: int, timing: TimingOptions) -> None:
         self.segments = segments
         self.timing = timing
         self._ids = ids
@@ -71,14 +59,14 @@ class Profiler:
         def launch(i: int) -> Any:
             nonlocal other
             packed = self._inputs(bucket)
-            other = self.segments.embed_resident(other, packed[i % len(packed)])
+            other = self.segments.embed(other, packed[i % len(packed)])
             return other.landed, self._run(index, batch)
 
         return launch
 
     def _embed(self, bucket: SliceBucket, i: int) -> Any:
         packed = self._inputs(bucket)
-        self._state = self.segments.embed_resident(self._state, packed[i % len(packed)])
+        self._state = self.segments.embed(self._state, packed[i % len(packed)])
         return self._state.landed
 
     def _run(self, index: int, batch: int) -> Any:

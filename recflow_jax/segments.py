@@ -87,7 +87,7 @@ class Segments:
         """Buffers of a batch, all zero."""
         return self._executables["state"]()
 
-    def embed(self, state: BatchState, packed: np.ndarray) -> BatchState:
+    def embed(self, state: BatchState, packed: np.ndarray | Array) -> BatchState:
         """Pools a slice that `staging` packed into its rows of `state`, which is used up."""
         run = self._executables["slice", len(packed)]
         return run(self.params.groups, state.pooled, state.dense, packed)

@@ -70,10 +70,12 @@ class TorchModel:
         torch, slots = self._torch, len(self.layout.slots)
         offsets = self.layout.slot_offsets(batch)
         lengths = np.diff(offsets).reshape(batch.samples, -1)
-        slot_of_id = np.repeat(np.tile(np.arange(slots), batch.samples), lengths.ravel())
+        slot_of_id = np.repeat(
+            np.tile(np.arange(slots, dtype=np.int16), batch.samples), lengths.flat
+        )
+        by_slot = np.split(slot_of_id.argsort(kind="stable"), lengths.sum(axis=0).cumsum()[:-1])
         bags = []
-        for slot in range(slots):
-            own = np.flatnonzero(slot_of_id == slot)
+        for slot, own in enumerate(by_slot):
             starts = np.concatenate([[0], np.cumsum(lengths[:, slot])])
             weights = None if batch.weights is None else batch.weights[own]
             bag = (batch.values[own].astype(np.int32), starts.astype(np.int32), weights)

@@ -11,8 +11,8 @@ from unittest.mock import create_autospec
 
 import pytest
 
-from recflow_jax import cli
-from recflow_jax.commands import console, info
+from recflow_jax import cli, console
+from recflow_jax.commands import info
 
 COMMANDS = ("demo", "train", "profile", "bench", "info")
 

@@ -18,10 +18,12 @@ from recflow_jax.model import DeviceBatch, Params
 
 CHECKED_SAMPLES = 64
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 """Largest difference from the float32 reference, as a share of the standard deviation of its
 scores. float32: sums in another order. 16 bit: every layer rounds to 11 bits (float16) or
-8 (bfloat16), and a contender may round in other places than the next one.
+8 (bfloat16), and a contender may round in other places than the next one: eager torch, which
+rounds after every operation, was 0.11 off on one of 256 samples of dlrm-v2. Scores of another
+sample are 1.4 off in the mean.
 """
 
 Scores = Float[np.ndarray, "samples outputs"]

@@ -20,8 +20,8 @@ from recflow_jax.bench.kernels import DenseResult, GatherResult
 from recflow_jax.bench.offline import OfflineResult
 from recflow_jax.bench.online import OnlineResult
 from recflow_jax.bench.stream import StreamResult
-from recflow_jax.commands.console import console
 from recflow_jax.config import DLRMConfig
+from recflow_jax.console import console
 
 SCHEMA = 1
 WIDTH = 110

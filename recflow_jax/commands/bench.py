@@ -13,9 +13,9 @@ from recflow_jax.bench.kernels import bench_dense, bench_gather
 from recflow_jax.bench.offline import bench_offline, input_sets
 from recflow_jax.bench.online import OnlineOptions, bench_online, request_pool
 from recflow_jax.bench.stream import bench_stream
-from recflow_jax.commands.console import console, progress
 from recflow_jax.commands.info import versions
 from recflow_jax.config import DLRMConfig
+from recflow_jax.console import console, progress
 from recflow_jax.engine import Engine
 from recflow_jax.model import Params
 from recflow_jax.options import EngineOptions

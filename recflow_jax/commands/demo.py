@@ -24,16 +24,15 @@ from recflow_jax.bench.online import (
     plain_server,
     saturate,
 )
-from recflow_jax.commands.console import console, progress
 from recflow_jax.commands.info import versions
 from recflow_jax.commands.profile import profile_segments
+from recflow_jax.console import console, progress
 from recflow_jax.engine import Engine
 from recflow_jax.model import Params
 from recflow_jax.movielens import MovieLens, load
 from recflow_jax.options import EngineOptions
 from recflow_jax.params import ParamsError, load_params, save_params
-from recflow_jax.profiler import TimedSegments
-from recflow_jax.segments import BatchState
+from recflow_jax.segments import BatchState, Segments
 from recflow_jax.train import TrainOptions, auc, predict, train_movielens
 
 SERVED = EngineOptions(max_batch=512, max_slice=512, smallest_batch=16, smallest_slice=16)
@@ -42,7 +41,7 @@ SECONDS, QUICK_SECONDS = 4.0, 1.5
 MODEL_FILE = "movielens.safetensors"
 
 
-class CountingSegments(TimedSegments):
+class CountingSegments(Segments):
     """Segments that count the batches that start, by their padded size."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from recflow_jax.backend import choose_backend
-from recflow_jax.commands.console import console
 from recflow_jax.config import shipped_models
+from recflow_jax.console import console
 
 PACKAGES = ("recflow-jax", "jax", "jaxlib", "flax", "numpy")
 

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from recflow_jax import plots
 from recflow_jax.backend import choose_backend
-from recflow_jax.commands.console import console, progress
 from recflow_jax.config import DLRMConfig
+from recflow_jax.console import console, progress
 from recflow_jax.model import Params
 from recflow_jax.options import EngineOptions
 from recflow_jax.params import init_params
-from recflow_jax.profiler import Profiler, TimedSegments, segment_key, slice_key, step_key
+from recflow_jax.profiler import Profiler, segment_key, slice_key, step_key
 from recflow_jax.profiles import versions
 from recflow_jax.segments import Segments
 from recflow_jax.timing import TimingOptions
@@ -59,12 +59,12 @@ def profile(
     """
     options = _engine_options(options, backend, max_batch)
     params = params if params is not None else init_params(config, seed=seed)
-    segments = TimedSegments(config, params, choose_backend(options.backend), options)
+    segments = Segments(config, params, choose_backend(options.backend), options)
     return profile_segments(segments, out=out, resume=resume, quick=quick, seed=seed, ids=ids)
 
 
 def profile_segments(
-    segments: TimedSegments,
+    segments: Segments,
     *,
     out: str | Path,
     resume: bool = True,

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from recflow_jax import movielens
-from recflow_jax.commands.console import console
+from recflow_jax.console import console
 from recflow_jax.params import save_params
 from recflow_jax.train import TrainOptions, TrainResult, train_movielens
 
