@@ -36,6 +36,7 @@ WARPGROUP = 128
 VECTOR_BYTES = 16
 SHARED_BYTES = 227 * 1024
 DTYPES = ("float32", "bfloat16", "float16")
+BAG_COST = 2.0  # what writing a bag costs, in ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,20 +142,28 @@ class GatherShape:
         object.__setattr__(self, "any_mean", any(slot.mean for slot in self.slots))
         object.__setattr__(self, "width", width(self.slots))
 
+    def _cuts(self, run: Run) -> list[int]:
+        """Where a run is cut so that its pieces have about the same ids; ends included."""
+        members = self.slots[run.first : run.first + run.count]
+        cost = np.cumsum([0.0, *(slot.expected_ids + BAG_COST for slot in members)])
+        pieces = self._pieces(run)
+        ideal = cost[-1] * np.arange(1, pieces) / pieces
+        inner = np.searchsorted((cost[:-1] + cost[1:]) / 2, ideal)
+        return [run.first + int(cut) for cut in np.unique([0, *inner, run.count])]
+
     def _pieces(self, run: Run) -> int:
-        """Spans that a run is cut into: its share of the sample's units."""
+        """Spans that a run is cut into: its share of its group's, as groups take turns."""
         if self.config.slots_per_unit is not None:
             return -(-run.count // self.config.slots_per_unit)
         units = self.config.units_per_sample(self.samples, self.rows[run.group].lanes)
-        return max(1, min(run.count, units * run.count // len(self.slots)))
+        in_group = sum(slot.group == run.group for slot in self.slots)
+        return max(1, min(run.count, units * run.count // in_group))
 
     def spans(self) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
         """int32 [spans, 4] of (first slot, slots, first column, 0), and each group's part of it."""
         by_group: list[list[tuple[int, int, int, int]]] = [[] for _ in self.rows]
         for run in runs(self.slots):
-            pieces = self._pieces(run)
-            cuts = [run.first + run.count * i // pieces for i in range(pieces + 1)]
-            for first, last in pairwise(cuts):
+            for first, last in pairwise(self._cuts(run)):
                 column = self.slots[first].column
                 by_group[run.group].append((first, last - first, column, 0))
         ends = np.cumsum([len(spans) for spans in by_group])
@@ -208,8 +217,9 @@ class _UnitGather:
         units = self.shape.samples * spans
 
         def body(unit: Value) -> list[Value]:
-            sample, span = unit // spans, unit % spans + first_span
-            self.unit(sample, span)
+            # The streams of a warp take the same span, so that few of its branches diverge.
+            sample, span = unit % self.shape.samples, unit // self.shape.samples
+            self.unit(sample, span + first_span)
             return [unit + self.shape.config.warps * self.streams]
 
         self.simt.while_(lambda unit: unit < units, body, [warp * self.streams + self.stream])

@@ -10,13 +10,15 @@ class Slot:
     """One pooled vector of a sample: which group of tables it reads and where it lands.
 
     group: index of the [rows, dim] array. dim: its columns. column: first output column.
-    mean: divide by the number of ids.
+    mean: divide by the number of ids. expected_ids: how many a bag holds on average; work is cut
+    by it, and any number gives the same answers.
     """
 
     group: int
     dim: int
     column: int
     mean: bool = False
+    expected_ids: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

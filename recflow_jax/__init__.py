@@ -12,15 +12,15 @@ if TYPE_CHECKING:
         TableConfig,
         shipped_models,
     )
-    from recflow_jax.engine import Engine
-    from recflow_jax.errors import (
+    from recflow_jax.engine.engine import Engine
+    from recflow_jax.engine.errors import (
         DeadlineExceeded,
         EngineClosed,
         EngineError,
         QueueFull,
         StepFailed,
     )
-    from recflow_jax.options import EngineOptions
+    from recflow_jax.engine.options import EngineOptions
     from recflow_jax.params import init_params, load_params, save_params
 
 __all__ = [
@@ -46,9 +46,9 @@ __all__ = [
 _MODULES = {
     "batch": ("InputError", "JaggedBatch"),
     "config": ("BagConfig", "DLRMConfig", "FeatureConfig", "TableConfig", "shipped_models"),
-    "engine": ("Engine",),
-    "errors": ("DeadlineExceeded", "EngineClosed", "EngineError", "QueueFull", "StepFailed"),
-    "options": ("EngineOptions",),
+    "engine.engine": ("Engine",),
+    "engine.errors": ("DeadlineExceeded", "EngineClosed", "EngineError", "QueueFull", "StepFailed"),
+    "engine.options": ("EngineOptions",),
     "params": ("init_params", "load_params", "save_params"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

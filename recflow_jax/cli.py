@@ -213,8 +213,8 @@ def bench(
         _list("--load", load, float),
         _list("--qps", qps, float),
     )
-    from recflow_jax.bench.online import OnlineOptions
     from recflow_jax.commands.bench import bench, bench_kernel
+    from recflow_jax.measure.online import OnlineOptions
 
     common: dict[str, Any] = {"batches": batches, "ids": ids, "seed": seed, "backend": backend}
     common |= {"out": out, "figure": figure}

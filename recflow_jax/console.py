@@ -66,6 +66,6 @@ def _says_what_is_missing(error: Exception) -> bool:
         return False
     # Only now: whoever raises these has paid for the import of jax already.
     from recflow_jax.backend import BackendError
-    from recflow_jax.movielens import DataError
+    from recflow_jax.data.movielens import DataError
 
     return isinstance(error, Missing | BackendError | DataError)

@@ -105,9 +105,11 @@ def _slots(
     for index, feature in enumerate(config.features):
         dim = config.table_of(feature).dim
         group, _ = places[feature.table]
+        expected = feature.bag.coverage * feature.bag.mean
         for _ in range(feature.vectors):
             mean = feature.pooling == "mean"
-            slots.append(Slot(group=group, dim=dim, column=column, mean=mean))
+            ids = min(1.0, expected) if feature.pooling == "none" else expected
+            slots.append(Slot(group=group, dim=dim, column=column, mean=mean, expected_ids=ids))
             features.append(index)
             column += dim
     return tuple(slots), tuple(features)

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import track
 
-from recflow_jax import movielens
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
+from recflow_jax.data import movielens
 from recflow_jax.layout import Layout
 from recflow_jax.model import DLRM, DeviceBatch, Params, forward
 from recflow_jax.params import init_params

@@ -12,10 +12,10 @@ import numpy as np
 from recflow_jax.backend import choose_backend
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.segments import BatchState, Segments
+from recflow_jax.engine.staging import Staging
 from recflow_jax.layout import Layout
-from recflow_jax.options import EngineOptions
-from recflow_jax.segments import BatchState, Segments
-from recflow_jax.staging import Staging
 
 CONFIG = DLRMConfig(
     name="fake",

@@ -9,11 +9,11 @@ from jax import lax
 from recflow_jax.backend import choose_backend
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.segments import Segments
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch, Params, forward
-from recflow_jax.options import EngineOptions
 from recflow_jax.params import init_params
-from recflow_jax.segments import Segments
 
 JAGGED = BagConfig(kind="normal", mean=3, sd=3, max=9, coverage=0.7)
 TABLES = (

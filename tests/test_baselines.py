@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 import small_models as models
-from recflow_jax.baselines import (
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig
+from recflow_jax.data.workloads import generate
+from recflow_jax.measure.baselines import (
     PlainModel,
     padded,
     per_table,
     stacked_variants,
     with_segments,
 )
-from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig
 from recflow_jax.model import Params
 from recflow_jax.params import init_params
-from recflow_jax.workloads import generate
 
 SAMPLES = 7
 
@@ -136,7 +136,7 @@ def test_columns_of_neighbouring_groups_stay_where_they_are() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize("config", [*models.FLOAT32_MODELS, models.BF16], ids=lambda c: c.name)
 def test_torch_is_the_model(config: DLRMConfig) -> None:
-    from recflow_jax.torch_baseline import TorchModel
+    from recflow_jax.measure.torch_baseline import TorchModel
 
     params, batch, expected = reference_of(config)
     torch_model = TorchModel(config, params)

@@ -15,18 +15,18 @@ import small_models as models
 from pallas_kernels import reference
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench import contenders
-from recflow_jax.bench.agreement import WrongAnswers, check_answers, reference_scores
-from recflow_jax.bench.ceilings import Ceilings, Floor, Work, work_of
-from recflow_jax.bench.contenders import Lineup
-from recflow_jax.bench.kernels import WrongKernel, bench_gather
-from recflow_jax.bench.offline import input_sets
-from recflow_jax.bench.online import OnlineOptions, request_pool
 from recflow_jax.commands.bench import bench, bench_kernel
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.layout import Layout
+from recflow_jax.measure import contenders
+from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference_scores
+from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
+from recflow_jax.measure.contenders import Lineup
+from recflow_jax.measure.kernels import WrongKernel, bench_gather
+from recflow_jax.measure.offline import input_sets
+from recflow_jax.measure.online import OnlineOptions, request_pool
+from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Ops
-from recflow_jax.timing import TimingOptions
 
 FAST = TimingOptions(rounds=2, round_s=0.0005, limit_s=0.2)
 PAIR = DLRMConfig(

@@ -193,7 +193,7 @@ def test_bench_of_one_kernel(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None
 
 def test_a_missing_gpu_and_missing_data_are_missing() -> None:
     from recflow_jax.backend import BackendError
-    from recflow_jax.movielens import DataError
+    from recflow_jax.data.movielens import DataError
 
     for error in (BackendError("no GPU"), DataError("no MovieLens")):
         assert console.exit_code(error) == console.MISSING

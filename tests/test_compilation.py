@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from recflow_jax import compilation
-from recflow_jax.compilation import Job, compile_jobs, default_cache
+from recflow_jax.engine import compilation
+from recflow_jax.engine.compilation import Job, compile_jobs, default_cache
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +19,7 @@ CHILD = """
 import json, sys, warnings
 warnings.simplefilter("error")
 import jax
-from recflow_jax.compilation import Job, compile_jobs, use_cache
+from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
 
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))

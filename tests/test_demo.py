@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recflow_jax.bench.agreement import WrongAnswers
 from recflow_jax.commands import demo as command
 from recflow_jax.commands.demo import demo
-from recflow_jax.movielens import DataError
-from recflow_jax.options import EngineOptions
+from recflow_jax.data.movielens import DataError
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.measure.agreement import WrongAnswers
 
 OPTIONS = EngineOptions(
     max_batch=64,

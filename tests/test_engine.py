@@ -13,8 +13,8 @@ import pytest
 
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine import Engine
-from recflow_jax.workloads import generate
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.engine import Engine
 from small_models import (
     BF16,
     CONCAT,

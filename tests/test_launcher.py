@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
-from recflow_jax.answer import Answer
 from recflow_jax.batch import InputError
-from recflow_jax.engine import Engine
-from recflow_jax.errors import (
+from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.errors import (
     DeadlineExceeded,
     EngineClosed,
     EngineError,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.load import (
+from recflow_jax.measure.load import (
     LoadError,
     poisson_arrivals_s,
     run_open_loop,

@@ -14,6 +14,7 @@ from jax import lax
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
     DLRM,
@@ -25,7 +26,6 @@ from recflow_jax.model import (
     with_layer_dtype,
 )
 from recflow_jax.params import init_params
-from recflow_jax.workloads import generate
 
 HEAVY = BagConfig(kind="gamma_poisson", mean=3, max=20)
 # Everything at once: three dims, a shared table, every pooling, weights, an activation.

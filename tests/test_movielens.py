@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recflow_jax import movielens
 from recflow_jax.batch import JaggedBatch, check_batch
-from recflow_jax.history import DENSE, RatingLog, counts_before, liked_before, sums_before
-from recflow_jax.movielens import DataError, RatingData
+from recflow_jax.data import movielens
+from recflow_jax.data.history import DENSE, RatingLog, counts_before, liked_before, sums_before
+from recflow_jax.data.movielens import DataError, RatingData
 
 USERS = """user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token
 7\t24\tM\twriter\t85711

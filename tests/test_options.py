@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from recflow_jax.config import BagConfig, DLRMConfig
-from recflow_jax.options import EngineOptions
-from recflow_jax.workloads import generate
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.options import EngineOptions
 from scheduling.request import SliceBucket
 from small_models import CONCAT, DOT, NO_SPARSE
 

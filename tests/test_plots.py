@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from recflow_jax import plots
+from recflow_jax.measure import plots
 from scheduling import ProfileRow, ProfileTable
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import small_models as models
-from recflow_jax import profiler
 from recflow_jax.commands.profile import ProfileResult, profile
-from recflow_jax.engine import Engine
-from recflow_jax.profiler import segment_key, slice_key, step_key
-from recflow_jax.workloads import generate
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.engine import Engine
+from recflow_jax.measure import profiler
+from recflow_jax.measure.profiler import segment_key, slice_key, step_key
 from scheduling import ProfileTable, ProfileTableError
 
 CONFIG = models.DOT

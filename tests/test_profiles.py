@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from fake_segments import FakeSegments, samples, scores
-from recflow_jax.engine import Engine
-from recflow_jax.errors import DeadlineExceeded
-from recflow_jax.profiles import IdleTimes, load_profile, versions
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.errors import DeadlineExceeded
+from recflow_jax.engine.profiles import IdleTimes, load_profile, versions
 from scheduling.table import ProfileRow, ProfileTable, ProfileTableError
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from recflow_jax.backend import choose_backend
 from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.segments import Segments
 from recflow_jax.model import Params
-from recflow_jax.segments import Segments
-from recflow_jax.workloads import generate
 from small_models import (
     BF16,
     CONCAT,

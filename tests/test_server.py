@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import small_models as models
-from recflow_jax.baselines import stacked_variants
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench.server import BatchingServer, PlainLadder
-from recflow_jax.workloads import generate
+from recflow_jax.data.workloads import generate
+from recflow_jax.measure.baselines import stacked_variants
+from recflow_jax.measure.server import BatchingServer, PlainLadder
 
 
 def request(samples: int, value: float) -> JaggedBatch:

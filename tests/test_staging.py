@@ -7,9 +7,9 @@ import pytest
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.staging import Staging
 from recflow_jax.layout import Layout
-from recflow_jax.staging import Staging
-from recflow_jax.workloads import generate
 from scheduling.request import SliceBucket
 from small_models import CONCAT, DOT, NO_DENSE, NO_SPARSE, device_batch
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from recflow_jax.timing import Timed, Timing, TimingOptions, measure, measure_side_by_side
+from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure, measure_side_by_side
 
 
 class Device:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recflow_jax import model, movielens
+from recflow_jax import model
 from recflow_jax import train as training
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.commands import train as command
 from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.data import movielens
 from recflow_jax.layout import Layout
 from recflow_jax.model import forward
 from recflow_jax.params import init_params, load_params

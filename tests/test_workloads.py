@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.slots import runs
-from recflow_jax import workloads
 from recflow_jax.batch import check_batch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig, shipped_models
-from recflow_jax.layout import Layout
-from recflow_jax.workloads import (
+from recflow_jax.data import workloads
+from recflow_jax.data.workloads import (
     EXACT_RANKS,
     MLPERF_REQUEST_SIZES,
     WorkloadError,
@@ -30,6 +29,7 @@ from recflow_jax.workloads import (
     scatter_ranks,
     zipf_ranks,
 )
+from recflow_jax.layout import Layout
 
 shipped = DLRMConfig.shipped
 BYTES = {"float32": 4, "bfloat16": 2}

@@ -4,23 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from recflow_jax import plots
 from recflow_jax.backend import Backend, choose_backend
-from recflow_jax.bench import report
-from recflow_jax.bench.ceilings import measure_ceilings
-from recflow_jax.bench.contenders import Lineup, Sets
-from recflow_jax.bench.kernels import bench_dense, bench_gather
-from recflow_jax.bench.offline import bench_offline, input_sets
-from recflow_jax.bench.online import OnlineOptions, bench_online, request_pool
-from recflow_jax.bench.stream import bench_stream
 from recflow_jax.commands.info import versions
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
-from recflow_jax.engine import Engine
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.measure import plots, report
+from recflow_jax.measure.ceilings import measure_ceilings
+from recflow_jax.measure.contenders import Lineup, Sets
+from recflow_jax.measure.kernels import bench_dense, bench_gather
+from recflow_jax.measure.offline import bench_offline, input_sets
+from recflow_jax.measure.online import OnlineOptions, bench_online, request_pool
+from recflow_jax.measure.stream import bench_stream
+from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Params
-from recflow_jax.options import EngineOptions
 from recflow_jax.params import init_params
-from recflow_jax.timing import TimingOptions
 
 Mode = Literal["offline", "numpy", "online"]
 Kernel = Literal["gather", "dense"]

@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from recflow_jax import plots
 from recflow_jax.backend import choose_backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench import report
-from recflow_jax.bench.agreement import check_answers
-from recflow_jax.bench.contenders import RECFLOW, Lineup
-from recflow_jax.bench.online import (
+from recflow_jax.commands.info import versions
+from recflow_jax.commands.profile import profile_segments
+from recflow_jax.console import console, progress
+from recflow_jax.data.movielens import MovieLens, load
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.segments import BatchState, Segments
+from recflow_jax.measure import plots, report
+from recflow_jax.measure.agreement import check_answers
+from recflow_jax.measure.contenders import RECFLOW, Lineup
+from recflow_jax.measure.online import (
     OnlineOptions,
     OnlinePoint,
     OnlineResult,
@@ -24,15 +30,8 @@ from recflow_jax.bench.online import (
     plain_server,
     saturate,
 )
-from recflow_jax.commands.info import versions
-from recflow_jax.commands.profile import profile_segments
-from recflow_jax.console import console, progress
-from recflow_jax.engine import Engine
 from recflow_jax.model import Params
-from recflow_jax.movielens import MovieLens, load
-from recflow_jax.options import EngineOptions
 from recflow_jax.params import ParamsError, load_params, save_params
-from recflow_jax.segments import BatchState, Segments
 from recflow_jax.train import TrainOptions, auc, predict, train_movielens
 
 SERVED = EngineOptions(max_batch=512, max_slice=512, smallest_batch=16, smallest_slice=16)

@@ -10,17 +10,17 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
-from recflow_jax import plots
 from recflow_jax.backend import choose_backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.profiles import versions
+from recflow_jax.engine.segments import Segments
+from recflow_jax.measure import plots
+from recflow_jax.measure.profiler import Profiler, segment_key, slice_key, step_key
+from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Params
-from recflow_jax.options import EngineOptions
 from recflow_jax.params import init_params
-from recflow_jax.profiler import Profiler, segment_key, slice_key, step_key
-from recflow_jax.profiles import versions
-from recflow_jax.segments import Segments
-from recflow_jax.timing import TimingOptions
 from scheduling import ProfileKey, ProfileRow, ProfileTable, ProfileTableError
 
 FULL = TimingOptions(rounds=5, round_s=0.01)

@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from recflow_jax import movielens
 from recflow_jax.console import console
+from recflow_jax.data import movielens
 from recflow_jax.params import save_params
 from recflow_jax.train import TrainOptions, TrainResult, train_movielens
 

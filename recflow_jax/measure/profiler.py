@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.segments import Segments
-from recflow_jax.timing import Timed, Timing, TimingOptions, measure
-from recflow_jax.workloads import generate
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.segments import Segments
+from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure
 from scheduling import ProfileKey, ProfileRow, SliceBucket
 
 PACKED_SETS = 4

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from recflow_jax.answer import Answer
-from recflow_jax.errors import DeadlineExceeded, EngineClosed, EngineError, QueueFull
-from recflow_jax.messages import Close, Dropped, Inbox, Submitted, now_us
-from recflow_jax.stats import Tally
+from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, EngineError, QueueFull
+from recflow_jax.engine.messages import Close, Dropped, Inbox, Submitted, now_us
+from recflow_jax.engine.stats import Tally
 from scheduling.admission import Admission
 from scheduling.request import Part, Request
 

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench.agreement import checked
-from recflow_jax.bench.ceilings import Ceilings, Floor, Work, work_of
-from recflow_jax.bench.contenders import RECFLOW, Contender, Lineup, Sets
 from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import gather_bytes_per_sample, generate
 from recflow_jax.layout import Layout
+from recflow_jax.measure.agreement import checked
+from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
+from recflow_jax.measure.contenders import RECFLOW, Contender, Lineup, Sets
+from recflow_jax.measure.timing import Timing, TimingOptions, measure_side_by_side
 from recflow_jax.model import Params
-from recflow_jax.timing import Timing, TimingOptions, measure_side_by_side
-from recflow_jax.workloads import gather_bytes_per_sample, generate
 
 LEAST_SETS, MOST_SETS = 4, 32
 ROTATED_BYTES = 256 * 2**20  # several times the largest L2 cache

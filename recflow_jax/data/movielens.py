@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
-from recflow_jax.history import DENSE, RatingLog, dense_features, liked_before
+from recflow_jax.data.history import DENSE, RatingLog, dense_features, liked_before
 
 REMEDY = "pip install --no-deps recbole==1.2.1"
 LIKED = 4

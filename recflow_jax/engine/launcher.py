@@ -6,9 +6,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.errors import EngineClosed, StepFailed
-from recflow_jax.ledger import Ledger
-from recflow_jax.messages import (
+from recflow_jax.engine.errors import EngineClosed, StepFailed
+from recflow_jax.engine.ledger import Ledger
+from recflow_jax.engine.messages import (
     Close,
     Dropped,
     Fault,
@@ -18,8 +18,8 @@ from recflow_jax.messages import (
     Submitted,
     now_us,
 )
-from recflow_jax.segments import BatchState, Segments
-from recflow_jax.stats import Tally
+from recflow_jax.engine.segments import BatchState, Segments
+from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import (
     Action,
     Arrive,

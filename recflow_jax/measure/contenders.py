@@ -18,7 +18,10 @@ from jaxtyping import Float
 
 from recflow_jax import model
 from recflow_jax.backend import Backend
-from recflow_jax.baselines import (
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.config import DLRMConfig
+from recflow_jax.layout import Layout
+from recflow_jax.measure.baselines import (
     PlainBatch,
     PlainModel,
     padded,
@@ -26,12 +29,9 @@ from recflow_jax.baselines import (
     stacked_variants,
     with_segments,
 )
-from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import DLRMConfig
-from recflow_jax.layout import Layout
+from recflow_jax.measure.timing import Timed, TimingOptions, measure_side_by_side
+from recflow_jax.measure.torch_baseline import TorchModel, torch_is_installed
 from recflow_jax.model import DeviceBatch, Params
-from recflow_jax.timing import Timed, TimingOptions, measure_side_by_side
-from recflow_jax.torch_baseline import TorchModel, torch_is_installed
 
 Rival = Literal["jax", "jax-per-table", "torch"]
 RIVALS: tuple[Rival, ...] = get_args(Rival)

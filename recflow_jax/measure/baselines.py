@@ -16,12 +16,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from recflow_jax import plain_bags
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
+from recflow_jax.measure import plain_bags
+from recflow_jax.measure.plain_bags import Piece
 from recflow_jax.model import CrossLayer, DenseLayer, Params
-from recflow_jax.plain_bags import Piece
 
 Pooler = Literal["one_gather", "gather_per_hotness", "segment_sum", "take_per_table"]
 

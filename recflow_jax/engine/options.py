@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import NormalDist
 
-from recflow_jax.config import BagConfig, DLRMConfig
+from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import expected_ids_per_sample
 from scheduling.buckets import ladder
 from scheduling.request import SliceBucket
 
@@ -85,15 +85,4 @@ def _round_up(ids: float) -> int:
 def _expected_ids(config: DLRMConfig) -> float:
     bags = [feature.bag for feature in config.features]
     jagged = any(bag.kind != "fixed" or bag.coverage < 1 for bag in bags)
-    return sum(map(_expected_length, bags)) * (JAGGED_HEADROOM if jagged else 1)
-
-
-def _expected_length(bag: BagConfig) -> float:
-    """Mean ids of a bag: of the truncated normal where it is one."""
-    if bag.kind in ("fixed", "gamma_poisson") or bag.sd == 0:
-        return bag.coverage * bag.mean
-    low = -bag.mean / bag.sd
-    high = (bag.max - bag.mean) / bag.sd if bag.kind == "normal" else math.inf
-    unit = NormalDist()
-    inside = unit.cdf(high) - unit.cdf(low)
-    return bag.coverage * (bag.mean + bag.sd * (unit.pdf(low) - unit.pdf(high)) / inside)
+    return expected_ids_per_sample(config) * (JAGGED_HEADROOM if jagged else 1)

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench.agreement import check_answers, reference_scores
-from recflow_jax.bench.contenders import RECFLOW, Lineup
-from recflow_jax.bench.server import BatchingServer, PlainLadder
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine import Engine
-from recflow_jax.load import (
+from recflow_jax.data.workloads import generate, request_sizes
+from recflow_jax.engine.engine import Engine
+from recflow_jax.measure.agreement import check_answers, reference_scores
+from recflow_jax.measure.contenders import RECFLOW, Lineup
+from recflow_jax.measure.load import (
     LoadResult,
     Submit,
     poisson_arrivals_s,
     run_open_loop,
     saturation_samples_per_s,
 )
+from recflow_jax.measure.server import BatchingServer, PlainLadder
 from recflow_jax.model import Params
-from recflow_jax.workloads import generate, request_sizes
 
 POOL_REQUESTS = 64
 LEAST_ARRIVALS = 20

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from recflow_jax import model
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench.contenders import Contender, device_batches
 from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
+from recflow_jax.measure.contenders import Contender, device_batches
 from recflow_jax.model import DeviceBatch, Params
 
 CHECKED_SAMPLES = 64

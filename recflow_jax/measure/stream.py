@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from recflow_jax.baselines import PlainBatch, PlainModel, padded
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench.agreement import check_answers, reference_scores
-from recflow_jax.bench.contenders import RECFLOW, Lineup, Sets, compile_all
-from recflow_jax.bench.offline import Measured, ratios
-from recflow_jax.engine import Engine
+from recflow_jax.engine.engine import Engine
+from recflow_jax.measure.agreement import check_answers, reference_scores
+from recflow_jax.measure.baselines import PlainBatch, PlainModel, padded
+from recflow_jax.measure.contenders import RECFLOW, Lineup, Sets, compile_all
+from recflow_jax.measure.offline import Measured, ratios
+from recflow_jax.measure.timing import Timed, TimingOptions, measure_side_by_side
 from recflow_jax.model import Params
-from recflow_jax.timing import Timed, TimingOptions, measure_side_by_side
 
 IN_FLIGHT = 4
 

@@ -18,8 +18,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from recflow_jax.backend import Backend
-from recflow_jax.compilation import Job, compile_jobs, use_cache
 from recflow_jax.config import DLRMConfig
+from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.staging import PackedShape, Staging
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
     DenseLayer,
@@ -31,8 +33,6 @@ from recflow_jax.model import (
     pool,
     scores,
 )
-from recflow_jax.options import EngineOptions
-from recflow_jax.staging import PackedShape, Staging
 
 
 @jax.tree_util.register_dataclass

@@ -15,22 +15,22 @@ from typing import Any, Self
 
 import numpy as np
 
-from recflow_jax.answer import Answer
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import InputError, JaggedBatch
-from recflow_jax.completion import Completion
 from recflow_jax.config import DLRMConfig
-from recflow_jax.errors import DeadlineExceeded, EngineError
-from recflow_jax.intake import Sparse, Terms, checked_batch, new_request
-from recflow_jax.launcher import Launcher
-from recflow_jax.ledger import Ledger
-from recflow_jax.messages import Close, Flight, Inbox, now_us
+from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.completion import Completion
+from recflow_jax.engine.errors import DeadlineExceeded, EngineError
+from recflow_jax.engine.intake import Sparse, Terms, checked_batch, new_request
+from recflow_jax.engine.launcher import Launcher
+from recflow_jax.engine.ledger import Ledger
+from recflow_jax.engine.messages import Close, Flight, Inbox, now_us
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
+from recflow_jax.engine.profiles import IdleTimes, load_profile
+from recflow_jax.engine.segments import Segments
+from recflow_jax.engine.stats import EngineStats, Tally
 from recflow_jax.model import Params
-from recflow_jax.options import EngineOptions
-from recflow_jax.pieces import PIECES_WAITING, predict_in_pieces
-from recflow_jax.profiles import IdleTimes, load_profile
-from recflow_jax.segments import Segments
-from recflow_jax.stats import EngineStats, Tally
 from scheduling.request import Request
 from scheduling.table import ProfileTable
 

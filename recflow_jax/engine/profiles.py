@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from recflow_jax.segments import Segments
+from recflow_jax.engine.segments import Segments
 from scheduling.buckets import smallest_holding
 from scheduling.request import SliceBucket
 from scheduling.table import ProfileKey, ProfileMiss, ProfileTable

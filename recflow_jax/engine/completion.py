@@ -4,10 +4,10 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from recflow_jax.launcher import fail_step
-from recflow_jax.ledger import Ledger
-from recflow_jax.messages import Fault, Flight, Inbox
-from recflow_jax.staging import Staging
+from recflow_jax.engine.launcher import fail_step
+from recflow_jax.engine.ledger import Ledger
+from recflow_jax.engine.messages import Fault, Flight, Inbox
+from recflow_jax.engine.staging import Staging
 from scheduling.pipeline import StepDone
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from recflow_jax.answer import Answer
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.errors import QueueFull
+from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.errors import QueueFull
 
 PIECES_WAITING = 2
 

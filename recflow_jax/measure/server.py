@@ -16,9 +16,9 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float
 
-from recflow_jax.baselines import PlainModel
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.bench.stream import PlainRunner
+from recflow_jax.measure.baselines import PlainModel
+from recflow_jax.measure.stream import PlainRunner
 from recflow_jax.model import Params
 from scheduling import ladder
 

@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Array
 
 from recflow_jax.backend import Backend
-from recflow_jax.bench.ceilings import ITEM_BYTES, copy_bytes_per_s, matmul_flop_per_s, work_of
-from recflow_jax.bench.contenders import compile_all, device_batches, launches, precision_of
-from recflow_jax.bench.offline import input_sets
 from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
+from recflow_jax.measure.ceilings import ITEM_BYTES, copy_bytes_per_s, matmul_flop_per_s, work_of
+from recflow_jax.measure.contenders import compile_all, device_batches, launches, precision_of
+from recflow_jax.measure.offline import input_sets
+from recflow_jax.measure.timing import Timing, TimingOptions, measure_side_by_side
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, dense_shapes, pool
-from recflow_jax.timing import Timing, TimingOptions, measure_side_by_side
 
 KERNEL_TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest difference of two kernels on one input, as a share of the largest value: sums are

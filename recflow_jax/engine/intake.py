@@ -10,7 +10,7 @@ import numpy as np
 
 from recflow_jax.batch import InputError, JaggedBatch, check_batch
 from recflow_jax.config import DLRMConfig
-from recflow_jax.messages import Submitted
+from recflow_jax.engine.messages import Submitted
 from scheduling.request import Request
 
 Sparse = Mapping[str, Any]

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from recflow_jax.backend import Backend
-from recflow_jax.bench.ceilings import Ceilings
-from recflow_jax.bench.contenders import RECFLOW
-from recflow_jax.bench.kernels import DenseResult, GatherResult
-from recflow_jax.bench.offline import OfflineResult
-from recflow_jax.bench.online import OnlineResult
-from recflow_jax.bench.stream import StreamResult
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console
+from recflow_jax.measure.ceilings import Ceilings
+from recflow_jax.measure.contenders import RECFLOW
+from recflow_jax.measure.kernels import DenseResult, GatherResult
+from recflow_jax.measure.offline import OfflineResult
+from recflow_jax.measure.online import OnlineResult
+from recflow_jax.measure.stream import StreamResult
 
 SCHEMA = 1
 WIDTH = 110

@@ -1,0 +1,1 @@
+"""Samples for any model: drawn at random, or from MovieLens."""

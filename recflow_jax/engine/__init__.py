@@ -1,0 +1,1 @@
+"""The engine: requests in from any thread, batches through the device, answers out."""

@@ -1,0 +1,1 @@
+"""What `recflow profile` and `recflow bench` measure, and what they compare with."""
