@@ -51,10 +51,9 @@ def pooled_gather(
     group; what lies behind offsets[-1] is padding and is not read. An empty bag gives zeros, a
     mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype.
     """
-    samples = (len(offsets) - 1) // len(slots)
+    lengths = jnp.diff(offsets).reshape(-1, len(slots))
     pieces = [
-        _pool_run(groups[run.group], rows, offsets, weights, slots, run, samples)
-        for run in runs(slots)
+        _pool_run(groups[run.group], rows, lengths, weights, slots, run) for run in runs(slots)
     ]
     return jnp.concatenate(pieces, axis=1).astype(out_dtype)
 
@@ -62,35 +61,39 @@ def pooled_gather(
 def _pool_run(
     table: Array,
     rows: Array,
-    offsets: Array,
+    lengths: Array,
     weights: Array | None,
     slots: tuple[Slot, ...],
     run: Run,
-    samples: int,
 ) -> Array:
-    bags, slot = _bag_of_each_id(rows, offsets, len(slots))
-    inside = (slot >= run.first) & (slot < run.first + run.count)
+    """The run's columns. Ids of other slots are counted to a bag behind the last and dropped."""
+    own = slice(run.first, run.first + run.count)
+    bags = jnp.full(lengths.shape, lengths.shape[0] * run.count, jnp.int32)
+    bags = bags.at[:, own].set(jnp.arange(lengths.shape[0] * run.count).reshape(-1, run.count))
+    target = _per_id(bags, lengths, len(rows))
+    inside = target < lengths.shape[0] * run.count
     vectors = table.at[jnp.where(inside, rows, 0)].get(mode="promise_in_bounds")
     vectors = vectors.astype(jnp.float32)
     if weights is not None:
         vectors = vectors * weights[:, None]
-    target = (bags // len(slots)) * run.count + slot - run.first
-    total = samples * run.count
     pooled = jax.ops.segment_sum(
-        vectors, jnp.where(inside, target, total), total, mode=lax.GatherScatterMode.FILL_OR_DROP
+        vectors,
+        target,
+        lengths.shape[0] * run.count,
+        indices_are_sorted=len(slots) == run.count,
     )
-    pooled = pooled.reshape(samples, run.count, run.dim)
-    means = jnp.array([s.mean for s in slots[run.first : run.first + run.count]])
-    counts = jnp.diff(offsets).reshape(samples, -1)[:, run.first : run.first + run.count]
-    scale = jnp.where(means, 1 / jnp.maximum(counts, 1), 1).astype(jnp.float32)
-    return (pooled * scale[:, :, None]).reshape(samples, run.count * run.dim)
+    pooled = pooled.reshape(-1, run.count, run.dim)
+    means = jnp.array([slot.mean for slot in slots[own]])
+    scale = jnp.where(means, 1 / jnp.maximum(lengths[:, own], 1), 1).astype(jnp.float32)
+    return (pooled * scale[:, :, None]).reshape(-1, run.count * run.dim)
 
 
-def _bag_of_each_id(rows: Array, offsets: Array, slots: int) -> tuple[Array, Array]:
-    """The bag that each id belongs to and its slot; slot -1 for padding behind the last bag."""
-    places = jnp.arange(len(rows), dtype=jnp.int32)
-    bags = jnp.searchsorted(offsets, places, side="right").astype(jnp.int32) - 1
-    return bags, jnp.where(places < offsets[-1], bags % slots, -1)
+def _per_id(per_bag: Array, lengths: Array, ids: int) -> Array:
+    """The value of the bag that each of `ids` ids is in; padding behind them gets the largest."""
+    padding = ids - lengths.sum(keepdims=True).reshape(1)
+    largest = jnp.full(1, jnp.iinfo(jnp.int32).max, jnp.int32)
+    values = jnp.concatenate([per_bag.ravel(), largest])
+    return jnp.repeat(values, jnp.concatenate([lengths.ravel(), padding]), total_repeat_length=ids)
 
 
 def dense(
