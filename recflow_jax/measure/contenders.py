@@ -250,7 +250,9 @@ def compile_all(
         executable = jax.jit(function).lower(*arguments).compile()
         return executable, time.perf_counter() - started
 
-    with ThreadPoolExecutor(COMPILE_THREADS) as threads:
+    # On a GPU XLA times its matmuls while it compiles; two at once would choose by noise.
+    workers = COMPILE_THREADS if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(workers) as threads:
         return dict(zip(jobs, threads.map(compile_one, jobs.values()), strict=True))
 
 

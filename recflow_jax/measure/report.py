@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,7 +37,7 @@ def header(
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["recflow", *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
         "platform": jax.devices()[0].platform,
         "backend": {"name": backend.name, "reason": backend.reason},
