@@ -54,7 +54,7 @@ def test_the_table_shows_value_target_and_command(checkout: Path) -> None:
     text = (checkout / claims.README).read_text()
     assert text.startswith("before\n<!-- claims: kernels -->\n| claim |")
     assert (
-        "| The gather alone | 2.72 TB/s | at least 2.4 | yes | NVIDIA H100 80GB HBM3, 2026-01-31 "
+        "| The gather alone | 2.72 TB/s | at least 2.4 TB/s | yes | NVIDIA H100 80GB HBM3, 2026-01-31 "
         "| `recflow bench --kernel gather` |\n<!-- end of claims -->\nafter\n"
     ) in text
 
@@ -94,7 +94,14 @@ def test_a_missed_target_is_shown_as_missed(checkout: Path) -> None:
     change_ledger(checkout, "target = 2.4", "target = 3")
     claims.write(checkout)
     assert claims.check(checkout) == []
-    assert "| at least 3 | **no** |" in (checkout / claims.README).read_text()
+    assert "| at least 3 TB/s | **no** |" in (checkout / claims.README).read_text()
+
+
+def test_rates_of_a_trillion_and_more_are_shown_in_tera(checkout: Path) -> None:
+    change_ledger(checkout, "target = 2.4", "target = 2.4e12")
+    change_ledger(checkout, '"TB/s"', '"B/s"')
+    claims.write(checkout)
+    assert "| 2.72 B/s | at least 2.4 TB/s |" in (checkout / claims.README).read_text()
 
 
 @pytest.mark.parametrize(("target", "met"), [("2.72", "yes"), ("2.71", "**no**")])
@@ -102,7 +109,7 @@ def test_lower_can_be_better(checkout: Path, target: str, met: str) -> None:
     change_ledger(checkout, "target = 2.4", f"target = {target}")
     change_ledger(checkout, '"higher"', '"lower"')
     claims.write(checkout)
-    assert f"| at most {target} | {met} |" in (checkout / claims.README).read_text()
+    assert f"| at most {target} TB/s | {met} |" in (checkout / claims.README).read_text()
 
 
 def test_an_empty_ledger_is_legal(checkout: Path) -> None:

@@ -169,12 +169,19 @@ def with_tables(text: str, claims: Sequence[Claim]) -> str:
     return TABLE.sub(table, text)
 
 
+def _quantity(number: float, unit: str) -> str:
+    """The number and its unit; rates from 10^12 a second on in tera."""
+    if unit.endswith("/s") and number >= 1e12:
+        number, unit = number / 1e12, f"T{unit}"
+    return f"{number:g} {unit}".rstrip()
+
+
 def _row(claim: Claim) -> str:
     bound = "at least" if claim.better == "higher" else "at most"
     cells = (
         claim.claim,
-        f"{claim.value:g} {claim.unit}",
-        f"{bound} {claim.target:g}",
+        _quantity(claim.value, claim.unit),
+        f"{bound} {_quantity(claim.target, claim.unit)}",
         "yes" if claim.met else "**no**",
         f"{claim.device}, {claim.date}",
         f"`{claim.command}`",

@@ -128,11 +128,7 @@ def _color(name: str) -> str:
 
 
 def _offline(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    medians = {
-        name: [r["contenders"][name]["timing"]["median_us"] for r in results]
-        for name in results[0]["contenders"]
-    }
-    _grouped_bars(ax, [r["batch"] for r in results], medians)
+    _median_bars(ax, results)
     for place, result in enumerate(results):
         floor = result["floor"]["us"]
         label = "floor (bytes, FLOP)" if place == 0 else "_not in the legend"
@@ -141,12 +137,16 @@ def _offline(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _stream(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    _median_bars(ax, results)
+    _finish_bars(ax, "from numpy: packing and copies counted")
+
+
+def _median_bars(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     medians = {
         name: [r["contenders"][name]["timing"]["median_us"] for r in results]
         for name in results[0]["contenders"]
     }
     _grouped_bars(ax, [r["batch"] for r in results], medians)
-    _finish_bars(ax, "from numpy: packing and copies counted")
 
 
 def _finish_bars(ax: Axes, title: str) -> None:
@@ -157,7 +157,9 @@ def _finish_bars(ax: Axes, title: str) -> None:
     ax.set_xlabel("samples per batch")
     ax.set_ylabel("microseconds per batch")
     ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=8, loc="upper left")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * 2)  # room for the legend above the bars
+    ax.legend(fontsize=8, loc="upper left", ncols=5)
 
 
 def _grouped_bars(ax: Axes, batches: Sequence[int], values: Mapping[str, Sequence[float]]) -> None:

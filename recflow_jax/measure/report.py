@@ -102,6 +102,20 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _timing_cells(result: OfflineResult | StreamResult, name: str) -> list[str]:
+    """What both tables start with: batch, contender, how, median, p10-p90, ratio."""
+    measured = result.contenders[name]
+    timing = measured.timing
+    return [
+        f"{result.batch}" if name == RECFLOW else "",
+        name,
+        measured.note,
+        f"{timing.median_us:,.0f}",
+        f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+        "" if name == RECFLOW else f"{result.ratios[name]:.2f}",
+    ]
+
+
 def offline_table(results: Sequence[OfflineResult]) -> Table:
     """Medians, ratios and floors."""
     table = _table(
@@ -110,16 +124,10 @@ def offline_table(results: Sequence[OfflineResult]) -> Table:
     )
     for result in results:
         for name, measured in result.contenders.items():
-            timing = measured.timing
             table.add_row(
-                f"{result.batch}" if name == RECFLOW else "",
-                name,
-                measured.note,
-                f"{timing.median_us:,.0f}",
-                f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
-                "" if name == RECFLOW else f"{result.ratios[name]:.2f}",
+                *_timing_cells(result, name),
                 f"{result.floor.us:,.0f}" if name == RECFLOW else "",
-                f"{result.floor.us / timing.median_us:.0%}",
+                f"{result.floor.us / measured.timing.median_us:.0%}",
                 end_section=name == list(result.contenders)[-1],
             )
     return table
@@ -133,15 +141,9 @@ def stream_table(results: Sequence[StreamResult]) -> Table:
     )
     for result in results:
         for name, measured in result.contenders.items():
-            timing = measured.timing
             table.add_row(
-                f"{result.batch}" if name == RECFLOW else "",
-                name,
-                measured.note,
-                f"{timing.median_us:,.0f}",
-                f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
-                "" if name == RECFLOW else f"{result.ratios[name]:.2f}",
-                f"{1e6 * result.batch / timing.median_us:,.0f}",
+                *_timing_cells(result, name),
+                f"{1e6 * result.batch / measured.timing.median_us:,.0f}",
                 end_section=name == list(result.contenders)[-1],
             )
     return table
