@@ -1,7 +1,8 @@
 """Which kernels run on this device, and why.
 
-`mosaic`: the Pallas kernels, on Hopper GPUs and newer. `xla`: the reference formulations compiled
-by XLA, anywhere, the CPU included. `auto` takes mosaic where it runs.
+`mosaic`: the Pallas kernels, on Hopper GPUs (they use wgmma, which later GPUs do not have). `xla`:
+the reference formulations compiled by XLA, anywhere, the CPU included. `auto` takes mosaic where it
+runs.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_layer_dtype
 
 BackendName = Literal["xla", "mosaic"]
-MOSAIC_CAPABILITY = 9.0
+HOPPER = "9.0"
 
 
 class BackendError(RuntimeError):
@@ -77,6 +78,6 @@ def _mosaic_runs_on(device: Any) -> tuple[bool, str]:
     if device.platform != "gpu":
         return False, f"{device.device_kind} is no GPU"
     capability = getattr(device, "compute_capability", None)
-    if capability is None or float(capability) < MOSAIC_CAPABILITY:
-        return False, f"compute capability {capability} is below {MOSAIC_CAPABILITY}"
+    if capability != HOPPER:
+        return False, f"compute capability {capability} is not {HOPPER}, Hopper's"
     return True, f"compute capability {capability}"

@@ -70,9 +70,6 @@ class HostSimt:
     def load_word(self, address: int) -> int:
         return int(self.memory.bytes_at(address, 4).view(np.int32)[0])
 
-    def load_float(self, address: int) -> np.float32:
-        return self.memory.bytes_at(address, 4).view(np.float32)[0]
-
     def load_shared(self, address: int, words: int) -> list[int]:
         return [int(word) for word in self._landed(address, words * 4).view(np.int32)]
 

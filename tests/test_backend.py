@@ -1,0 +1,86 @@
+"""Which back end a device gets, and how the mosaic one falls back to XLA for single layers."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import embedding, reference
+from recflow_jax.backend import BackendError, choose_backend
+from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
+from small_models import params_of
+
+CONFIG = DLRMConfig(
+    name="small",
+    tables=(TableConfig(name="t", rows=9, dim=8),),
+    features=(FeatureConfig(name="f", table="t"),),
+    dense_width=13,
+    bottom_mlp=(20, 8),
+    interaction="dot",
+    top_mlp=(70, 1),
+    compute_dtype="bfloat16",
+)
+
+
+def gpu(capability: str) -> SimpleNamespace:
+    """What choose_backend looks at of a JAX device."""
+    return SimpleNamespace(platform="gpu", device_kind="NVIDIA Test", compute_capability=capability)
+
+
+def test_hopper_gets_the_kernels() -> None:
+    backend = choose_backend("auto", gpu("9.0"))
+    assert (backend.name, backend.reason) == ("mosaic", "compute capability 9.0")
+    assert backend.ops.pooled_gather is embedding.pooled_gather
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "10.0", "12.0"])
+def test_gpus_without_wgmma_get_xla(capability: str) -> None:
+    backend = choose_backend("auto", gpu(capability))
+    assert backend.name == "xla"
+    assert backend.reason == f"compute capability {capability} is not 9.0, Hopper's"
+
+
+def test_a_cpu_gets_xla() -> None:
+    assert choose_backend().name == "xla"
+    assert choose_backend("xla", gpu("9.0")).reason == "asked for"
+
+
+def test_mosaic_is_refused_where_it_cannot_run() -> None:
+    with pytest.raises(BackendError, match="cannot run here: cpu is no GPU; use 'xla' or 'auto'"):
+        choose_backend("mosaic")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda' is not one of auto, xla, mosaic"):
+        choose_backend("cuda")
+
+
+def test_weights_are_padded_once_but_the_last_layers() -> None:
+    params = choose_backend("auto", gpu("9.0")).prepare(params_of(CONFIG), CONFIG)
+    assert [layer.kernel.shape for layer in params.bottom] == [(64, 64), (64, 64)]
+    assert [layer.kernel.shape for layer in params.top] == [(64, 128), (70, 1)]
+    assert [len(layer.bias) for layer in (*params.bottom, *params.top)] == [20, 8, 70, 1]
+    assert params.top[0].kernel.dtype == jnp.bfloat16
+
+
+def test_float32_layers_are_left_as_they_are() -> None:
+    config = dataclasses.replace(CONFIG, compute_dtype="float32")
+    params = choose_backend("auto", gpu("9.0")).prepare(params_of(config), config)
+    assert params.bottom[0].kernel.shape == (13, 20)
+
+
+@pytest.mark.parametrize(("dtype", "inputs"), [("float32", 13), ("bfloat16", 2500)])
+def test_what_the_kernel_does_not_take_runs_on_xla(dtype: str, inputs: int) -> None:
+    """float32, and few tiles with deep K, the kernel padded or not."""
+    dense = choose_backend("auto", gpu("9.0")).ops.dense
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (5, inputs)).astype(dtype)
+    kernel = jax.random.normal(keys[1], (inputs, 7)).astype(dtype)
+    bias = jax.random.normal(keys[2], (7,))
+    expected = reference.dense(x, kernel, bias, activation="relu")
+    for weights in (kernel, jnp.pad(kernel, ((0, -inputs % 64), (0, 57)))):
+        out = dense(x, weights, bias, activation="relu", precision=None)
+        np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected, np.float32))
