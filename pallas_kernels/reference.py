@@ -68,20 +68,17 @@ def _pool_run(
 ) -> Array:
     """The run's columns. Ids of other slots are counted to a bag behind the last and dropped."""
     own = slice(run.first, run.first + run.count)
-    bags = jnp.full(lengths.shape, lengths.shape[0] * run.count, jnp.int32)
-    bags = bags.at[:, own].set(jnp.arange(lengths.shape[0] * run.count).reshape(-1, run.count))
+    total = lengths.shape[0] * run.count
+    bags = jnp.full(lengths.shape, total, jnp.int32)
+    bags = bags.at[:, own].set(jnp.arange(total).reshape(-1, run.count))
     target = _per_id(bags, lengths, len(rows))
-    inside = target < lengths.shape[0] * run.count
+    inside = target < total
     vectors = table.at[jnp.where(inside, rows, 0)].get(mode="promise_in_bounds")
     vectors = vectors.astype(jnp.float32)
     if weights is not None:
         vectors = vectors * weights[:, None]
-    pooled = jax.ops.segment_sum(
-        vectors,
-        target,
-        lengths.shape[0] * run.count,
-        indices_are_sorted=len(slots) == run.count,
-    )
+    in_order = len(slots) == run.count
+    pooled = jax.ops.segment_sum(vectors, target, total, indices_are_sorted=in_order)
     pooled = pooled.reshape(-1, run.count, run.dim)
     means = jnp.array([slot.mean for slot in slots[own]])
     scale = jnp.where(means, 1 / jnp.maximum(lengths[:, own], 1), 1).astype(jnp.float32)

@@ -25,6 +25,8 @@ Activation = Literal["relu", "sigmoid", "gelu", "identity"]
 Interaction = Literal["dot", "dcn", "concat"]
 BagKind = Literal["fixed", "normal", "one_sided_normal", "gamma_poisson"]
 
+ITEM_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 MAX_DIM = 256
 DIM_STEP = 4
 

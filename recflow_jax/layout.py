@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.slots import Slot
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import ConfigError, DLRMConfig, DType
+from recflow_jax.config import ITEM_BYTES, ConfigError, DLRMConfig, DType
 
 MAX_GROUP_ROWS = 2**31 - 1
 
@@ -65,8 +65,7 @@ class Layout:
     @property
     def row_bytes(self) -> tuple[int, ...]:
         """Bytes of one row of each group."""
-        sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
-        return tuple(group.dim * sizes[group.dtype] for group in self.groups)
+        return tuple(group.dim * ITEM_BYTES[group.dtype] for group in self.groups)
 
     def rows(self, batch: JaggedBatch) -> np.ndarray:
         """int32 [total]: each id of `batch` as a row of its group."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from recflow_jax.config import DLRMConfig
@@ -233,19 +233,3 @@ class DLRM(nnx.Module):
         return jax.tree.map(
             lambda p: p[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
         )
-
-
-def device_batch_shapes(
-    layout: Layout, config: DLRMConfig, *, samples: int, ids: int
-) -> DeviceBatch:
-    """A DeviceBatch of shapes: what a bucket of `samples` and `ids` is compiled for."""
-    return DeviceBatch(
-        dense=_f32(samples, config.dense_width),
-        rows=_i32(ids),
-        offsets=_i32(samples * len(layout.slots) + 1),
-        weights=_f32(ids) if config.weighted else None,
-    )
-
-
-def _i32(*shape: int) -> Int32[Array, "..."] | jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)

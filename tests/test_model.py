@@ -20,7 +20,6 @@ from recflow_jax.model import (
     DLRM,
     DeviceBatch,
     Params,
-    device_batch_shapes,
     forward,
     param_shapes,
     with_layer_dtype,
@@ -191,16 +190,6 @@ def test_param_shapes_are_those_of_the_parameters(name: str):
     config = MODELS[name].with_dtypes(tables="bfloat16")
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), param_shapes(config))
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), init_params(config))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_device_batch_shapes_are_those_of_a_batch(name: str):
-    config = MODELS[name]
-    batch = on_device(config, generate(config, 4, seed=0))
-    expected = device_batch_shapes(Layout.of(config), config, samples=4, ids=len(batch.rows))
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), expected
-    )
 
 
 def test_layer_dtype_leaves_biases_and_tables():

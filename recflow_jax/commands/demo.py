@@ -16,7 +16,7 @@ from recflow_jax.console import console, progress
 from recflow_jax.data.movielens import MovieLens, load
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.engine.segments import BatchState, Segments
+from recflow_jax.engine.segments import Segments
 from recflow_jax.measure import plots, report
 from recflow_jax.measure.agreement import check_answers
 from recflow_jax.measure.contenders import RECFLOW, Lineup
@@ -43,19 +43,6 @@ SECONDS, QUICK_SECONDS = 4.0, 1.5
 MODEL_FILE = "movielens.safetensors"
 
 
-class CountingSegments(Segments):
-    """Segments that count the batches that start, by their padded size."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.started: Counter[int] = Counter()
-
-    def start(self, state: BatchState, bucket: int) -> Any:
-        """Segment 0, counted."""
-        self.started[bucket] += 1
-        return super().start(state, bucket)
-
-
 def demo(
     *,
     out: str | Path = "demo",
@@ -74,9 +61,9 @@ def demo(
     samples = load(data)
     out.mkdir(parents=True, exist_ok=True)
     params = _model(samples, out / MODEL_FILE, epochs=1 if quick else TrainOptions.epochs)
-    segments = CountingSegments(samples.config, params, choose_backend(options.backend), options)
+    segments = Segments(samples.config, params, choose_backend(options.backend), options)
     profiled = profile_segments(segments, out=out, quick=True)
-    demonstration = Demonstration(samples=samples, params=params, segments=segments, out=out)
+    demonstration = Demonstration(samples=samples, params=params, out=out)
     with Engine.from_segments(segments, profile=profiled.table) as engine:
         result = demonstration.run(engine, seconds=QUICK_SECONDS if quick else SECONDS)
     report.save_json(out / "report.json", result)
@@ -108,11 +95,10 @@ def _model(samples: MovieLens, path: Path, *, epochs: int) -> Params:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """The test interactions, one request per user, what serves them and where results go."""
+    """The test interactions, one request per user, the model, and where results go."""
 
     samples: MovieLens
     params: Params
-    segments: CountingSegments
     out: Path
 
     def run(self, engine: Engine, *, seconds: float) -> dict[str, Any]:
@@ -121,7 +107,7 @@ class Demonstration:
         requests = [batch for _, batch, _ in users]
         labels = np.concatenate([labels for _, _, labels in users])
         served = self._serve(engine, requests, labels)
-        at_once = dict(self.segments.started)
+        at_once = engine.stats().batch_buckets
         online, sizes = self._compare(engine, requests, seconds)
         sizes["all at once"] = at_once
         result = report.header(
@@ -141,7 +127,6 @@ class Demonstration:
         self, engine: Engine, requests: Sequence[JaggedBatch], labels: np.ndarray
     ) -> dict[str, Any]:
         """All requests at once, each answer held against the reference forward pass."""
-        self.segments.started.clear()
         answers = [engine.submit(request) for request in requests]
         scores = np.concatenate([answer.result() for answer in answers])
         joined = JaggedBatch.join(requests)
@@ -179,11 +164,11 @@ class Demonstration:
             check_served(engine.config, self.params, requests, servers)
             saturation = saturate(servers, requests, max_batch, options, advance)
             for share in LOADS:
-                self.segments.started.clear()
+                before = Counter(engine.stats().batch_buckets)
                 qps = share * min(saturation.values())
                 loads = offer(servers, requests, qps, seconds, 0, advance)
                 points.append(OnlinePoint(share=share, qps=qps, contenders=loads))
-                sizes[f"{share:.0%} load"] = dict(self.segments.started)
+                sizes[f"{share:.0%} load"] = dict(Counter(engine.stats().batch_buckets) - before)
         result = OnlineResult(
             max_batch=max_batch,
             mean_request_samples=mean_samples(requests),

@@ -27,7 +27,8 @@ class EngineStats:
     """Counts since the engine started; `rejected` by reason, in requests.
 
     Reasons: `input`, `queue_full` and `closed` (raised by submit), `deadline` (could not be
-    answered in time, or was answered too late). Batch and slice sizes are samples on average.
+    answered in time, or was answered too late). Batch and slice sizes are samples on average;
+    `batch_buckets` counts batches by the bucket that they were padded to.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first.
@@ -44,6 +45,7 @@ class EngineStats:
     batches: int
     slices: int
     steps: int
+    batch_buckets: dict[int, int]
     mean_batch: float
     mean_slice: float
     sample_padding: float
@@ -63,6 +65,7 @@ class Tally:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+        self._batch_buckets: Counter[int] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
 
     def accepted(self, samples: int) -> None:
@@ -88,6 +91,8 @@ class Tally:
     def launched_segment(self, segment: Segment) -> None:
         if segment.last:
             self._add(batches=1, batch_samples=segment.samples, batch_room=segment.bucket)
+            with self._lock:
+                self._batch_buckets[segment.bucket] += 1
 
     def launched_step(self) -> None:
         self._add(steps=1)
@@ -103,12 +108,14 @@ class Tally:
         """All counters at one moment."""
         with self._lock:
             n, rejected = Counter(self._counts), dict(self._rejected)
+            batch_buckets = dict(self._batch_buckets)
             latencies_ms = np.array(self._latencies_us) / 1000
         p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
         return EngineStats(
             **{name: n[name] for name in COUNTED},
             rejected=rejected,
             queued_samples=queued_samples,
+            batch_buckets=batch_buckets,
             mean_batch=n["batch_samples"] / max(n["batches"], 1),
             mean_slice=n["slice_samples"] / max(n["slices"], 1),
             sample_padding=_padding(n["batch_samples"], n["batch_room"]),

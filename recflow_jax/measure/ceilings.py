@@ -13,13 +13,11 @@ import numpy as np
 from jax import lax
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import DLRMConfig
+from recflow_jax.config import ITEM_BYTES, DLRMConfig
 from recflow_jax.data.workloads import SECTOR_BYTES, flops_per_sample
 from recflow_jax.layout import Layout
 from recflow_jax.measure.timing import Timed, TimingOptions, measure, measure_side_by_side
 from recflow_jax.model import param_shapes
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)

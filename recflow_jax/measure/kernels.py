@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array
 
 from recflow_jax.backend import Backend
-from recflow_jax.config import DLRMConfig
+from recflow_jax.config import ITEM_BYTES, DLRMConfig
 from recflow_jax.layout import Layout
-from recflow_jax.measure.ceilings import ITEM_BYTES, copy_bytes_per_s, matmul_flop_per_s, work_of
+from recflow_jax.measure.ceilings import copy_bytes_per_s, matmul_flop_per_s, work_of
 from recflow_jax.measure.contenders import compile_all, device_batches, launches, precision_of
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.timing import Timing, TimingOptions, measure_side_by_side
