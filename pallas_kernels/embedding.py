@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
@@ -135,12 +136,13 @@ class GatherShape:
     out_dtype: str
     weighted: bool
     config: GatherConfig
+    left: int = 0
     any_mean: bool = field(init=False)
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "any_mean", any(slot.mean for slot in self.slots))
-        object.__setattr__(self, "width", width(self.slots))
+        object.__setattr__(self, "width", self.left + width(self.slots))
 
     def _cuts(self, run: Run) -> list[int]:
         """Where a run is cut so that its pieces have about the same ids; ends included."""
@@ -164,7 +166,7 @@ class GatherShape:
         by_group: list[list[tuple[int, int, int, int]]] = [[] for _ in self.rows]
         for run in runs(self.slots):
             for first, last in pairwise(self._cuts(run)):
-                column = self.slots[first].column
+                column = self.left + self.slots[first].column
                 by_group[run.group].append((first, last - first, column, 0))
         ends = np.cumsum([len(spans) for spans in by_group])
         parts = tuple((int(end) - len(s), len(s)) for end, s in zip(ends, by_group, strict=True))
@@ -359,7 +361,8 @@ class _UnitGather:
     def _items_per_store(self, item: int) -> int:
         """Items in one store: 16 bytes where every slot starts at a multiple of that, else 8."""
         items = VECTOR_BYTES // item
-        columns = [self.shape.width, *(slot.column for slot in self.shape.slots)]
+        slots = self.shape.slots
+        columns = [self.shape.left, self.shape.width, *(slot.column for slot in slots)]
         aligned = all(column % items == 0 for column in columns)
         return min(items if aligned else items // 2, self.row.items_per_vector)
 
@@ -389,15 +392,20 @@ def pooled_gather(
     *,
     slots: tuple[Slot, ...],
     out_dtype: DTypeLike,
+    left: Float[Array, "samples left"] | None = None,
     config: GatherConfig = GatherConfig(),
-) -> Float[Array, "samples width"]:
+) -> Float[Array, "samples left_and_width"]:
     """Pools every bag of every sample in one launch; see reference.pooled_gather.
+
+    The launch writes behind the columns that `left` then fills: nothing is concatenated, unless
+    `left` is no multiple of four columns, which would break the alignment of stores.
 
     Groups are [rows, dim] of float32, bfloat16 or float16, dim a multiple of 4 up to 256; `rows`
     holds at least one element. Ids are trusted: they must be rows of their slot's group. Raises
     ValueError for shapes, dtypes or slots that the kernel cannot take.
     """
     _check(groups, rows, offsets, slots)
+    behind = 0 if left is None or left.shape[1] % 4 else left.shape[1]
     shape = GatherShape(
         samples=(len(offsets) - 1) // len(slots),
         slots=slots,
@@ -405,13 +413,19 @@ def pooled_gather(
         out_dtype=str(jnp.dtype(out_dtype)),
         weighted=weights is not None,
         config=config,
+        left=behind,
     )
     if shape.samples == 0:
-        return jnp.zeros((0, shape.width), out_dtype)
+        return jnp.zeros((0, (0 if left is None else left.shape[1]) + width(slots)), out_dtype)
     spans, _ = shape.spans()
     means = np.array([slot.mean for slot in slots], np.int32)
     optional = [] if weights is None else [weights]
-    return _launch(shape, [*groups, rows, offsets, spans, means, *optional])
+    out = _launch(shape, [*groups, rows, offsets, spans, means, *optional])
+    if left is None:
+        return out
+    if not behind:
+        return jnp.concatenate([left.astype(out.dtype), out], axis=1)
+    return lax.dynamic_update_slice(out, left.astype(out.dtype), (0, 0))
 
 
 def _launch(shape: GatherShape, operands: list[Array | np.ndarray]) -> Array:

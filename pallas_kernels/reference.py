@@ -44,18 +44,22 @@ def pooled_gather(
     *,
     slots: tuple[Slot, ...],
     out_dtype: DTypeLike,
-) -> Float[Array, "samples width"]:
+    left: Float[Array, "samples left"] | None = None,
+) -> Float[Array, "samples left_and_width"]:
     """Pools every bag of every sample: out[s, column:column + dim] = sum_i w_i * group[row_i].
 
     Bag b = s * len(slots) + slot holds rows[offsets[b]:offsets[b + 1]], rows of its slot's
     group; what lies behind offsets[-1] is padding and is not read. An empty bag gives zeros, a
-    mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype.
+    mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype. The
+    columns of `left` come before the pooled ones.
     """
     lengths = jnp.diff(offsets).reshape(-1, len(slots))
     pieces = [
         _pool_run(groups[run.group], rows, lengths, weights, slots, run) for run in runs(slots)
     ]
-    return jnp.concatenate(pieces, axis=1).astype(out_dtype)
+    if left is not None:
+        pieces.insert(0, left)
+    return jnp.concatenate([piece.astype(out_dtype) for piece in pieces], axis=1)
 
 
 def _pool_run(
@@ -104,3 +108,39 @@ def dense(
     """activation(x @ kernel + bias), accumulated in float32, in x's dtype."""
     product = jnp.dot(x, kernel, precision=precision, preferred_element_type=jnp.float32)
     return ACTIVATIONS[activation](product + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def cross(
+    x0: Float[Array, "samples width"],
+    x: Float[Array, "samples width"],
+    down: Float[Array, "width rank"],
+    up: Float[Array, "rank width"],
+    bias: Float[Array, " width"],
+    *,
+    precision: lax.Precision | None = None,
+) -> Float[Array, "samples width"]:
+    """x0 * (x @ down @ up + bias) + x: a low-rank cross layer (DCN v2, arXiv 2008.13535).
+
+    Matmuls accumulate in float32 and hand on x's dtype: a wide float32 array costs more time than
+    it adds precision. The elementwise part is float32.
+    """
+    low = jnp.dot(x, down, precision=precision)
+    high = jnp.dot(low, up, precision=precision).astype(jnp.float32)
+    return (x0 * (high + bias) + x).astype(x.dtype)
+
+
+def dot(
+    x: Float[Array, "samples columns"],
+    *,
+    vectors: int,
+    keep: int,
+    precision: lax.Precision | None = None,
+) -> Float[Array, "samples keep_and_pairs"]:
+    """The first `keep` columns, then the dot product of each pair of a sample's vectors.
+
+    x holds `vectors` vectors of equal dim side by side; pairs (i, j), i < j, go by i, then j.
+    """
+    apart = x.reshape(len(x), vectors, -1)
+    products = jnp.einsum("nid,njd->nij", apart, apart, precision=precision)
+    upper = jnp.triu_indices(vectors, k=1)
+    return jnp.concatenate([x[:, :keep], products[:, *upper]], axis=1)

@@ -63,10 +63,15 @@ class DeviceBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """The two operations that back ends replace, signatures as in pallas_kernels.reference."""
+    """The operations that back ends replace, signatures as in pallas_kernels.reference.
+
+    What `dot` gives may be wider than the reference's, by zero columns that `dense` takes.
+    """
 
     pooled_gather: Callable[..., Any] = reference.pooled_gather
     dense: Callable[..., Any] = reference.dense
+    cross: Callable[..., Any] = reference.cross
+    dot: Callable[..., Any] = reference.dot
 
 
 REFERENCE = Ops()
@@ -130,10 +135,10 @@ def forward(
     """
     dtype = jnp.dtype(config.compute_dtype)
     params = with_layer_dtype(params, dtype)
-    pooled = pool(params.groups, batch, config=config, layout=layout, ops=ops)
     dense = batch.dense.astype(dtype)
     bottom = mlp(params.bottom, dense, config.activation, precision=precision, ops=ops)
-    x = interact(params.cross, bottom, pooled, config=config, precision=precision)
+    vectors = pool(params.groups, batch, config=config, layout=layout, left=bottom, ops=ops)
+    x = interact(params.cross, vectors, config=config, precision=precision, ops=ops)
     hidden = mlp(params.top[:-1], x, config.activation, precision=precision, ops=ops)
     return scores(params.top[-1], hidden, precision)
 
@@ -144,14 +149,20 @@ def pool(
     *,
     config: DLRMConfig,
     layout: Layout,
+    left: Float[Array, "samples left"] | None = None,
     ops: Ops = REFERENCE,
-) -> Float[Array, "samples pooled"]:
-    """The concatenated pooled rows of all sparse features, in config.compute_dtype."""
+) -> Float[Array, "samples left_and_pooled"]:
+    """The concatenated pooled rows of all sparse features, in config.compute_dtype, behind the
+    columns of `left` (the bottom MLP's output).
+    """
     dtype = jnp.dtype(config.compute_dtype)
     if not layout.slots:
-        return jnp.zeros((len(batch.dense), 0), dtype)
+        return jnp.zeros((len(batch.dense), 0), dtype) if left is None else left
     return ops.pooled_gather(
-        groups, batch.rows, batch.offsets, batch.weights, slots=layout.slots, out_dtype=dtype
+        *(groups, batch.rows, batch.offsets, batch.weights),
+        slots=layout.slots,
+        out_dtype=dtype,
+        left=left,
     )
 
 
@@ -175,43 +186,30 @@ def scores(
     precision: lax.Precision | None = None,
 ) -> Float[Array, "samples outputs"]:
     """The last layer: float32 logits, whatever the dtype that feeds it."""
+    x = x[:, : len(layer.kernel)]
     product = jnp.dot(x, layer.kernel, precision=precision, preferred_element_type=jnp.float32)
     return product + layer.bias
 
 
 def interact(
     cross: tuple[CrossLayer, ...],
-    bottom: Float[Array, "samples bottom"],
-    pooled: Float[Array, "samples pooled"],
+    vectors: Float[Array, "samples bottom_and_pooled"],
     *,
     config: DLRMConfig,
     precision: lax.Precision | None = None,
+    ops: Ops = REFERENCE,
 ) -> Float[Array, "samples width"]:
-    """The interaction of config: `concat`, `dot` or `dcn` (see DLRMConfig)."""
-    if config.interaction == "dot":
-        return _dot(bottom, pooled, config, precision)
-    x0 = jnp.concatenate([bottom, pooled], axis=1)
-    x = x0
-    for layer in cross:
-        x = _cross(layer, x0, x, precision)
-    return x
-
-
-def _dot(bottom: Array, pooled: Array, config: DLRMConfig, precision: Any) -> Array:
-    vectors = jnp.concatenate([bottom, pooled], axis=1) if config.dense_width else pooled
-    vectors = vectors.reshape(len(vectors), config.dot_vectors, -1)
-    products = jnp.einsum("nid,njd->nij", vectors, vectors, precision=precision)
-    upper = jnp.triu_indices(config.dot_vectors, k=1)
-    return jnp.concatenate([bottom, products[:, *upper]], axis=1)
-
-
-def _cross(layer: CrossLayer, x0: Array, x: Array, precision: Any) -> Array:
-    """Matmuls accumulate in float32 and hand on x's dtype: a wide float32 array costs more time
-    than it adds precision. The elementwise part is float32.
+    """The interaction of config: `concat`, `dot` or `dcn` (see DLRMConfig). `vectors` are the
+    bottom MLP's output and the pooled rows.
     """
-    low = jnp.dot(x, layer.down, precision=precision)
-    high = jnp.dot(low, layer.up, precision=precision).astype(jnp.float32)
-    return (x0 * (high + layer.bias) + x).astype(x.dtype)
+    if config.interaction == "dot":
+        return ops.dot(
+            vectors, vectors=config.dot_vectors, keep=config.bottom_width, precision=precision
+        )
+    x = vectors
+    for layer in cross:
+        x = ops.cross(vectors, x, layer.down, layer.up, layer.bias, precision=precision)
+    return x
 
 
 class DLRM(nnx.Module):

@@ -101,7 +101,7 @@ MIXED = make_slots((0, 128, False), (0, 128, True), (1, 4, False), (2, 100, True
 MIXED_DTYPES = ["bfloat16", "float16", "float32"]
 
 
-def run_on_host(case: Case, config: GatherConfig, out_dtype: str) -> np.ndarray:
+def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int = 0) -> np.ndarray:
     """Every thread of the launch, one after the other; the output starts poisoned."""
     memory = Memory()
     shape = GatherShape(
@@ -111,6 +111,7 @@ def run_on_host(case: Case, config: GatherConfig, out_dtype: str) -> np.ndarray:
         out_dtype=out_dtype,
         weighted=case.weights is not None,
         config=config,
+        left=left,
     )
     out = np.full((case.samples, shape.width), np.nan, jnp.dtype(out_dtype))
     spans, _ = shape.spans()
@@ -162,6 +163,14 @@ def test_units_cover_every_bag_once(slots_per_unit: int | None) -> None:
     assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
 
 
+@pytest.mark.parametrize("left", [4, 8, 12])
+def test_columns_on_the_left_are_left_alone(left: int) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4)
+    out = run_on_host(case, TINY, "bfloat16", left=left)
+    assert np.isnan(out[:, :left].astype(np.float32)).all()
+    assert relative_error(out[:, left:], case.expected()) < RELATIVE_ERROR["bfloat16"]
+
+
 def test_reference_agrees_with_the_bag_by_bag_sum() -> None:
     case = make_case(MIXED, MIXED_DTYPES, samples=5, longest=6, weighted=True)
     out = reference.pooled_gather(
@@ -169,6 +178,17 @@ def test_reference_agrees_with_the_bag_by_bag_sum() -> None:
         jnp.asarray(case.weights), slots=case.slots, out_dtype=jnp.float32,
     )  # fmt: skip
     assert relative_error(np.asarray(out), case.expected()) < 1e-6
+
+
+def test_reference_puts_the_left_columns_first() -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=5, longest=6)
+    left = jnp.arange(15.0).reshape(5, 3)
+    out = reference.pooled_gather(
+        [jnp.asarray(g) for g in case.groups], jnp.asarray(case.rows), jnp.asarray(case.offsets),
+        None, slots=case.slots, out_dtype=jnp.float32, left=left,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out[:, :3], left)
+    assert relative_error(np.asarray(out[:, 3:]), case.expected()) < 1e-6
 
 
 def shapes_of(case: Case) -> tuple[list[jax.ShapeDtypeStruct], ...]:
@@ -299,3 +319,14 @@ def test_gpu_same_bits_twice() -> None:
     first = np.asarray(gather(case.groups, case.rows, case.offsets, None))
     again = np.asarray(gather(case.groups, case.rows, case.offsets, None))
     np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("left", [3, 4, 128])
+def test_gpu_columns_on_the_left(left: int) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=200, longest=9)
+    columns = jnp.arange(200.0 * left).reshape(200, left)
+    gather = functools.partial(pooled_gather, slots=case.slots, out_dtype=jnp.float32)
+    out = jax.jit(gather)(case.groups, case.rows, case.offsets, None, left=columns)
+    np.testing.assert_array_equal(out[:, :left], columns)
+    assert relative_error(np.asarray(out[:, left:]), case.expected()) < 1e-6

@@ -169,7 +169,13 @@ class Segments:
         bottom_layers, cross, top = weights
         pooled, dense = pooled[:bucket], dense[:bucket]
         bottom = self._mlp(bottom_layers, dense)
-        x = interact(cross, bottom, pooled, config=self.config, precision=self._precision)
+        vectors = jnp.concatenate([bottom, pooled], axis=1)
+        x = interact(
+            *(cross, vectors),
+            config=self.config,
+            precision=self._precision,
+            ops=self.backend.ops,
+        )
         return self._top(0, (top,), x)
 
     def _top(self, index: int, weights: tuple[tuple[DenseLayer, ...]], x: Array) -> Array:
