@@ -139,9 +139,59 @@ def dense(
     return _launch(x, kernel, bias, activation, config)[:samples, :outputs]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Slots in SMEM that are filled and used in order, step by step, and their barriers.
+
+    `loaded` and `consumed` are `slots` barriers per turn. Every `steps` steps the next of `turns`
+    warpgroups is the one that uses them: each waits at barriers of its own, as a warpgroup that
+    misses a phase of a barrier cannot wait for the next one.
+    """
+
+    loaded: Any
+    consumed: Any
+    slots: int
+    steps: int = 1
+    turns: int = 1
+
+    def slot(self, step: Array) -> Array:
+        """Where `step` lies."""
+        return lax.rem(step, self.slots)
+
+    def _barrier(self, barriers: Any, step: Array) -> Any:
+        turn = lax.rem(lax.div(step, self.steps), self.turns) if self.turns > 1 else 0
+        return barriers.at[self.slot(step) + turn * self.slots]
+
+    def filling(self, step: Array) -> tuple[Array, Any]:
+        """The slot of `step`, once it is free, and the barrier at which its copies arrive."""
+
+        @pl.when(step >= self.slots)
+        def _reuse() -> None:
+            plgpu.barrier_wait(self._barrier(self.consumed, step - self.slots))
+
+        return self.slot(step), self._barrier(self.loaded, step)
+
+    def filled(self, step: Array) -> Array:
+        """The slot of `step`, once its copies are there."""
+        plgpu.barrier_wait(self._barrier(self.loaded, step))
+        return self.slot(step)
+
+    def free(self, step: Array) -> None:
+        """Says that the slot of `step` has been used."""
+        plgpu.barrier_arrive(self._barrier(self.consumed, step))
+
+    def drain(self, steps: Array) -> None:
+        """Waits until the last slots that were filled in `steps` steps are free again."""
+        last = lax.min(steps, self.slots)
+
+        @pl.loop(0, last)
+        def _slot(index: Array) -> None:
+            plgpu.barrier_wait(self._barrier(self.consumed, steps - last + index))
+
+
 def _launch(x: Array, kernel: Array, bias: Array, activation: str, config: MlpConfig) -> Array:
     dtype = x.dtype
-    tile = functools.partial(plgpu.SMEM, dtype=dtype, transforms=_swizzled())
+    tile = functools.partial(plgpu.SMEM, dtype=dtype, transforms=swizzled())
     launch = plgpu.kernel(
         functools.partial(_body, activation=activation, config=config),
         out_type=jax.ShapeDtypeStruct((len(x), kernel.shape[1]), dtype),
@@ -161,7 +211,7 @@ def _launch(x: Array, kernel: Array, bias: Array, activation: str, config: MlpCo
     return launch(x, kernel, bias)
 
 
-def _swizzled() -> tuple[Any, ...]:
+def swizzled() -> tuple[Any, ...]:
     # Abstract to the type checker alone: JAX fills in what is missing.
     tiling = plgpu.TilingTransform((8, SWIZZLE_ITEMS))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(SWIZZLE)  # pyright: ignore[reportAbstractUsage]
@@ -190,6 +240,7 @@ def _body(
     steps = x_gmem.shape[1] // config.block_k
     pieces = config.block_n // OUT_COLUMNS
     own_tiles = lax.div(tiles - block + config.blocks - 1, config.blocks)
+    ring = Ring(loaded=loaded, consumed=consumed, slots=config.stages)
 
     def place(index: Array) -> tuple[Array, Array]:
         tile = block + index * config.blocks
@@ -202,10 +253,10 @@ def _body(
 
         @pl.loop(0, own_tiles)
         def _tile(index: Array) -> None:
-            refs = (x_gmem, kernel_gmem, x_smem, kernel_smem, loaded, consumed)
+            refs = (x_gmem, kernel_gmem, x_smem, kernel_smem, ring)
             load_tile(*refs, *place(index), index * steps, steps, config)
 
-        await_consumers(consumed, own_tiles * steps, config)
+        ring.drain(own_tiles * steps)
 
     @pl.when(warpgroup < config.warpgroups)
     def _multiply() -> None:
@@ -214,16 +265,16 @@ def _body(
         @pl.loop(0, own_tiles)
         def _tile(index: Array) -> None:
             row, column = place(index)
-            product = multiply_tile(
-                x_smem, kernel_smem, loaded, consumed, warpgroup, index * steps, steps, config
-            )
-            rows = pl.ds(row + warpgroup * config.rows, config.rows)
+            own = warpgroup * config.rows
+            refs = (x_smem, kernel_smem, ring)
+            product = multiply_tile(*refs, own, index * steps, steps, config)
+            rows = pl.ds(row + own, config.rows)
             for piece in range(pieces):
                 columns = pl.ds(column + piece * OUT_COLUMNS, OUT_COLUMNS)
                 start = piece * OUT_COLUMNS
                 out = ACTIVATIONS[activation](
                     product[:, start : start + OUT_COLUMNS]
-                    + _load_bias(bias_gmem, columns, config.rows)
+                    + load_bias(bias_gmem, columns, config.rows)
                 )
                 slot = out_smem.at[warpgroup, lax.rem(index * pieces + piece, OUT_SLOTS)]
                 plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
@@ -234,7 +285,7 @@ def _body(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _load_bias(bias_gmem: Any, columns: Any, rows: int) -> Array:
+def load_bias(bias_gmem: Any, columns: Any, rows: int) -> Array:
     """The bias of `columns`, for every row, in the layout of the accumulator."""
     layout = plgpu.Layout.WGMMA.reduce(0)
     bias = plgpu.load(bias_gmem.at[columns], layout=layout, optimized=False)
@@ -246,8 +297,7 @@ def load_tile(
     kernel_gmem: Any,
     x_smem: Any,
     kernel_smem: Any,
-    loaded: Any,
-    consumed: Any,
+    ring: Ring,
     row: Array,
     column: Array,
     first_step: Array,
@@ -258,55 +308,39 @@ def load_tile(
 
     @pl.loop(0, steps)
     def _step(step: Array) -> None:
-        slot = lax.rem(first_step + step, config.stages)
-
-        @pl.when(first_step + step >= config.stages)
-        def _reuse() -> None:
-            plgpu.barrier_wait(consumed.at[slot])
-
+        slot, barrier = ring.filling(first_step + step)
         k = pl.ds(step * config.block_k, config.block_k)
         x_tile = x_gmem.at[pl.ds(row, config.block_m), k]
         kernel_tile = kernel_gmem.at[k, pl.ds(column, config.block_n)]
-        plgpu.copy_gmem_to_smem(x_tile, x_smem.at[slot], loaded.at[slot])
-        plgpu.copy_gmem_to_smem(kernel_tile, kernel_smem.at[slot], loaded.at[slot])
-
-
-def await_consumers(consumed: Any, steps: Array, config: MlpConfig) -> None:
-    """Waits until the last slots that were filled in `steps` steps are free again."""
-    filled = lax.min(steps, config.stages)
-
-    @pl.loop(0, filled)
-    def _slot(index: Array) -> None:
-        plgpu.barrier_wait(consumed.at[lax.rem(steps - filled + index, config.stages)])
+        plgpu.copy_gmem_to_smem(x_tile, x_smem.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(kernel_tile, kernel_smem.at[slot], barrier)
 
 
 def multiply_tile(
     x_smem: Any,
     kernel_smem: Any,
-    loaded: Any,
-    consumed: Any,
-    warpgroup: Array,
+    ring: Ring,
+    first_row: Array | int,
     first_step: Array,
     steps: int,
     config: MlpConfig,
 ) -> Array:
-    """This warpgroup's rows of one output tile, float32; frees each slot one step later."""
+    """`config.rows` rows of one output tile, float32; frees each slot one step later."""
 
     def accumulate(acc: Any) -> Array:
         @pl.loop(0, steps)
         def _step(step: Array) -> None:
-            slot = lax.rem(first_step + step, config.stages)
-            plgpu.barrier_wait(loaded.at[slot])
-            rows = pl.ds(warpgroup * config.rows, config.rows)
+            slot = ring.filled(first_step + step)
+            rows = pl.ds(first_row, config.rows)
             plgpu.wgmma(acc, x_smem.at[slot, rows], kernel_smem.at[slot])
             plgpu.wgmma_wait(1)
 
             @pl.when(step > 0)
             def _free_previous() -> None:
-                plgpu.barrier_arrive(consumed.at[lax.rem(first_step + step - 1, config.stages)])
+                ring.free(first_step + step - 1)
 
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(consumed.at[lax.rem(first_step + steps - 1, config.stages)])
+        ring.free(first_step + steps - 1)
         return acc[...]
 
     return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((config.rows, config.block_n)))

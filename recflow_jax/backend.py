@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels import embedding, mlp, reference
+from pallas_kernels import cross, embedding, mlp, reference
 from recflow_jax.config import DLRMConfig
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_layer_dtype
 
@@ -55,7 +56,7 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         return Backend(name="xla", reason="asked for", ops=REFERENCE)
     if not can_mosaic:
         return Backend(name="xla", reason=reason, ops=REFERENCE)
-    ops = Ops(pooled_gather=embedding.pooled_gather, dense=_mosaic_dense)
+    ops = Ops(pooled_gather=embedding.pooled_gather, dense=_mosaic_dense, cross=_mosaic_cross)
     return Backend(name="mosaic", reason=reason, ops=ops)
 
 
@@ -72,6 +73,15 @@ def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision:
         return mlp.dense(x, kernel, bias, activation=activation)
     unpadded = kernel[: x.shape[1], : len(bias)]
     return reference.dense(x, unpadded, bias, activation=activation, precision=precision)
+
+
+def _mosaic_cross(x0: Any, x: Any, down: Any, up: Any, bias: Any, *, precision: Any) -> Any:
+    """XLA narrows (it reaches the card's rate there), the kernel widens where it has tiles."""
+    rank, width = up.shape
+    if not cross.CONFIG.takes(width, rank, x.dtype):
+        return reference.cross(x0, x, down, up, bias, precision=precision)
+    low = jnp.dot(x, down, precision=precision)
+    return cross.widen(x0, x, low, up, bias)
 
 
 def _mosaic_runs_on(device: Any) -> tuple[bool, str]:

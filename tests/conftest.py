@@ -18,7 +18,7 @@ jaxtyping.install_import_hook(["recflow_jax", "pallas_kernels"], "typecheck.chec
 def pytest_configure(config: pytest.Config) -> None:
     """Sets JAX up before any test module imports it."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        _use_one_thread()
+        _use_few_threads()
     if not _asks_for_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "caches")
@@ -49,9 +49,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.get_terminal_writer().line(f"no GPU test ran: {reason}", red=True)
 
 
-def _use_one_thread() -> None:
-    """Workers share the cores; thread pools of full size in each would fight for them."""
-    os.environ["NPROC"] = "1"  # the size of XLA's CPU thread pool
+def _use_few_threads() -> None:
+    """Workers share the cores; thread pools of full size in each would fight for them.
+
+    XLA's CPU pool (NPROC) needs a thread for every warpgroup of an interpreted kernel: they wait
+    for one another inside the pool.
+    """
+    os.environ["NPROC"] = "8"
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
 

@@ -1,0 +1,133 @@
+"""The cross layer's widening kernel: interpreted, lowered for CUDA, held to float64 on a GPU."""
+
+import functools
+import inspect
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import reference
+from pallas_kernels.cross import CONFIG, CrossConfig, widen
+from pallas_kernels.mlp import MlpConfig
+
+# Rounding of the 16-bit output; all else is float32.
+RELATIVE_ERROR = {"bfloat16": 4e-3, "float16": 5e-4}
+SMALL = CrossConfig(tile=MlpConfig(block_m=64, block_n=128, warpgroups=1, stages=2, blocks=2))
+
+
+def operands(samples: int, width: int, rank: int, dtype: str = "bfloat16") -> tuple[jax.Array, ...]:
+    """x0, x, low, up, bias with outputs near one."""
+    rng = np.random.default_rng(0)
+    shapes = [(samples, width), (samples, width), (samples, rank), (rank, width)]
+    x0, x, low, up = (rng.standard_normal(shape) for shape in shapes)
+    arrays = [jnp.asarray(a, dtype) for a in (x0, x, low, up / np.sqrt(rank))]
+    return (*arrays, jnp.asarray(rng.standard_normal(width), jnp.float32))
+
+
+def relative_error(out: jax.Array, *arrays: jax.Array) -> float:
+    """Against float64."""
+    x0, x, low, up, bias = (np.asarray(array, np.float64) for array in arrays)
+    exact = x0 * (low @ up + bias) + x
+    return float(np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact))
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Runs Mosaic kernels on the CPU and watches for races, which print or raise."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize(("samples", "width", "rank"), [(300, 256, 128), (1, 128, 64)])
+def test_interpreted_kernel_is_exact(
+    samples: int, width: int, rank: int, same: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x0, *rest = operands(samples, width, rank)
+    x0 = rest[0] if same else x0
+    out = widen(x0, *rest, config=SMALL)
+    assert relative_error(out, x0, *rest) < RELATIVE_ERROR["bfloat16"]
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lowers_to_cuda(dtype: str, same: bool) -> None:
+    def run(x0: jax.Array, x: jax.Array, *rest: jax.Array) -> jax.Array:
+        return widen(x if same else x0, x, *rest)
+
+    shapes = jax.eval_shape(functools.partial(operands, 200, 3456, 512, dtype))
+    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_no_samples() -> None:
+    assert widen(*operands(0, 128, 64)).shape == (0, 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((3, 200, 64), "bfloat16", "no tiles for width 200 and rank 64"),
+        ((3, 128, 96), "bfloat16", "no tiles for width 128 and rank 96"),
+        ((3, 128, 64), "float32", "float32.*all bfloat16 or all float16"),
+    ],
+)
+def test_what_no_tile_takes_is_refused(
+    shape: tuple[int, int, int], dtype: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        widen(*operands(*shape, dtype=dtype))
+
+
+def test_shapes_that_do_not_match_are_refused() -> None:
+    x0, x, low, up, bias = operands(3, 128, 64)
+    unchecked = inspect.unwrap(widen)  # without the type checker that tests run under
+    with pytest.raises(ValueError, match=r"are .*\(2, 128\).*, up is \(64, 128\)"):
+        unchecked(x0[:2], x, low, up, bias)
+
+
+@pytest.mark.parametrize(
+    ("tile", "slots", "message"),
+    [
+        (MlpConfig(block_n=128), 3, "a tile is one warpgroup's"),
+        (CONFIG.tile, 1, "needs two piece slots"),
+        (CONFIG.tile, 4, "262144 bytes of SMEM, above 232448"),
+    ],
+)
+def test_impossible_configs_are_refused(tile: MlpConfig, slots: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CrossConfig(tile=tile, piece_slots=slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("samples", [1, 255, 2048])
+def test_gpu_widens_as_float64_does(samples: int, dtype: str) -> None:
+    arrays = operands(samples, 3456, 512, dtype)
+    assert relative_error(jax.jit(widen)(*arrays), *arrays) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+def test_gpu_first_layer_reads_its_input_once() -> None:
+    _, *rest = operands(1000, 3456, 512)
+    out = jax.jit(lambda x, *others: widen(x, x, *others))(*rest)
+    assert relative_error(out, rest[0], *rest) < RELATIVE_ERROR["bfloat16"]
+
+
+@pytest.mark.gpu
+def test_gpu_network_agrees_with_the_reference() -> None:
+    from recflow_jax.backend import choose_backend
+
+    cross = choose_backend("mosaic").ops.cross
+    x0, _, _, up, bias = operands(512, 3456, 512)
+    down = up.T * np.sqrt(512 / 3456)
+    out = cross(x0, x0, down, up, bias, precision=None)
+    expected = reference.cross(x0, x0, down, up, bias)
+    difference = np.asarray(out, np.float32) - np.asarray(expected, np.float32)
+    assert np.linalg.norm(difference) < 8e-3 * np.linalg.norm(np.asarray(expected, np.float32))
