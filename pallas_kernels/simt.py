@@ -42,6 +42,31 @@ class Simt(Protocol):
     def pack(self, values: Sequence[Value], dtype: str) -> Value: ...
 
 
+@runtime_checkable
+class WarpSimt(Protocol):
+    """What a tile function may ask that is written for the 32 lanes of a warp in step."""
+
+    def constant(self, value: int) -> Value: ...
+    def wide(self, value: Value) -> Value: ...
+    def float_constant(self, value: float) -> Value: ...
+    def select(self, where: Value, yes: Value, no: Value) -> Value: ...
+    def while_(
+        self,
+        condition: Callable[..., Value],
+        body: Callable[..., Sequence[Value]],
+        carry: Sequence[Value],
+    ) -> list[Value]: ...
+    def load_words(self, address: Value, words: int) -> list[Value]: ...
+    def load_shared(self, address: Value, words: int) -> list[Value]: ...
+    def store(self, address: Value, words: Sequence[Value], where: Value) -> None: ...
+    def store_shared(self, address: Value, words: Sequence[Value], where: Value) -> None: ...
+    def store_shared_half(self, address: Value, value: Value, dtype: str, where: Value) -> None: ...
+    def sync_warp(self) -> None: ...
+    def mma(
+        self, left: Sequence[Value], right: Sequence[Value], sums: Sequence[Value], dtype: str
+    ) -> list[Value]: ...
+
+
 class Scalar:
     """An MLIR integer or float with Python's operators; integers are signed."""
 
@@ -100,6 +125,7 @@ class MosaicSimt:
     """Emits the operations at MLIR's current insertion point."""
 
     def __init__(self) -> None:
+        self._i16 = ir.IntegerType.get_signless(16)
         self._i32 = ir.IntegerType.get_signless(32)
         self._i64 = ir.IntegerType.get_signless(64)
         self._f32 = ir.F32Type.get()
@@ -168,6 +194,12 @@ class MosaicSimt:
     def load_word(self, address: Scalar) -> Scalar:
         return self._load("ld.global.nc.b32 $0, [$1];", address, [self._i32], pure=True)[0]
 
+    def load_words(self, address: Scalar, words: int) -> list[Scalar]:
+        """2 or 4 words that lie side by side in global memory, aligned to their size."""
+        names = ", ".join(f"${i}" for i in range(words))
+        ptx = f"ld.global.nc.v{words}.b32 {{{names}}}, [${words}];"
+        return self._load(ptx, address, [self._i32] * words, pure=True)
+
     def load_shared(self, address: Scalar, words: int) -> list[Scalar]:
         names = ", ".join(f"${i}" for i in range(words))
         ptx = f"ld.shared.v{words}.b32 {{{names}}}, [${words}];"
@@ -177,9 +209,15 @@ class MosaicSimt:
         return self._load("ld.shared.f32 $0, [$1];", address, [self._f32], pure=False)[0]
 
     def store(self, address: Scalar, words: Sequence[Scalar], where: Scalar) -> None:
+        self._store("global", address, words, where)
+
+    def store_shared(self, address: Scalar, words: Sequence[Scalar], where: Scalar) -> None:
+        self._store("shared", address, words, where)
+
+    def _store(self, space: str, address: Scalar, words: Sequence[Scalar], where: Scalar) -> None:
         names = ", ".join(f"${i + 1}" for i in range(len(words)))
         mgpu.utils.inline_ptx(
-            f"st.global.v{len(words)}.b32 [$0], {{{names}}};",
+            f"st.{space}.v{len(words)}.b32 [$0], {{{names}}};",
             address.value,
             *(self._as_word(word) for word in words),
             predicate=where.value,
@@ -187,6 +225,32 @@ class MosaicSimt:
 
     def _as_word(self, value: Scalar) -> ir.Value:
         return arith.bitcast(self._i32, value.value) if value.is_float else value.value
+
+    def store_shared_half(self, address: Scalar, value: Scalar, dtype: str, where: Scalar) -> None:
+        """One float32 value, rounded to a 16-bit `dtype`."""
+        kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+        half = mgpu.utils.inline_ptx(
+            f"cvt.rn.{kind}.f32 $0, $1;", value.value, result_types=self._i16
+        )
+        mgpu.utils.inline_ptx("st.shared.b16 [$0], $1;", address.value, half, predicate=where.value)
+
+    def sync_warp(self) -> None:
+        """What a warp's lanes wrote to SMEM is seen by all of them."""
+        mgpu.utils.inline_ptx("bar.warp.sync 0xffffffff;", convergent=True)
+
+    def mma(
+        self, left: Sequence[Scalar], right: Sequence[Scalar], sums: Sequence[Scalar], dtype: str
+    ) -> list[Scalar]:
+        """sums + left [16, 16] @ right [16, 8], spread over a warp as PTX's m16n8k16 has it."""
+        kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+        ptx = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        values = [value.value for value in (*left, *right, *sums)]
+        types = [self._f32] * 4
+        products = mgpu.utils.inline_ptx(ptx, *values, result_types=types, convergent=True)
+        return [Scalar(value) for value in products]
 
     def copy_async(self, target: Scalar, source: Scalar, size: int, where: Scalar) -> None:
         cache = "cg" if size == 16 else "ca"  # bypassing L1 exists for 16 bytes alone
@@ -226,6 +290,6 @@ class MosaicSimt:
         return Scalar(word)
 
 
-def minimum(simt: Simt, a: Value, b: Value) -> Value:
+def minimum(simt: Simt | WarpSimt, a: Value, b: Value) -> Value:
     """The smaller of two integers."""
     return simt.select(a < b, a, b)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cross, embedding, mlp, reference
+from pallas_kernels import cross, embedding, interaction, mlp, reference
 from recflow_jax.config import DLRMConfig
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_layer_dtype
 
@@ -56,7 +56,12 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         return Backend(name="xla", reason="asked for", ops=REFERENCE)
     if not can_mosaic:
         return Backend(name="xla", reason=reason, ops=REFERENCE)
-    ops = Ops(pooled_gather=embedding.pooled_gather, dense=_mosaic_dense, cross=_mosaic_cross)
+    ops = Ops(
+        pooled_gather=embedding.pooled_gather,
+        dense=_mosaic_dense,
+        cross=_mosaic_cross,
+        dot=_mosaic_dot,
+    )
     return Backend(name="mosaic", reason=reason, ops=ops)
 
 
@@ -82,6 +87,13 @@ def _mosaic_cross(x0: Any, x: Any, down: Any, up: Any, bias: Any, *, precision: 
         return reference.cross(x0, x, down, up, bias, precision=precision)
     low = jnp.dot(x, down, precision=precision)
     return cross.widen(x0, x, low, up, bias)
+
+
+def _mosaic_dot(x: Any, *, vectors: int, keep: int, precision: Any) -> Any:
+    """The kernel for the shapes it takes, else XLA."""
+    fits = interaction.takes(x.dtype, vectors, x.shape[1] // vectors, keep)
+    dot = interaction.dot if fits else reference.dot
+    return dot(x, vectors=vectors, keep=keep, precision=precision)
 
 
 def _mosaic_runs_on(device: Any) -> tuple[bool, str]:
