@@ -216,7 +216,7 @@ def interact(
     return x
 
 
-def require_trainable(config: DLRMConfig) -> None:
+def _require_trainable(config: DLRMConfig) -> None:
     """Raises ValueError if `config` has quantised tables."""
     for table in config.tables:
         if table.dtype in QUANTISED:
@@ -234,7 +234,7 @@ class DLRM(nnx.Module):
     """
 
     def __init__(self, config: DLRMConfig, params: Params):
-        require_trainable(config)
+        _require_trainable(config)
         self.config = config
         self.layout = Layout.of(config)
         self.params = nnx.data(jax.tree.map(nnx.Param, params))

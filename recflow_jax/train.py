@@ -19,7 +19,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data import movielens
 from recflow_jax.layout import Layout
-from recflow_jax.model import DLRM, DeviceBatch, Params, forward, require_trainable
+from recflow_jax.model import DLRM, DeviceBatch, Params, forward
 from recflow_jax.params import init_params
 
 Labels = Float[np.ndarray, " samples"]
@@ -98,7 +98,6 @@ def fit(
     an epoch leaves out what is left over behind its last whole minibatch. Raises ValueError for
     quantised tables.
     """
-    require_trainable(config)
     model = DLRM(config, init_params(config, seed=options.seed, table_bound=options.table_bound))
     plan = minibatches(batch.samples, options)
     optimizer = nnx.Optimizer(model, _adamw(options, len(plan)), wrt=nnx.Param)
