@@ -2,20 +2,24 @@
 
     out[s, column:column + dim] = scale * sum_i w_i * group[row_i]     over the ids i of a bag
 
+A row of a quantised group is its values times its own float32 scale, dequantised in registers.
+
 Work is cut into *units*: the bags of one sample in a *span* of consecutive slots that read one
 group. A unit's ids are contiguous. A *stream* of 1 to 32 lanes, one per 16 bytes of a row, takes
 every k-th unit and walks its ids; the streams of a warp need not agree.
 
 Memory: groups, ids, offsets, weights, spans and the output lie in GMEM. Each lane owns `ring_rows`
 slots of 16 bytes in SMEM and fills them with cp.async that many rows ahead; it reads back only its
-own bytes, so waiting for its own copies suffices and no barrier is needed. Ids are loaded
-`ids_ahead` rows before their row is asked for. Sums are float32 in registers.
+own bytes, so waiting for its own copies suffices and no barrier is needed. Beside a row slot lie
+slots of 4 bytes for its *factors*: the id's weight, the row's scale. Ids are loaded `ids_ahead`
+rows before their row is asked for. Sums are float32 in registers.
 
-Per id: row bytes + 4 read (and 4 for a weight), 2 * dim FLOP; per sample: 4 bytes per bag read
-and the output's width written. Bound by memory everywhere.
+Per id: row bytes + 4 read (4 more for a weight, 4 for a scale: a sector of 32), 2 * dim FLOP; per
+sample: 4 bytes per bag read and the output's width written. Bound by memory everywhere.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,10 +35,12 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.simt import MosaicSimt, Simt, Value, minimum
 from pallas_kernels.slots import Run, Slot, runs, width
+from pallas_kernels.tables import LIMITS, QuantisedTable, Table
 
 WARP = 32
 WARPGROUP = 128
 VECTOR_BYTES = 16
+FACTOR_BYTES = 4
 SHARED_BYTES = 227 * 1024
 DTYPES = ("float32", "bfloat16", "float16")
 BAG_COST = 2.0  # what writing a bag costs, in ids
@@ -60,10 +66,13 @@ class GatherConfig:
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"gather config: {name} is {getattr(self, name)}, below {limit}")
-        if self.ring_bytes > SHARED_BYTES:
-            raise ValueError(
-                f"gather config: a ring of {self.ring_bytes} bytes is more than {SHARED_BYTES}"
-            )
+        self.check_ring(factors=1)
+
+    def check_ring(self, *, factors: int) -> None:
+        """Raises ValueError if a ring with that many factors does not fit."""
+        size = self.ring_bytes(factors)
+        if size > SHARED_BYTES:
+            raise ValueError(f"gather config: a ring of {size} bytes is more than {SHARED_BYTES}")
 
     @property
     def threads(self) -> int:
@@ -71,9 +80,13 @@ class GatherConfig:
         return self.warpgroups * WARPGROUP
 
     @property
-    def ring_bytes(self) -> int:
-        """Shared memory of a block: row slots and, behind them, weight slots."""
-        return self.threads * self.ring_rows * (VECTOR_BYTES + 4)
+    def ring_slots(self) -> int:
+        """Row slots of a block."""
+        return self.threads * self.ring_rows
+
+    def ring_bytes(self, factors: int) -> int:
+        """Shared memory of a block: row slots and, behind them, the slots of each factor."""
+        return self.ring_slots * (VECTOR_BYTES + factors * FACTOR_BYTES)
 
     @property
     def warps(self) -> int:
@@ -106,8 +119,12 @@ class RowShape:
         return self.dim * self.item_bytes
 
     @property
+    def quantised(self) -> bool:
+        return self.dtype in LIMITS
+
+    @property
     def vector_bytes(self) -> int:
-        return VECTOR_BYTES if self.row_bytes % VECTOR_BYTES == 0 else VECTOR_BYTES // 2
+        return math.gcd(self.row_bytes, VECTOR_BYTES)
 
     @property
     def pieces(self) -> int:
@@ -143,6 +160,12 @@ class GatherShape:
     def __post_init__(self) -> None:
         object.__setattr__(self, "any_mean", any(slot.mean for slot in self.slots))
         object.__setattr__(self, "width", self.left + width(self.slots))
+        self.config.check_ring(factors=self.factors)
+
+    @property
+    def factors(self) -> int:
+        """Rings of factors: the one that every launch has, and where both are needed another."""
+        return 2 if self.weighted and any(row.quantised for row in self.rows) else 1
 
     def _cuts(self, run: Run) -> list[int]:
         """Where a run is cut so that its pieces have about the same ids; ends included."""
@@ -175,9 +198,12 @@ class GatherShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """Where the operands of a launch start: GMEM, `ring` in SMEM (this thread's first slot)."""
+    """Where the operands of a launch start: GMEM; `ring` and `factor_ring` in SMEM (this thread's
+    first slots). Groups that are not quantised have no scales.
+    """
 
     groups: tuple[Value, ...]
+    scales: tuple[Value, ...]
     ids: Value
     offsets: Value
     weights: Value
@@ -185,7 +211,7 @@ class Addresses:
     means: Value
     out: Value
     ring: Value
-    weight_ring: Value
+    factor_ring: Value
 
 
 def gather_thread(
@@ -207,7 +233,8 @@ class _UnitGather:
     def __init__(self, simt: Simt, shape: GatherShape, at: Addresses, group: int, lane: Value):
         self.simt, self.shape, self.at = simt, shape, at
         self.row = shape.rows[group]
-        self.table = at.groups[group]
+        self.table, self.scales = at.groups[group], at.scales[group]
+        self.factors = int(shape.weighted) + int(self.row.quantised)
         self.stream = lane // self.row.lanes
         self.piece = lane % self.row.lanes
         self.streams = WARP // self.row.lanes
@@ -270,17 +297,25 @@ class _UnitGather:
         return ids[self.ring_rows :]
 
     def _ask(self, slot: Value, row_id: Value, position: Value, end: Value) -> None:
-        """Starts the copy of this lane's pieces of a row (and its weight) into a ring slot."""
+        """Starts the copy of this lane's pieces of a row and its factors into a ring slot."""
         simt, row = self.simt, self.row
         source = self.table + simt.wide(row_id) * row.row_bytes
         inside = position < end
         for v in range(row.vectors):
             start = source + simt.wide(self._piece_of_vector(v) * row.vector_bytes)
             simt.copy_async(self._slot(slot, v), start, row.vector_bytes, inside)
-        if self.shape.weighted:
-            weight = self.at.weights + simt.wide(position) * 4
-            simt.copy_async(self._weight_slot(slot), weight, 4, inside)
+        for factor, start in enumerate(self._factor_sources(row_id, position)):
+            simt.copy_async(self._factor_slot(slot, factor), start, FACTOR_BYTES, inside)
         simt.commit()
+
+    def _factor_sources(self, row_id: Value, position: Value) -> list[Value]:
+        """Where the numbers lie that the values of a row are multiplied with."""
+        sources = []
+        if self.shape.weighted:
+            sources.append(self.at.weights + self.simt.wide(position) * FACTOR_BYTES)
+        if self.row.quantised:
+            sources.append(self.scales + self.simt.wide(row_id) * FACTOR_BYTES)
+        return sources
 
     def _piece_of_vector(self, vector: int) -> Value:
         """The piece of a row that this lane holds; lanes to spare repeat the last one."""
@@ -293,8 +328,10 @@ class _UnitGather:
         stride = self.shape.config.threads * VECTOR_BYTES
         return self.at.ring + (slot * self.row.vectors + vector) * stride
 
-    def _weight_slot(self, slot: Value) -> Value:
-        return self.at.weight_ring + slot * (self.shape.config.threads * 4)
+    def _factor_slot(self, slot: Value, factor: int) -> Value:
+        config = self.shape.config
+        first = self.at.factor_ring + factor * config.ring_slots * FACTOR_BYTES
+        return first + slot * (config.threads * FACTOR_BYTES)
 
     def _walk(
         self, position: Value, end: Value, last_bag: Value, state: list[Value], ids: list[Value]
@@ -322,10 +359,16 @@ class _UnitGather:
         for v in range(self.row.vectors):
             for word in self.simt.load_shared(self._slot(slot, v), self.row.vector_bytes // 4):
                 values += self.simt.unpack(word, self.row.dtype)
-        if self.shape.weighted:
-            weight = self.simt.load_shared_float(self._weight_slot(slot))
-            values = [value * weight for value in values]
-        return [total + value for total, value in zip(sums, values, strict=True)]
+        if not self.factors:
+            return [total + value for total, value in zip(sums, values, strict=True)]
+        factor = self._factor(slot)
+        return [self.simt.fma(v, factor, total) for total, v in zip(sums, values, strict=True)]
+
+    def _factor(self, slot: Value) -> Value:
+        """The product of the factors of the row in a ring slot."""
+        slots = [self._factor_slot(slot, factor) for factor in range(self.factors)]
+        first, *others = [self.simt.load_shared_float(slot) for slot in slots]
+        return first * others[0] if others else first
 
     def _close_bags(self, position: Value, last_bag: Value, state: list[Value]) -> list[Value]:
         """Writes every bag that ends at `position`, empty ones too; returns the state after.
@@ -385,7 +428,7 @@ class _UnitGather:
 
 
 def pooled_gather(
-    groups: Sequence[Float[Array, "_ _"]],
+    groups: Sequence[Table],
     rows: Int32[Array, " ids"],
     offsets: Int32[Array, " bags_and_one"],
     weights: Float[Array, " ids"] | None,
@@ -400,16 +443,17 @@ def pooled_gather(
     The launch writes behind the columns that `left` then fills: nothing is concatenated, unless
     `left` is no multiple of four columns, which would break the alignment of stores.
 
-    Groups are [rows, dim] of float32, bfloat16 or float16, dim a multiple of 4 up to 256; `rows`
-    holds at least one element. Ids are trusted: they must be rows of their slot's group. Raises
-    ValueError for shapes, dtypes or slots that the kernel cannot take.
+    Groups are [rows, dim] of float32, bfloat16 or float16, or quantised tables of int8 or
+    float8_e4m3fn; dim is a multiple of 4 up to 256. `rows` holds at least one element. Ids are
+    trusted: they must be rows of their slot's group. Raises ValueError for shapes, dtypes or slots
+    that the kernel cannot take.
     """
     _check(groups, rows, offsets, slots)
     behind = 0 if left is None or left.shape[1] % 4 else left.shape[1]
     shape = GatherShape(
         samples=(len(offsets) - 1) // len(slots),
         slots=slots,
-        rows=tuple(RowShape(dim=g.shape[1], dtype=str(g.dtype)) for g in groups),
+        rows=tuple(RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in map(_values, groups)),
         out_dtype=str(jnp.dtype(out_dtype)),
         weighted=weights is not None,
         config=config,
@@ -420,7 +464,8 @@ def pooled_gather(
     spans, _ = shape.spans()
     means = np.array([slot.mean for slot in slots], np.int32)
     optional = [] if weights is None else [weights]
-    out = _launch(shape, [*groups, rows, offsets, spans, means, *optional])
+    tables = [*map(_values, groups), *(g.scales for g in groups if isinstance(g, QuantisedTable))]
+    out = _launch(shape, [*tables, rows, offsets, spans, means, *optional])
     if left is None:
         return out
     if not behind:
@@ -428,11 +473,15 @@ def pooled_gather(
     return lax.dynamic_update_slice(out, left.astype(out.dtype), (0, 0))
 
 
+def _values(group: Table) -> Array:
+    return group.values if isinstance(group, QuantisedTable) else group
+
+
 def _launch(shape: GatherShape, operands: list[Array | np.ndarray]) -> Array:
     kernel = plgpu.kernel(
         functools.partial(_body, shape=shape),
         out_type=jax.ShapeDtypeStruct((shape.samples, shape.width), jnp.dtype(shape.out_dtype)),
-        scratch_types=[plgpu.SMEM((shape.config.ring_bytes // 4,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((shape.config.ring_bytes(shape.factors) // 4,), jnp.int32)],
         grid=(shape.config.blocks,),
         grid_names=("block",),
         num_threads=shape.config.warpgroups,
@@ -443,19 +492,23 @@ def _launch(shape: GatherShape, operands: list[Array | np.ndarray]) -> Array:
 
 
 def _body(*refs: Any, shape: GatherShape) -> None:
-    """Hands per-thread code its refs: groups, ids, offsets, spans, means, [weights], out, ring."""
+    """Hands per-thread code its refs: groups, scales of the quantised ones, ids, offsets, spans,
+    means, [weights], out, ring.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
     def per_thread(_, *refs):
         simt = MosaicSimt()
         *inputs, ring_smem = refs
-        ids, offsets, spans, means, *optional, out = [
-            simt.global_address(ref) for ref in inputs[len(shape.rows) :]
-        ]
+        inputs = iter([simt.global_address(ref) for ref in inputs])
+        groups = tuple(next(inputs) for _ in shape.rows)
+        scales = tuple(next(inputs) if row.quantised else None for row in shape.rows)
+        ids, offsets, spans, means, *optional, out = inputs
         thread, ring = simt.thread(), simt.shared_address(ring_smem)
-        weight_ring = ring + shape.config.threads * shape.config.ring_rows * VECTOR_BYTES
+        factor_ring = ring + shape.config.ring_slots * VECTOR_BYTES
         at = Addresses(
-            groups=tuple(simt.global_address(ref) for ref in inputs[: len(shape.rows)]),
+            groups=groups,
+            scales=scales,
             ids=ids,
             offsets=offsets,
             weights=optional[0] if optional else None,
@@ -463,24 +516,34 @@ def _body(*refs: Any, shape: GatherShape) -> None:
             means=means,
             out=out,
             ring=ring + thread * VECTOR_BYTES,
-            weight_ring=weight_ring + thread * 4,
+            factor_ring=factor_ring + thread * FACTOR_BYTES,
         )
         gather_thread(simt, shape, at, thread=thread, block=simt.block())
 
     per_thread(*refs)
 
 
-def _check(groups: Sequence[Array], rows: Array, offsets: Array, slots: tuple[Slot, ...]) -> None:
+def _check(groups: Sequence[Table], rows: Array, offsets: Array, slots: tuple[Slot, ...]) -> None:
     for index, group in enumerate(groups):
-        dim, dtype = group.shape[1], str(group.dtype)
-        if dtype not in DTYPES or dim % 4 or not 4 <= dim <= 256:
-            raise ValueError(f"group {index} is {dtype}[rows, {dim}]: not a gatherable table")
+        _check_group(index, group)
     if not slots or (len(offsets) - 1) % len(slots):
         raise ValueError(f"{len(offsets)} offsets do not fit {len(slots)} slots per sample")
     if not len(rows):
         raise ValueError("ids are empty: pad them to one element at least")
     column = 0
     for index, slot in enumerate(slots):
-        if slot.column != column or slot.dim != groups[slot.group].shape[1]:
+        if slot.column != column or slot.dim != _values(groups[slot.group]).shape[1]:
             raise ValueError(f"slot {index} is {slot}, not dim {slot.dim} at column {column}")
         column += slot.dim
+
+
+def _check_group(index: int, group: Table) -> None:
+    values, quantised = _values(group), isinstance(group, QuantisedTable)
+    dim, dtype = values.shape[1], str(values.dtype)
+    if dtype not in (LIMITS if quantised else DTYPES) or dim % 4 or not 4 <= dim <= 256:
+        kind = "quantised " if quantised else ""
+        raise ValueError(f"group {index} is {kind}{dtype}[rows, {dim}]: not a gatherable table")
+    if isinstance(group, QuantisedTable):
+        found = f"{group.scales.dtype}{list(group.scales.shape)}"
+        if found != f"float32[{len(values)}]":
+            raise ValueError(f"group {index}: scales are {found}, not float32[{len(values)}]")

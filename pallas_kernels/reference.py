@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.slots import Run, Slot, runs
+from pallas_kernels.tables import Table, take
 
 
 def relu(x: Array) -> Array:
@@ -37,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def pooled_gather(
-    groups: Sequence[Float[Array, "_ _"]],
+    groups: Sequence[Table],
     rows: Int32[Array, " ids"],
     offsets: Int32[Array, " bags_and_one"],
     weights: Float[Array, " ids"] | None,
@@ -50,8 +51,8 @@ def pooled_gather(
 
     Bag b = s * len(slots) + slot holds rows[offsets[b]:offsets[b + 1]], rows of its slot's
     group; what lies behind offsets[-1] is padding and is not read. An empty bag gives zeros, a
-    mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype. The
-    columns of `left` come before the pooled ones.
+    mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype; rows of
+    quantised tables are dequantised first. The columns of `left` come before the pooled ones.
     """
     lengths = jnp.diff(offsets).reshape(-1, len(slots))
     pieces = [
@@ -63,7 +64,7 @@ def pooled_gather(
 
 
 def _pool_run(
-    table: Array,
+    table: Table,
     rows: Array,
     lengths: Array,
     weights: Array | None,
@@ -77,8 +78,7 @@ def _pool_run(
     bags = bags.at[:, own].set(jnp.arange(total).reshape(-1, run.count))
     target = _per_id(bags, lengths, len(rows))
     inside = target < total
-    vectors = table.at[jnp.where(inside, rows, 0)].get(mode="promise_in_bounds")
-    vectors = vectors.astype(jnp.float32)
+    vectors = take(table, jnp.where(inside, rows, 0))
     if weights is not None:
         vectors = vectors * weights[:, None]
     in_order = len(slots) == run.count

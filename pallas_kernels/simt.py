@@ -8,9 +8,17 @@ it on the host. Addresses are integers: 64 bits in global memory, 32 bits in sha
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
+
+FLOAT16_HALVES = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
+FLOAT8_HALVES = (
+    "{.reg .b16 l, h, a, b, c, d; .reg .b32 p, q; mov.b32 {l, h}, $4; "
+    "cvt.rn.f16x2.e4m3x2 p, l; cvt.rn.f16x2.e4m3x2 q, h; mov.b32 {a, b}, p; mov.b32 {c, d}, q; "
+    "cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; cvt.f32.f16 $2, c; cvt.f32.f16 $3, d;}"
+)
 
 Value = Any  # a Scalar here, a plain number in the host's version
 
@@ -34,6 +42,7 @@ class Simt(Protocol):
     def load_word(self, address: Value) -> Value: ...
     def load_shared(self, address: Value, words: int) -> list[Value]: ...
     def load_shared_float(self, address: Value) -> Value: ...
+    def fma(self, a: Value, b: Value, c: Value) -> Value: ...
     def store(self, address: Value, words: Sequence[Value], where: Value) -> None: ...
     def copy_async(self, target: Value, source: Value, size: int, where: Value) -> None: ...
     def commit(self) -> None: ...
@@ -201,12 +210,20 @@ class MosaicSimt:
         return self._load(ptx, address, [self._i32] * words, pure=True)
 
     def load_shared(self, address: Scalar, words: int) -> list[Scalar]:
+        if words == 1:
+            return self._load("ld.shared.b32 $0, [$1];", address, [self._i32], pure=False)
         names = ", ".join(f"${i}" for i in range(words))
         ptx = f"ld.shared.v{words}.b32 {{{names}}}, [${words}];"
         return self._load(ptx, address, [self._i32] * words, pure=False)
 
     def load_shared_float(self, address: Scalar) -> Scalar:
         return self._load("ld.shared.f32 $0, [$1];", address, [self._f32], pure=False)[0]
+
+    def fma(self, a: Scalar, b: Scalar, c: Scalar) -> Scalar:
+        """a * b + c, rounded once."""
+        operands = (a.value, b.value, c.value)
+        ptx = "fma.rn.f32 $0, $1, $2, $3;"
+        return Scalar(mgpu.utils.inline_ptx(ptx, *operands, result_types=self._f32))
 
     def store(self, address: Scalar, words: Sequence[Scalar], where: Scalar) -> None:
         self._store("global", address, words, where)
@@ -275,8 +292,24 @@ class MosaicSimt:
             low = arith.shli(word.value, arith.constant(self._i32, 16))
             high = (word & -65536).value
             return [Scalar(arith.bitcast(self._f32, half)) for half in (low, high)]
-        ptx = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
-        return self._load(ptx, word, [self._f32, self._f32], pure=True)
+        if dtype == "int8":
+            return self._unpack_int8(word)
+        ptx = FLOAT8_HALVES if dtype == "float8_e4m3fn" else FLOAT16_HALVES
+        return self._load(ptx, word, [self._f32] * (4 // jnp.dtype(dtype).itemsize), pure=True)
+
+    def _unpack_int8(self, word: Scalar) -> list[Scalar]:
+        """With its sign bit flipped, byte b is b + 128; as the last byte of 2^23 in float32 it is
+        2^23 + b + 128, exactly.
+        """
+        flipped = arith.xori(word.value, arith.constant(self._i32, -0x7F7F7F80))
+        power = arith.constant(self._i32, 0x4B000000)
+        values = []
+        for byte in range(4):
+            # Bytes of the result, last first: `byte` of the word, 0, 0 and 0x4B of the power.
+            ptx = f"prmt.b32 $0, $1, $2, {0x7440 + byte};"
+            bits = mgpu.utils.inline_ptx(ptx, flipped, power, result_types=self._f32)
+            values.append(Scalar(bits) - (2.0**23 + 128))
+        return values
 
     def pack(self, values: Sequence[Scalar], dtype: str) -> Scalar:
         """One 32-bit word of float32 values rounded to nearest even."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from recflow_jax import console
-from recflow_jax.config import DLRMConfig, DType
+from recflow_jax.config import DLRMConfig, DType, TableDType
 
 EXIT_CODES = """\b
 Exit codes:
@@ -35,8 +35,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="A shipped model's name or a TOML file.")]
 MaxRows = Annotated[int | None, typer.Option(help="Cut every table to this many rows.", min=1)]
-TableDType = Annotated[DType | None, typer.Option(help="Instead of the model's.")]
-ComputeDType = Annotated[DType | None, typer.Option(help="Instead of the model's.")]
+TableOption = Annotated[TableDType | None, typer.Option(help="Instead of the model's.")]
+ComputeOption = Annotated[DType | None, typer.Option(help="Instead of the model's.")]
 BackendName = Annotated[
     Literal["auto", "xla", "mosaic"], typer.Option("--backend", help="Which kernels run.")
 ]
@@ -141,8 +141,8 @@ def train(
 def profile(
     model: Model,
     max_rows_per_table: MaxRows = None,
-    table_dtype: TableDType = None,
-    compute_dtype: ComputeDType = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
     out: Annotated[Path, typer.Option(help="Directory of table and heat map.")] = Path("profiles"),
     backend: BackendName = "auto",
     max_batch: Annotated[int | None, typer.Option(help="Largest batch.", min=1)] = None,
@@ -180,8 +180,8 @@ def profile(
 def bench(
     model: Model,
     max_rows_per_table: MaxRows = None,
-    table_dtype: TableDType = None,
-    compute_dtype: ComputeDType = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
     against: Annotated[str, typer.Option(help="Of jax, jax-per-table, torch.")] = "jax",
     batch: Annotated[str, typer.Option(help="Samples per batch.")] = "256,1024,4096",
     ids: Ids = "uniform",
@@ -240,7 +240,7 @@ def info(
 
 
 def _config(
-    model: str, max_rows: int | None, table_dtype: DType | None, compute_dtype: DType | None
+    model: str, max_rows: int | None, table_dtype: TableDType | None, compute_dtype: DType | None
 ) -> DLRMConfig:
     """The shipped model or TOML file named `model`, varied as asked."""
     is_file = model.endswith(".toml")

@@ -19,13 +19,23 @@ from typing import Any, Literal, Self, get_args
 import tomli_w
 
 DType = Literal["float32", "bfloat16", "float16"]
+QuantisedDType = Literal["int8", "float8_e4m3fn"]
+TableDType = Literal[DType, QuantisedDType]
 Pooling = Literal["sum", "mean", "none"]
 Side = Literal["user", "item"]
 Activation = Literal["relu", "sigmoid", "gelu", "identity"]
 Interaction = Literal["dot", "dcn", "concat"]
 BagKind = Literal["fixed", "normal", "one_sided_normal", "gamma_poisson"]
 
-ITEM_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES: dict[TableDType, int] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+}
+QUANTISED: tuple[QuantisedDType, ...] = get_args(QuantisedDType)
+SCALE_BYTES = 4  # of each row of a quantised table
 
 MAX_DIM = 256
 DIM_STEP = 4
@@ -63,12 +73,14 @@ def _require_name(kind: str, name: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """One embedding table: `rows` vectors of `dim` elements of `dtype`."""
+    """One embedding table: `rows` vectors of `dim` elements of `dtype`. Rows of a quantised one
+    (int8, float8_e4m3fn) have a float32 scale each.
+    """
 
     name: str
     rows: int
     dim: int
-    dtype: DType = "float32"
+    dtype: TableDType = "float32"
 
     def __post_init__(self) -> None:
         _require_name("table", self.name)
@@ -80,7 +92,7 @@ class TableConfig:
             self.dim % DIM_STEP == 0 and self.dim <= MAX_DIM,
             f"{owner}: dim is {self.dim}, not a multiple of {DIM_STEP} up to {MAX_DIM}",
         )
-        _require_choice(owner, "dtype", self.dtype, DType)
+        _require_choice(owner, "dtype", self.dtype, TableDType)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +296,12 @@ class DLRMConfig:
         tables = tuple(dataclasses.replace(t, rows=min(t.rows, max_rows)) for t in self.tables)
         return dataclasses.replace(self, tables=tables)
 
-    def with_dtypes(self, *, tables: DType | None = None, compute: DType | None = None) -> Self:
-        """The same model with other table and compute dtypes; None leaves one as it is."""
+    def with_dtypes(
+        self, *, tables: TableDType | None = None, compute: DType | None = None
+    ) -> Self:
+        """The same model with other table and compute dtypes; None leaves one as it is. Raises
+        ConfigError for a dtype that is none of theirs.
+        """
         changed = tuple(dataclasses.replace(t, dtype=tables or t.dtype) for t in self.tables)
         return dataclasses.replace(
             self, tables=changed, compute_dtype=compute or self.compute_dtype

@@ -12,18 +12,40 @@ import numpy as np
 
 from pallas_kernels.slots import Slot
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import ITEM_BYTES, ConfigError, DLRMConfig, DType
+from recflow_jax.config import (
+    ITEM_BYTES,
+    QUANTISED,
+    SCALE_BYTES,
+    ConfigError,
+    DLRMConfig,
+    TableDType,
+)
 
 MAX_GROUP_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One stacked array [rows, dim]."""
+    """One stacked array [rows, dim], with a float32 scale for each row if it is quantised."""
 
     dim: int
-    dtype: DType
+    dtype: TableDType
     rows: int
+
+    @property
+    def quantised(self) -> bool:
+        """Whether rows have scales."""
+        return self.dtype in QUANTISED
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a row's values, which lie in one piece."""
+        return self.dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scale, which lies apart; 0 without."""
+        return SCALE_BYTES if self.quantised else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +61,7 @@ class Layout:
     @classmethod
     def of(cls, config: DLRMConfig) -> "Layout":
         """The layout of `config`'s model."""
-        rows: dict[tuple[int, DType], int] = {}
+        rows: dict[tuple[int, TableDType], int] = {}
         places: dict[str, tuple[int, int]] = {}
         for table in config.tables:
             kind = (table.dim, table.dtype)
@@ -64,8 +86,8 @@ class Layout:
 
     @property
     def row_bytes(self) -> tuple[int, ...]:
-        """Bytes of one row of each group."""
-        return tuple(group.dim * ITEM_BYTES[group.dtype] for group in self.groups)
+        """Bytes of one row of each group, its scale among them."""
+        return tuple(group.value_bytes + group.scale_bytes for group in self.groups)
 
     def rows(self, batch: JaggedBatch) -> np.ndarray:
         """int32 [total]: each id of `batch` as a row of its group."""

@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import reference
-from recflow_jax.config import DLRMConfig
-from recflow_jax.layout import Layout
+from pallas_kernels.tables import QuantisedTable
+from recflow_jax.config import QUANTISED, DLRMConfig
+from recflow_jax.layout import Group, Layout
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +41,7 @@ class CrossLayer:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """All parameters: stacked table groups (see Layout) and the layers."""
+    """All parameters: stacked table groups (see Layout), arrays or QuantisedTables, and layers."""
 
     groups: tuple[Any, ...]
     bottom: tuple[DenseLayer, ...]
@@ -94,14 +95,17 @@ def param_shapes(config: DLRMConfig) -> Params:
     bottom, top = dense_shapes(config)
     cross = CrossLayer(down=_f32(width, rank), up=_f32(rank, width), bias=_f32(width))
     return Params(
-        groups=tuple(
-            jax.ShapeDtypeStruct((g.rows, g.dim), jnp.dtype(g.dtype))
-            for g in Layout.of(config).groups
-        ),
+        groups=tuple(group_shape(group) for group in Layout.of(config).groups),
         bottom=tuple(layer(*shape) for shape in bottom),
         cross=(cross,) * config.cross_layers,
         top=tuple(layer(*shape) for shape in top),
     )
+
+
+def group_shape(group: Group) -> jax.ShapeDtypeStruct | QuantisedTable:
+    """A table group as jax.ShapeDtypeStruct, values [rows, dim] and scales [rows] if quantised."""
+    values = jax.ShapeDtypeStruct((group.rows, group.dim), jnp.dtype(group.dtype))
+    return QuantisedTable(values=values, scales=_f32(group.rows)) if group.quantised else values
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -212,13 +216,25 @@ def interact(
     return x
 
 
+def _require_trainable(config: DLRMConfig) -> None:
+    """Raises ValueError if `config` has quantised tables."""
+    for table in config.tables:
+        if table.dtype in QUANTISED:
+            raise ValueError(
+                f"model {config.name!r}: table {table.name!r} is {table.dtype}, which cannot be "
+                "trained: train float tables and quantise them when they are loaded"
+            )
+
+
 class DLRM(nnx.Module):
     """The model as a flax.nnx module for training: `model(batch)` gives logits.
 
-    `to_params()` gives the parameters that checkpoints and the engine take.
+    `to_params()` gives the parameters that checkpoints and the engine take. Raises ValueError for
+    quantised tables: rounded to 8 bits, they have no gradient.
     """
 
     def __init__(self, config: DLRMConfig, params: Params):
+        _require_trainable(config)
         self.config = config
         self.layout = Layout.of(config)
         self.params = nnx.data(jax.tree.map(nnx.Param, params))

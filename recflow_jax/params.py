@@ -1,7 +1,8 @@
 """A model's parameters: drawn, saved to and loaded from safetensors with the config inside.
 
 Tables are the bulk, so they are never whole in host memory beside the device: each group of
-stacked tables is allocated once on the device and filled in place, chunk by chunk.
+stacked tables is allocated once on the device and filled in place, chunk by chunk. Float tables are
+quantised on the way where the config asks for it.
 """
 
 import dataclasses
@@ -16,18 +17,25 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
-from recflow_jax.config import BagConfig, ConfigError, DLRMConfig
+from pallas_kernels.tables import QuantisedTable, Table, quantise_rows, read_rows, update_rows
+from recflow_jax.config import QUANTISED, BagConfig, ConfigError, DLRMConfig, TableConfig
 from recflow_jax.layout import Group, Layout
-from recflow_jax.model import Params, param_shapes
+from recflow_jax.model import Params, group_shape, param_shapes
 
 FORMAT = "recflow-jax/1"
 CHUNK_BYTES = 16 * 2**20
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# The numpy side of safetensors has no float8: those values are stored as their bytes.
+_SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int8": "I8",
+    "float8_e4m3fn": "U8",
+}
 
 
 class ParamsError(ValueError):
@@ -60,32 +68,45 @@ def _draw_layer(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> 
     return jnp.asarray(rng.standard_normal(shape, np.float32) * np.float32(deviation))
 
 
-def _draw_group(key: Array, group: Group, bound: float) -> Float[Array, "rows dim"]:
+def _draw_group(key: Array, group: Group, bound: float) -> Table:
     table = _empty_group(group)
-    for chunk in _chunks(group):
+    for chunk in _chunks_of(group):
         chunk_key = jax.random.fold_in(key, chunk.start)
         table = _draw_chunk(table, chunk_key, chunk.start, bound, rows=len(chunk))
     return table
 
 
 @functools.partial(jax.jit, static_argnames="rows", donate_argnums=0)
-def _draw_chunk(table: Array, key: Array, start: Array, bound: Array, *, rows: int) -> Array:
-    chunk = jax.random.uniform(key, (rows, table.shape[1]), jnp.float32, -1, 1) * bound
-    return lax.dynamic_update_slice(table, chunk.astype(table.dtype), (start, 0))
+def _draw_chunk(table: Table, key: Array, start: Array, bound: Array, *, rows: int) -> Table:
+    dim = jax.tree.leaves(table)[0].shape[1]
+    chunk = jax.random.uniform(key, (rows, dim), jnp.float32, -1, 1) * bound
+    return update_rows(table, _like(chunk, table), start)
 
 
-def _empty_group(group: Group) -> Array:
-    return jnp.zeros((group.rows, group.dim), jnp.dtype(group.dtype))
+def _like(rows: Table, table: Table) -> Table:
+    """`rows` as rows of `table`: quantised if it is and they are not yet."""
+    if isinstance(rows, QuantisedTable):
+        return rows
+    if isinstance(table, QuantisedTable):
+        return quantise_rows(rows, table.values.dtype)
+    return rows.astype(table.dtype)
 
 
-def _chunks(group: Group) -> Iterator[range]:
-    """Row ranges that cover the group. All have one length, so that what fills them is compiled
+def _empty_group(group: Group) -> Table:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), group_shape(group))
+
+
+def _chunks_of(group: Group) -> Iterator[range]:
+    return _chunks(group.rows, group.value_bytes + group.scale_bytes)
+
+
+def _chunks(rows: int, row_bytes: int) -> Iterator[range]:
+    """Row ranges that cover all rows. All have one length, so that what fills them is compiled
     once: the last one overlaps the one before it where the rows do not divide.
     """
-    row_bytes = group.dim * jnp.dtype(group.dtype).itemsize
-    size = min(group.rows, max(1, CHUNK_BYTES // row_bytes))
-    for start in range(0, group.rows, size):
-        first = min(start, group.rows - size)
+    size = min(rows, max(1, CHUNK_BYTES // row_bytes))
+    for start in range(0, rows, size):
+        first = min(start, rows - size)
         yield range(first, first + size)
 
 
@@ -126,14 +147,25 @@ def _tensors(config: DLRMConfig) -> dict[str, _Tensor]:
     for members in _tables_by_group(config):
         for table in (config.tables[i] for i in members):
             shape = (table.rows, table.dim)
-            tensors[f"tables.{table.name}"] = _Tensor(shape=shape, dtype=table.dtype)
+            tensors[_values_name(table)] = _Tensor(shape=shape, dtype=table.dtype)
+        for table in (config.tables[i] for i in members if config.tables[i].dtype in QUANTISED):
+            tensors[_scales_name(table)] = _Tensor(shape=(table.rows,), dtype="float32")
     return tensors
+
+
+def _values_name(table: TableConfig) -> str:
+    return f"tables.{table.name}"
+
+
+def _scales_name(table: TableConfig) -> str:
+    return f"scales.{table.name}"
 
 
 def save_params(path: str | Path, config: DLRMConfig, params: Params) -> None:
     """Writes a safetensors file: one tensor per table and per layer array, the config inside.
 
-    The file appears whole or not at all. Raises ParamsError if `params` are not `config`'s.
+    A quantised table "t" is "tables.t" (I8, or U8: the bytes of float8) and "scales.t". The file
+    appears whole or not at all. Raises ParamsError if `params` are not `config`'s.
     """
     path = Path(path)
     _check_params(config, params)
@@ -143,8 +175,8 @@ def save_params(path: str | Path, config: DLRMConfig, params: Params) -> None:
             file.write(_header(config))
             for leaf in _layer_leaves(params).values():
                 file.write(np.asarray(leaf).tobytes())
-            for group in params.groups:
-                _write_group(file, group)
+            for array in jax.tree.leaves(params.groups):
+                _write_rows(file, array)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -173,36 +205,34 @@ def _header(config: DLRMConfig) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_group(file: BinaryIO, table: Array) -> None:
-    """The rows of one group, which are its tables one after the other."""
-    group = Group(rows=table.shape[0], dim=table.shape[1], dtype=table.dtype.name)  # pyright: ignore[reportArgumentType]
+def _write_rows(file: BinaryIO, array: Array) -> None:
+    """The rows (or scales) of one group, which are its tables' one after the other."""
     written = 0
-    for chunk in _chunks(group):
-        rows = np.asarray(_read_chunk(table, chunk.start, rows=len(chunk)))
+    for chunk in _chunks(len(array), array.nbytes // len(array)):
+        rows = np.asarray(_read_chunk(array, chunk.start, len(chunk)))
         file.write(rows[written - chunk.start :].tobytes())
         written = chunk.stop
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _read_chunk(table: Array, start: Array, *, rows: int) -> Array:
-    return lax.dynamic_slice(table, (start, 0), (rows, table.shape[1]))
+_read_chunk = jax.jit(read_rows, static_argnames="rows")
 
 
 def load_params(path: str | Path, *, config: DLRMConfig | None = None) -> tuple[DLRMConfig, Params]:
     """The config and parameters of a file that `save_params` wrote, on the default device.
 
     With `config`, the file must hold the parameters of that model, and `config` is returned: it
-    may have another name, compute dtype, bags and sides than the file's. Raises ParamsError for a
-    file that cannot be read, is not ours, lacks a tensor or holds one of a wrong shape or dtype.
+    may have another name, compute dtype, bags and sides than the file's, and quantised tables where
+    the file's are floats: these are rounded (see pallas_kernels.tables.quantise_rows), all tables
+    of one dim or none. Raises ParamsError for a file that cannot be read, is not ours, lacks a
+    tensor or holds one of a wrong shape or dtype.
     """
     path = Path(path)
     with _open(path) as file:
         stored = _stored_config(path, file.metadata() or {})
-        if config is not None:
-            _check_same_model(path, stored, config)
-            stored = config
+        config = config or stored
+        _check_same_model(path, _quantised_like(stored, config), config)
         _check_tensors(path, file, _tensors(stored))
-        return stored, _read_params(file, stored)
+        return config, _read_params(file, stored, config)
 
 
 def _open(path: Path) -> Any:
@@ -222,6 +252,18 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> DLRMConfig:
         return DLRMConfig.from_toml(metadata.get("config", ""), source=f"{path}: config")
     except ConfigError as error:
         raise ParamsError(str(error)) from error
+
+
+def _quantised_like(stored: DLRMConfig, config: DLRMConfig) -> DLRMConfig:
+    """`stored` with the quantised dtypes of `config`, where it has all of a group as floats."""
+    if len(stored.tables) != len(config.tables):
+        return stored
+    tables = [*stored.tables]
+    for group, members in zip(Layout.of(config).groups, _tables_by_group(config), strict=True):
+        if group.quantised and not {tables[i].dtype for i in members} & {*QUANTISED}:
+            for i in members:
+                tables[i] = dataclasses.replace(tables[i], dtype=group.dtype)
+    return dataclasses.replace(stored, tables=tuple(tables))
 
 
 def _check_same_model(path: Path, stored: DLRMConfig, config: DLRMConfig) -> None:
@@ -263,41 +305,59 @@ def _check_tensors(path: Path, file: Any, tensors: Mapping[str, _Tensor]) -> Non
             raise ParamsError(f"{path}: tensor {name!r} is {found}, not {wanted}")
 
 
-def _read_params(file: Any, config: DLRMConfig) -> Params:
+def _read_params(file: Any, stored: DLRMConfig, config: DLRMConfig) -> Params:
     shapes = param_shapes(config)
     layers = jax.tree.map(jnp.asarray, {n: file.get_tensor(n) for n in _layer_leaves(shapes)})
     structure = jax.tree.structure(dataclasses.replace(shapes, groups=()))
     groups = [
-        _read_group(file, group, [f"tables.{config.tables[i].name}" for i in members])
+        _read_group(file, group, [stored.tables[i] for i in members])
         for group, members in zip(Layout.of(config).groups, _tables_by_group(config), strict=True)
     ]
     params = jax.tree.unflatten(structure, [layers[name] for name in _layer_leaves(shapes)])
     return dataclasses.replace(params, groups=tuple(groups))
 
 
-def _read_group(file: Any, group: Group, names: list[str]) -> Float[Array, "rows dim"]:
-    table = _empty_group(group)
-    slices = [file.get_slice(name) for name in names]
-    bases = np.cumsum([0, *(s.get_shape()[0] for s in slices)])
-    for chunk in _chunks(group):
-        rows = _read_rows(slices, bases, chunk, group)
+def _read_group(file: Any, group: Group, stored: list[TableConfig]) -> Table:
+    table, source = _empty_group(group), _Source(file, group, stored)
+    for chunk in _chunks_of(group):
         # One chunk in flight: without the wait, all of them would be queued in host memory.
-        table = jax.block_until_ready(_fill_chunk(table, rows, chunk.start))
+        table = jax.block_until_ready(_fill_chunk(table, source.read(chunk), chunk.start))
     return table
 
 
-def _read_rows(slices: list[Any], bases: np.ndarray, chunk: range, group: Group) -> np.ndarray:
-    rows = np.empty((len(chunk), group.dim), jnp.dtype(group.dtype))
+class _Source:
+    """The tables of one group as they are in a file: float ones, even if the group is quantised."""
+
+    def __init__(self, file: Any, group: Group, stored: list[TableConfig]) -> None:
+        quantised = stored[0].dtype in QUANTISED
+        floats = "float32" if group.quantised else group.dtype
+        self._dtype = jnp.dtype(group.dtype if quantised else floats)
+        self._values = [file.get_slice(_values_name(table)) for table in stored]
+        self._scales = [file.get_slice(_scales_name(table)) for table in stored if quantised]
+        self._bases = np.cumsum([0, *(table.rows for table in stored)])
+
+    def read(self, chunk: range) -> Any:
+        """Rows in host memory, those of floats to be quantised in float32."""
+        values = _read_rows(self._values, self._bases, chunk, self._dtype)
+        if not self._scales:
+            return values
+        scales = _read_rows(self._scales, self._bases, chunk, np.dtype(np.float32))
+        return QuantisedTable(values=values, scales=scales)
+
+
+def _read_rows(slices: list[Any], bases: np.ndarray, chunk: range, dtype: np.dtype) -> np.ndarray:
+    rows = np.empty((len(chunk), *slices[0].get_shape()[1:]), dtype)
     first = int(np.searchsorted(bases, chunk.start, side="right")) - 1
     for i in range(first, len(slices)):
         start, stop = max(chunk.start, bases[i]), min(chunk.stop, bases[i + 1])
         if start >= stop:
             break
         piece = slices[i][int(start - bases[i]) : int(stop - bases[i])]
-        rows[start - chunk.start : stop - chunk.start] = piece
+        is_bytes = piece.dtype == np.uint8  # of float8
+        rows[start - chunk.start : stop - chunk.start] = piece.view(dtype) if is_bytes else piece
     return rows
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _fill_chunk(table: Array, rows: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice(table, rows, (start, 0))
+def _fill_chunk(table: Table, rows: Table, start: Array) -> Table:
+    return update_rows(table, _like(rows, table), start)

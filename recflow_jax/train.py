@@ -95,7 +95,8 @@ def fit(
     """Minimises the mean binary cross-entropy of the first output over `batch`.
 
     The same seed gives the same parameters on one device. Every minibatch has one static shape:
-    an epoch leaves out what is left over behind its last whole minibatch.
+    an epoch leaves out what is left over behind its last whole minibatch. Raises ValueError for
+    quantised tables.
     """
     model = DLRM(config, init_params(config, seed=options.seed, table_bound=options.table_bound))
     plan = minibatches(batch.samples, options)

@@ -76,6 +76,9 @@ class HostSimt:
     def load_shared_float(self, address: int) -> np.float32:
         return self._landed(address, 4).view(np.float32)[0]
 
+    def fma(self, a: np.float32, b: np.float32, c: np.float32) -> np.float32:
+        return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+
     def _landed(self, address: int, size: int) -> np.ndarray:
         flying = {target for group in [self.open, *self.groups] for target, _ in group}
         assert address not in flying, "read before the copy was waited for"

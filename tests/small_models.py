@@ -1,5 +1,6 @@
 """Models of a few thousand parameters with every kind of part, and their reference scores."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -67,6 +68,11 @@ NO_DENSE = DLRMConfig(name="no_dense", tables=TABLES, features=ALIKE, top_mlp=(8
 NO_SPARSE = DLRMConfig(name="no_sparse", tables=(), features=(), dense_width=6, top_mlp=(8, 3))
 BF16 = DCN.with_dtypes(tables="bfloat16", compute="bfloat16")
 FP16 = DOT.with_dtypes(tables="float16", compute="float16")
+
+INT8 = dataclasses.replace(CONCAT.with_dtypes(tables="int8"), name="int8")
+FP8 = dataclasses.replace(
+    DCN.with_dtypes(tables="float8_e4m3fn", compute="bfloat16"), name="float8"
+)
 
 FLOAT32_MODELS = (CONCAT, DOT, DCN, NO_DENSE, NO_SPARSE)
 

@@ -56,6 +56,9 @@ STACKED = (
     MIXED_DOT,
     models.BF16,
     models.FP16,
+    models.INT8,
+    models.FP8,
+    with_fixed_bags(models.INT8),
     FIXED,
     with_fixed_bags(models.DOT),
     interleaved(FIXED),
@@ -65,7 +68,7 @@ CASES = [
     for index, plain in enumerate(
         [
             *(plain for config in STACKED for plain in stacked_variants(config)),
-            *(per_table(config) for config in (models.CONCAT, models.DCN, FIXED)),
+            *(per_table(config) for config in (models.CONCAT, models.DCN, FIXED, models.INT8)),
         ]
     )
 ]

@@ -197,6 +197,29 @@ def test_work_counts_sectors_and_distinct_rows() -> None:
     assert work.flop == 2 * 2 * (3 * 4 + 24 * 8 + 8)
 
 
+def test_a_quantised_row_takes_a_sector_more() -> None:
+    """Rows of 8 and of 12 bytes, of which the one at byte 60 lies in two sectors."""
+    config = PAIR.with_dtypes(tables="int8")
+    batch = JaggedBatch(
+        dense=np.zeros((2, 3), np.float32),
+        values=np.array([5, 5, 0, 5, 6, 1], np.int32),
+        offsets=np.array([0, 2, 3, 5, 6], np.int64),
+    )
+    work = work_of(config, Layout.of(config), batch)
+    assert work.row_bytes == 4 * (32 + 32) + 2 * (32 + 32)
+    assert work.distinct_row_bytes == 2 * (32 + 32) + 2 * (32 + 32)
+
+
+def test_torch_has_no_quantised_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "torch_is_installed", lambda: True)
+    config = PAIR.with_dtypes(tables="int8")
+    rivals = ("jax", "jax-per-table", "torch")
+    lineup = Lineup(config, models.params_of(config), choose_backend("xla"), rivals)
+    assert lineup.rivals == ("jax", "jax-per-table")
+    reason = "its EmbeddingBag takes no int8 tables with a scale per row"
+    assert lineup.skipped == {"torch": reason}
+
+
 def test_the_floor_is_the_larger_of_bytes_and_flop() -> None:
     ceilings = Ceilings(copy_bytes_per_s=1e9, matmul_flop_per_s=1e12, matmul_dtype="float32")
     work = Work(

@@ -95,6 +95,7 @@ def test_help_names_commands_and_exit_codes(
         (["profile", "--model", "no-such-model"], "no-such-model"),
         (["profile", "--model", "no-such.toml"], "no-such.toml"),
         (["profile", "--model", "rm1", "--table-dtype", "int4"], "int4"),
+        (["bench", "--model", "rm1", "--compute-dtype", "int8"], "int8"),
         (["profile", "--model", "rm1", "--max-batch", "0"], "--max-batch"),
         (["bench", "--model", "rm1", "--batch", "256,many"], "'256,many'"),
         (["bench", "--model", "rm1", "--backend", "triton"], "triton"),
@@ -176,6 +177,12 @@ def test_model_options_vary_the_model(monkeypatch: pytest.MonkeyPatch, tiny: str
     call = called(monkeypatch, "bench", "--model", tiny, "--max-rows-per-table", "7", *dtypes)
     (table,) = call.args[0].tables
     assert (table.rows, table.dtype, call.args[0].compute_dtype) == (7, "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_tables_may_be_quantised(dtype: str, monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    call = called(monkeypatch, "profile", "--model", tiny, "--table-dtype", dtype)
+    assert {table.dtype for table in call.args[0].tables} == {dtype}
 
 
 def test_shipped_models_go_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

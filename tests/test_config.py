@@ -77,7 +77,7 @@ def models(draw: st.DrawFn) -> Any:
             name=name,
             rows=draw(st.integers(1, 2**31 - 1)),
             dim=draw(dims),
-            dtype=draw(st.sampled_from(get_args(config.DType))),
+            dtype=draw(st.sampled_from(get_args(config.TableDType))),
         )
         for name in draw(st.lists(names, min_size=1, max_size=4, unique=True))
     ]
@@ -197,7 +197,11 @@ def test_model_errors(changes: dict[str, Any], message: str):
         ({"dim": 6}, "dim is 6, not a multiple of 4 up to 256"),
         ({"dim": 260}, "dim is 260"),
         ({"dim": "8"}, "dim is '8'"),
-        ({"dtype": "int4"}, "dtype is 'int4', not one of float32, bfloat16, float16"),
+        (
+            {"dtype": "int4"},
+            "dtype is 'int4', not one of float32, bfloat16, float16, int8, float8_e4m3fn",
+        ),
+        ({"dtype": "float8_e5m2"}, "dtype is 'float8_e5m2'"),
     ],
 )
 def test_table_errors(changes: dict[str, Any], message: str):
@@ -310,6 +314,17 @@ def test_with_dtypes():
     narrow = model.with_dtypes(tables="bfloat16", compute="float16")
     assert {t.dtype for t in narrow.tables} == {"bfloat16"}
     assert narrow.compute_dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", config.QUANTISED)
+def test_tables_may_be_quantised_and_layers_may_not(dtype: Any):
+    model = two_features().with_dtypes(tables=dtype)
+    assert {t.dtype for t in model.tables} == {dtype}
+    assert DLRMConfig.from_toml(model.to_toml()) == model
+    with pytest.raises(ConfigError, match=f"compute_dtype is '{dtype}', not one of float32"):
+        model.with_dtypes(compute=dtype)
+    with pytest.raises(ConfigError, match="dtype is 'int4', not one of float32, .*, int8, float8"):
+        model.with_dtypes(tables="int4")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

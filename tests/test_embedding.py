@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pallas_kernels.embedding import (
     pooled_gather,
 )
 from pallas_kernels.slots import Slot, width
+from pallas_kernels.tables import LIMITS, QuantisedTable, quantise_rows
 
 # One block of one warpgroup and a short ring: the smallest launch in which everything happens.
 TINY = GatherConfig(blocks=1, warpgroups=1, ring_rows=3, ids_ahead=2)
@@ -43,11 +45,18 @@ def make_slots(*parts: tuple[int, int, bool]) -> tuple[Slot, ...]:
     )
 
 
+def exact_rows(group: Any, rows: np.ndarray) -> np.ndarray:
+    """Rows of a table in float64."""
+    if isinstance(group, QuantisedTable):
+        return exact_rows(group.values, rows) * exact_rows(group.scales, rows)[:, None]
+    return np.asarray(group)[rows].astype(np.float64)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """Operands of a gather, on the host."""
 
-    groups: list[np.ndarray]
+    groups: list[Any]
     rows: np.ndarray
     offsets: np.ndarray
     weights: np.ndarray | None
@@ -64,7 +73,7 @@ class Case:
             sample, index = divmod(bag, len(self.slots))
             slot = self.slots[index]
             ids = slice(self.offsets[bag], self.offsets[bag + 1])
-            vectors = self.groups[slot.group][self.rows[ids]].astype(np.float64)
+            vectors = exact_rows(self.groups[slot.group], self.rows[ids])
             if self.weights is not None:
                 vectors = vectors * self.weights[ids, None].astype(np.float64)
             count = max(len(vectors), 1) if slot.mean else 1
@@ -86,7 +95,7 @@ def make_case(
     rng = np.random.default_rng(seed)
     dims = {slot.group: slot.dim for slot in slots}
     groups = [
-        rng.standard_normal((table_rows, dims[g])).astype(jnp.dtype(dtype))
+        make_table(rng.standard_normal((table_rows, dims[g]), np.float32), dtype)
         for g, dtype in enumerate(dtypes)
     ]
     lengths = rng.integers(0, longest + 1, samples * len(slots))
@@ -97,8 +106,33 @@ def make_case(
     return Case(groups=groups, rows=padded, offsets=offsets, weights=weights, slots=slots)
 
 
+def make_table(values: np.ndarray, dtype: str) -> Any:
+    """`values` in `dtype`; scales of quantised rows differ widely."""
+    if dtype not in LIMITS:
+        return values.astype(jnp.dtype(dtype))
+    sizes = 2.0 ** (np.arange(len(values), dtype=np.float32) % 5)
+    return jax.tree.map(np.asarray, quantise_rows(jnp.asarray(values * sizes[:, None]), dtype))
+
+
 MIXED = make_slots((0, 128, False), (0, 128, True), (1, 4, False), (2, 100, True), (1, 4, False))
 MIXED_DTYPES = ["bfloat16", "float16", "float32"]
+# Quantised groups among others, of 16, 8 and 4 bytes per lane; a group is left and entered again.
+QUANTISED = make_slots(
+    *[(0, 128, False), (1, 8, True), (2, 16, True), (3, 100, False), (4, 36, True), (0, 128, True)]
+)
+QUANTISED_DTYPES = ["int8", "float8_e4m3fn", "bfloat16", "float8_e4m3fn", "int8"]
+MIXES = {"floats": (MIXED, MIXED_DTYPES), "quantised": (QUANTISED, QUANTISED_DTYPES)}
+ALL_DTYPES = ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
+
+
+def make_mix(mix: str, **options: Any) -> Case:
+    slots, dtypes = MIXES[mix]
+    return make_case(slots, dtypes, **options)
+
+
+def row_shapes(case: Case) -> tuple[RowShape, ...]:
+    values = [g.values if isinstance(g, QuantisedTable) else g for g in case.groups]
+    return tuple(RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in values)
 
 
 def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int = 0) -> np.ndarray:
@@ -107,7 +141,7 @@ def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int =
     shape = GatherShape(
         samples=case.samples,
         slots=case.slots,
-        rows=tuple(RowShape(dim=g.shape[1], dtype=str(g.dtype)) for g in case.groups),
+        rows=row_shapes(case),
         out_dtype=out_dtype,
         weighted=case.weights is not None,
         config=config,
@@ -119,11 +153,15 @@ def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int =
     weights = case.weights if case.weights is not None else np.zeros(1, np.float32)
     places = [memory.place(a) for a in (case.rows, case.offsets, weights, spans, means, out)]
     ids, offsets, weights_at, spans_at, means_at, out_at = places
-    groups = tuple(memory.place(group) for group in case.groups)
+    quantised = [g if isinstance(g, QuantisedTable) else None for g in case.groups]
+    groups = tuple(
+        memory.place(g.values if q else g) for g, q in zip(case.groups, quantised, strict=True)
+    )
+    scales = tuple(memory.place(q.scales) if q else None for q in quantised)
     for block, thread in itertools.product(range(config.blocks), range(config.threads)):
         at = Addresses(
-            groups=groups, ids=ids, offsets=offsets, weights=weights_at, spans=spans_at,
-            means=means_at, out=out_at, ring=0, weight_ring=1 << 20,
+            groups=groups, scales=scales, ids=ids, offsets=offsets, weights=weights_at,
+            spans=spans_at, means=means_at, out=out_at, ring=0, factor_ring=1 << 20,
         )  # fmt: skip
         gather_thread(HostSimt(memory), shape, at, thread=thread, block=block)
     return out
@@ -134,15 +172,16 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-30))
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
-def test_threads_pool_jagged_bags_of_mixed_tables(out_dtype: str, weighted: bool) -> None:
-    case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4, weighted=weighted)
+def test_threads_pool_jagged_bags_of_mixed_tables(out_dtype: str, weighted: bool, mix: str) -> None:
+    case = make_mix(mix, samples=3, longest=4, weighted=weighted)
     out = run_on_host(case, TINY, out_dtype)
     assert relative_error(out, case.expected()) < RELATIVE_ERROR[out_dtype]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("dim", [4, 8, 12, 36, 64, 252, 256])
 def test_every_dim_is_covered_by_lanes(dim: int, dtype: str) -> None:
     case = make_case(make_slots((0, dim, False)), [dtype], samples=2, longest=5)
@@ -171,10 +210,25 @@ def test_columns_on_the_left_are_left_alone(left: int) -> None:
     assert relative_error(out[:, left:], case.expected()) < RELATIVE_ERROR["bfloat16"]
 
 
-def test_reference_agrees_with_the_bag_by_bag_sum() -> None:
-    case = make_case(MIXED, MIXED_DTYPES, samples=5, longest=6, weighted=True)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_every_byte_is_dequantised(dtype: str) -> None:
+    """All 256 of int8, all but the two NaNs of e4m3; subnormals and -128 among them."""
+    everything = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
+    finite = everything[np.isfinite(everything.astype(np.float32))]
+    values = np.resize(finite, (64, 4))
+    table = QuantisedTable(values=values, scales=np.full(64, 0.75, np.float32))
+    rows, offsets = np.arange(64, dtype=np.int32), np.arange(65, dtype=np.int32)
+    slots = make_slots((0, 4, False))
+    case = Case(groups=[table], rows=rows, offsets=offsets, weights=None, slots=slots)
+    out = run_on_host(case, TINY, "float32")
+    np.testing.assert_array_equal(out, values.astype(np.float32) * np.float32(0.75))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_reference_agrees_with_the_bag_by_bag_sum(mix: str) -> None:
+    case = make_mix(mix, samples=5, longest=6, weighted=True)
     out = reference.pooled_gather(
-        [jnp.asarray(g) for g in case.groups], jnp.asarray(case.rows), jnp.asarray(case.offsets),
+        jax.tree.map(jnp.asarray, case.groups), jnp.asarray(case.rows), jnp.asarray(case.offsets),
         jnp.asarray(case.weights), slots=case.slots, out_dtype=jnp.float32,
     )  # fmt: skip
     assert relative_error(np.asarray(out), case.expected()) < 1e-6
@@ -199,9 +253,10 @@ def shapes_of(case: Case) -> tuple[list[jax.ShapeDtypeStruct], ...]:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_lowers_to_cuda(config: GatherConfig, weighted: bool) -> None:
-    case = make_case(MIXED, MIXED_DTYPES, samples=9, longest=3, weighted=weighted)
+def test_every_config_lowers_to_cuda(config: GatherConfig, mix: str, weighted: bool) -> None:
+    case = make_mix(mix, samples=9, longest=3, weighted=weighted)
     gather = functools.partial(
         pooled_gather, slots=case.slots, out_dtype=jnp.bfloat16, config=config
     )
@@ -232,6 +287,52 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         pooled_gather([jnp.zeros((5, 8))], ids, offsets, None, slots=slots, out_dtype=jnp.float32)
 
 
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (np.zeros((5, 8), np.int8), r"group 0 is int8\[rows, 8\]: not"),
+        (
+            QuantisedTable(values=np.zeros((5, 8), np.float32), scales=np.zeros(5, np.float32)),
+            r"group 0 is quantised float32\[rows, 8\]: not",
+        ),
+        (
+            QuantisedTable(values=np.zeros((5, 8), np.int8), scales=np.zeros(4, np.float32)),
+            r"group 0: scales are float32\[4\], not float32\[5\]",
+        ),
+        (
+            QuantisedTable(values=np.zeros((5, 8), np.int8), scales=np.zeros(5, np.float16)),
+            r"group 0: scales are float16\[5\], not float32\[5\]",
+        ),
+    ],
+)
+def test_tables_without_their_scales_are_refused(group: Any, message: str) -> None:
+    groups = [jax.tree.map(jnp.asarray, group)]
+    ids, offsets = jnp.zeros(1, jnp.int32), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        pooled_gather(
+            *(groups, ids, offsets, None),
+            slots=make_slots((0, 8, False)),
+            out_dtype=jnp.float32,
+        )
+
+
+def test_weights_and_scales_need_a_ring_each() -> None:
+    """A ring that is as large as it may be with one of them does not fit with both."""
+    largest = GatherConfig(warpgroups=4, ring_rows=22)
+    assert largest.ring_bytes(1) <= 227 * 1024 < largest.ring_bytes(2)
+    for mix, weighted in itertools.product(MIXES, [False, True]):
+        case = make_mix(mix, samples=1, longest=1, weighted=weighted)
+        make_shape = functools.partial(
+            GatherShape, samples=1, slots=case.slots, rows=row_shapes(case),
+            out_dtype="float32", weighted=weighted, config=largest,
+        )  # fmt: skip
+        if mix == "quantised" and weighted:
+            with pytest.raises(ValueError, match="a ring of 270336 bytes is more than 232448"):
+                make_shape()
+        else:
+            assert make_shape().factors == 1
+
+
 def check_on_gpu(
     case: Case, out_dtype: str, config: GatherConfig = CONFIGS[0], limit: float | None = None
 ) -> None:
@@ -245,16 +346,31 @@ def check_on_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
-def test_gpu_mixed_tables(out_dtype: str, weighted: bool, config: GatherConfig) -> None:
-    case = make_case(MIXED, MIXED_DTYPES, samples=99, longest=40, weighted=weighted)
+def test_gpu_mixed_tables(out_dtype: str, weighted: bool, config: GatherConfig, mix: str) -> None:
+    case = make_mix(mix, samples=99, longest=40, weighted=weighted)
     check_on_gpu(case, out_dtype, config)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_gpu_every_byte_is_dequantised(dtype: str) -> None:
+    everything = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
+    values = np.resize(everything[np.isfinite(everything.astype(np.float32))], (64, 4))
+    table = QuantisedTable(values=values, scales=np.full(64, 0.75, np.float32))
+    gather = functools.partial(
+        pooled_gather, slots=make_slots((0, 4, False)), out_dtype=jnp.float32
+    )
+    rows, offsets = np.arange(64, dtype=np.int32), np.arange(65, dtype=np.int32)
+    out = jax.jit(gather)([table], rows, offsets, None)
+    np.testing.assert_array_equal(out, values.astype(np.float32) * np.float32(0.75))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("dim", [4, 8, 12, 16, 20, 32, 64, 100, 128, 192, 252, 256])
 def test_gpu_every_dim(dim: int, dtype: str) -> None:
     slots = make_slots(*[(0, dim, False)] * 19)

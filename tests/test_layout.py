@@ -57,6 +57,17 @@ def test_groups_stack_tables_of_one_dim_and_dtype():
     assert layout.row_bytes == (16, 16, 8)
 
 
+def test_quantised_rows_are_bytes_and_a_scale():
+    layout = Layout.of(MIXED.with_dtypes(tables="int8"))
+    assert layout.groups == (
+        Group(dim=4, dtype="int8", rows=10 + 30 + 40 + 50),
+        Group(dim=8, dtype="int8", rows=20),
+    )
+    assert [(g.value_bytes, g.scale_bytes) for g in layout.groups] == [(4, 4), (8, 4)]
+    assert layout.row_bytes == (8, 12)
+    assert [g.scale_bytes for g in Layout.of(MIXED).groups] == [0, 0, 0]
+
+
 def test_slots():
     layout = Layout.of(MIXED)
     assert layout.slots == (

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.tables import LIMITS, QuantisedTable
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.data.workloads import generate
@@ -82,10 +83,16 @@ def on_device(config: DLRMConfig, batch: JaggedBatch, padding: int = 0) -> Devic
     )
 
 
+def exact(group: Any) -> np.ndarray:
+    if isinstance(group, QuantisedTable):
+        return exact(group.values) * exact(group.scales)[:, None]
+    return np.asarray(group, np.float64)
+
+
 def tables_of(config: DLRMConfig, params: Params) -> dict[str, np.ndarray]:
     places = Layout.of(config).table_places
     return {
-        table.name: np.asarray(params.groups[group], np.float64)[base : base + table.rows]
+        table.name: exact(params.groups[group])[base : base + table.rows]
         for table, (group, base) in zip(config.tables, places, strict=True)
     }
 
@@ -170,6 +177,17 @@ def test_forward_in_16_bits(name: str, dtype: Any):
     assert np.abs(actual - expected).max() > 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", ["concat", "dcn", "dot"])
+def test_forward_with_quantised_tables(name: str, dtype: Any):
+    """Of the rounded rows, the scores are exact: nothing else is in 8 bits."""
+    config = MODELS[name].with_dtypes(tables=dtype)
+    params, batch = init_params(config, seed=1), generate(config, 9, seed=2)
+    assert all(isinstance(group, QuantisedTable) for group in params.groups)
+    actual = run(config, params, on_device(config, batch))
+    assert_close(actual, float64_scores(config, params, batch), RELATIVE_ERROR["float32"])
+
+
 def test_forward_ignores_padded_ids():
     params, batch = init_params(MIXED), generate(MIXED, 3, seed=0)
     np.testing.assert_array_equal(
@@ -185,9 +203,10 @@ def test_no_sample_depends_on_its_neighbours():
     assert_close(alone, together[5:6], RELATIVE_ERROR["float32"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", *LIMITS])
 @pytest.mark.parametrize("name", MODELS)
-def test_param_shapes_are_those_of_the_parameters(name: str):
-    config = MODELS[name].with_dtypes(tables="bfloat16")
+def test_param_shapes_are_those_of_the_parameters(name: str, dtype: Any):
+    config = MODELS[name].with_dtypes(tables=dtype)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), param_shapes(config))
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), init_params(config))
 
@@ -211,6 +230,13 @@ def test_the_module_gives_the_same_scores(name: str):
     scores = nnx.jit(lambda module, batch: module(batch))(module, batch)
     assert_close(np.asarray(scores), run(config, params, batch), RELATIVE_ERROR["float32"])
     jax.tree.map(np.testing.assert_array_equal, module.to_params(), params)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_the_module_takes_no_quantised_tables(dtype: Any):
+    config = MIXED.with_dtypes(tables=dtype)
+    with pytest.raises(ValueError, match=f"model 'mixed': table 'a' is {dtype}, which cannot be"):
+        DLRM(config, init_params(config))
 
 
 @pytest.mark.parametrize("name", ["concat", "dcn", "dot"])

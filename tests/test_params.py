@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pallas_kernels.tables import quantise_rows
 from recflow_jax import params as params_module
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.layout import Layout
@@ -45,6 +47,18 @@ MIXED = DLRMConfig(
 )
 
 
+# The same with groups of both quantised dtypes beside one that is not.
+QUANTISED = dataclasses.replace(
+    MIXED,
+    tables=tuple(
+        dataclasses.replace(t, dtype={"float32": "int8", "bfloat16": "float8_e4m3fn"}[t.dtype])
+        if t.dtype != "float16"
+        else t
+        for t in MIXED.tables
+    ),
+)
+
+
 @pytest.fixture(params=[16 * 2**20, 100, 1], ids=lambda size: f"chunks of {size} B")
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(params_module, "CHUNK_BYTES", request.param)
@@ -65,11 +79,12 @@ def assert_same(left: Params, right: Params) -> None:
     ]
 
 
-def test_saved_and_loaded(tmp_path: Path, chunk_bytes: int):
-    params = init_params(MIXED, seed=3)
-    save_params(tmp_path / "m.safetensors", MIXED, params)
+@pytest.mark.parametrize("model", [MIXED, QUANTISED], ids=["floats", "quantised"])
+def test_saved_and_loaded(tmp_path: Path, chunk_bytes: int, model: DLRMConfig):
+    params = init_params(model, seed=3)
+    save_params(tmp_path / "m.safetensors", model, params)
     config, loaded = load_params(tmp_path / "m.safetensors")
-    assert config == MIXED
+    assert config == model
     assert_same(loaded, params)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
 
@@ -88,6 +103,85 @@ def test_the_file_is_one_that_the_safetensors_library_reads(saved: Path, chunk_b
         "cross.1.bias", "cross.1.down", "cross.1.up",
         "top.0.bias", "top.0.kernel", "top.1.bias", "top.1.kernel",
     ]  # fmt: skip
+
+
+def test_the_safetensors_library_reads_quantised_tables_and_their_scales(
+    tmp_path: Path, chunk_bytes: int
+):
+    params = init_params(QUANTISED)
+    save_params(tmp_path / "m.safetensors", QUANTISED, params)
+    tensors = load_file(tmp_path / "m.safetensors")
+    for table, (group, base) in zip(QUANTISED.tables, Layout.of(MIXED).table_places, strict=True):
+        if table.dtype == "float16":
+            assert f"scales.{table.name}" not in tensors
+            continue
+        found = tensors[f"tables.{table.name}"], tensors[f"scales.{table.name}"]
+        assert found[0].dtype == {"int8": np.int8, "float8_e4m3fn": np.uint8}[table.dtype]
+        own = jax.tree.map(lambda a, b=base, t=table: np.asarray(a)[b : b + t.rows],
+                           params.groups[group])  # fmt: skip
+        np.testing.assert_array_equal(found[0], own.values.view(found[0].dtype))
+        np.testing.assert_array_equal(found[1], own.scales)
+
+
+def test_float_tables_are_quantised_when_they_are_loaded(saved: Path, chunk_bytes: int):
+    floats = load_params(saved)[1]
+    config, params = load_params(saved, config=QUANTISED)
+    assert config == QUANTISED
+    expected = [
+        quantise_rows(floats.groups[0], "int8"),
+        quantise_rows(floats.groups[1], "float8_e4m3fn"),
+        floats.groups[2],
+    ]
+    assert_same(params, dataclasses.replace(floats, groups=tuple(expected)))
+
+
+def test_float_tables_of_several_dtypes_become_one_quantised_group(saved: Path, chunk_bytes: int):
+    floats = load_params(saved)[1]
+    config = MIXED.with_dtypes(tables="int8")
+    group = load_params(saved, config=config)[1].groups[1]  # b, e, f and g, of which f is float16
+    rows = [*floats.groups[1][:301], *floats.groups[2], *floats.groups[1][301:]]
+    expected = quantise_rows(jnp.stack([row.astype(jnp.float32) for row in rows]), "int8")
+    jax.tree.map(np.testing.assert_array_equal, group, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_quantised_tables_become_nothing_else(tmp_path: Path, dtype: Any):
+    path = tmp_path / "m.safetensors"
+    save_params(path, QUANTISED, init_params(QUANTISED))
+    with pytest.raises(ParamsError, match="was saved for another model .*: tables: TableConfig"):
+        load_params(path, config=MIXED.with_dtypes(tables=dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales__a": None}, "tensor 'scales.a' is missing"),
+        ({"scales__a": np.zeros(8, "f4")}, "tensor 'scales.a' is F32[8], not F32[7]"),
+        ({"tables__a": np.zeros((7, 4), "u1")}, "'tables.a' is U8[7, 4], not I8[7, 4]"),
+        ({"tables__b": np.zeros((300, 8), "i1")}, "'tables.b' is I8[300, 8], not U8[300, 8]"),
+    ],
+)
+def test_quantised_tensors_that_are_not_the_model_s(
+    tmp_path: Path, change: dict[str, Any], message: str
+):
+    save_params(tmp_path / "good", QUANTISED, init_params(QUANTISED))
+    metadata = {"format": FORMAT, "config": QUANTISED.to_toml()}
+    rewrite(tmp_path / "good", tmp_path / "bad", metadata, **change)
+    with pytest.raises(ParamsError) as error:
+        load_params(tmp_path / "bad")
+    assert message in str(error.value)
+
+
+def test_quantised_init_is_that_of_floats_rounded():
+    floats, quantised = init_params(MIXED).groups[0], init_params(QUANTISED).groups[0]
+    jax.tree.map(np.testing.assert_array_equal, quantised, quantise_rows(floats, "int8"))
+
+
+def test_quantised_init_draws_every_row_of_its_own(chunk_bytes: int):
+    quantised = init_params(QUANTISED).groups[0]
+    table = np.asarray(quantised.values, np.float64) * np.asarray(quantised.scales)[:, None]
+    assert len(np.unique(table, axis=0)) == len(table)
+    assert 0.9 < np.abs(table).max() * 2 <= 1 + 1e-6
 
 
 def test_a_file_that_the_safetensors_library_wrote(saved: Path, tmp_path: Path):
@@ -126,7 +220,7 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
     def full_disk(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(params_module, "_write_group", full_disk)
+    monkeypatch.setattr(params_module, "_write_rows", full_disk)
     with pytest.raises(OSError, match="disk full"):
         save_params(saved, MIXED, init_params(MIXED, seed=9))
     assert saved.read_bytes() == before

@@ -19,7 +19,9 @@ from small_models import (
     DCN,
     DOT,
     FLOAT32_MODELS,
+    FP8,
     FP16,
+    INT8,
     SMALL,
     assert_same_scores,
     compiled,
@@ -43,7 +45,7 @@ def run_batch(segments: Segments, batch, cuts, bucket: int) -> np.ndarray:
     return np.asarray(x)[: batch.samples]
 
 
-@pytest.mark.parametrize("config", [*FLOAT32_MODELS, BF16, FP16], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [*FLOAT32_MODELS, BF16, FP16, INT8, FP8], ids=lambda c: c.name)
 def test_scores_are_the_reference(config: DLRMConfig):
     segments, batch = compiled(config), generate(config, 7, seed=0)
     found = run_batch(segments, batch, (0, 7), 16)
@@ -150,3 +152,12 @@ def test_parameters_of_another_model_are_named(change, message: str):
     config = dataclasses.replace(DOT, tables=DOT.tables[:2])
     with pytest.raises(ValueError, match=message):
         Segments(config, change(params_of(config)), choose_backend("xla"), SMALL)
+
+
+def test_float_tables_are_not_taken_for_quantised_ones():
+    config = DOT.with_dtypes(tables="int8")
+    text = r"int8\[81, 8\] with scales float32\[81\]"
+    with pytest.raises(ValueError, match=rf"groups\[0\] is float32\[81, 8\], .* it is {text}"):
+        Segments(config, params_of(DOT), choose_backend("xla"), SMALL)
+    with pytest.raises(ValueError, match=rf"groups\[0\] is {text}, .* it is float32\[81, 8\]"):
+        Segments(DOT, params_of(config), choose_backend("xla"), SMALL)

@@ -14,6 +14,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.commands import train as command
 from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.data import movielens
+from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
 from recflow_jax.model import forward
 from recflow_jax.params import init_params, load_params
@@ -237,3 +238,10 @@ def test_movielens_reaches_its_auc_in_time(real: movielens.MovieLens, seed: int)
     result = training.train_movielens(real, options=TrainOptions(seed=seed))
     assert result.auc >= 0.75
     assert result.seconds < 120
+
+
+def test_quantised_tables_are_not_trained() -> None:
+    config = CONFIG.with_dtypes(tables="int8")
+    batch, labels = generate(config, 4, seed=0), np.zeros(4, np.float32)
+    with pytest.raises(ValueError, match="model 'small': table 'user' is int8, which cannot be tr"):
+        fit(config, batch, labels)

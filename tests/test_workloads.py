@@ -441,3 +441,5 @@ def test_gather_bytes():
     )
     assert gather_bytes_per_sample(weighted).ids == 13 * 8
     assert gather_bytes_per_sample(weighted).output == 16 * 4
+    quantised = gather_bytes_per_sample(config.with_dtypes(tables="float8_e4m3fn"))
+    assert quantised.rows == (10 + 3) * (32 + 32)  # values, and the scale in a sector of its own

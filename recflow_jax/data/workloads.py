@@ -284,9 +284,11 @@ class GatherBytes:
 
 
 def gather_bytes_per_sample(config: DLRMConfig) -> GatherBytes:
-    """Rows in whole 32-byte sectors, 4 bytes per id (8 with weights), pooled rows written."""
+    """Rows in whole 32-byte sectors, one more for a scale, 4 bytes per id (8 with weights), pooled
+    rows written.
+    """
     layout = Layout.of(config)
-    sectors = [math.ceil(size / SECTOR_BYTES) for size in layout.row_bytes]
+    sectors = [math.ceil(g.value_bytes / SECTOR_BYTES) + g.quantised for g in layout.groups]
     groups = dict(zip((t.name for t in config.tables), layout.table_places, strict=True))
     row_bytes = [SECTOR_BYTES * sectors[groups[f.table][0]] for f in config.features]
     ids = expected_ids(config)

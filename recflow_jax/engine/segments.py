@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.tables import QuantisedTable
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
@@ -228,9 +229,19 @@ def _check_params(config: DLRMConfig, params: Params) -> None:
 
 def _described(params: Params) -> dict[str, str]:
     """Shape of each parameter, and dtype of each table group (layers are cast, tables are not)."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantised)
     named = {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
     return {
-        name: f"{leaf.dtype if name.startswith('groups') else ''}{list(leaf.shape)}"
+        name: _group_text(leaf) if name.startswith("groups") else str(list(leaf.shape))
         for name, leaf in named.items()
     }
+
+
+def _is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, QuantisedTable)
+
+
+def _group_text(group: Any) -> str:
+    if _is_quantised(group):
+        return f"{_group_text(group.values)} with scales {_group_text(group.scales)}"
+    return f"{group.dtype}{list(group.shape)}"

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.tables import Table
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
@@ -102,11 +103,11 @@ class PlainModel:
             layers = _permute_inputs(layers, self.columns, self.config.bottom_width)
         return dataclasses.replace(layers, groups=self._tables(params.groups))
 
-    def _tables(self, groups: Sequence[Array]) -> tuple[Array, ...]:
+    def _tables(self, groups: Sequence[Table]) -> tuple[Table, ...]:
         if self.pooler != "take_per_table":
             return tuple(groups)
         places = zip(self.config.tables, self.layout.table_places, strict=True)
-        return tuple(groups[g][base : base + table.rows] for table, (g, base) in places)
+        return tuple(_rows(groups[g], base, base + table.rows) for table, (g, base) in places)
 
     def pack(self, batch: JaggedBatch) -> PlainBatch:
         """`batch` in host memory as `forward` takes it. Raises ValueError if bags that should be
@@ -172,6 +173,10 @@ class PlainModel:
         products = jnp.einsum("nid,njd->nij", vectors, vectors, precision=self.precision)
         upper = jnp.triu_indices(self.config.dot_vectors, k=1)
         return jnp.concatenate([bottom, products[:, *upper]], axis=1)
+
+
+def _rows(group: Table, start: int, stop: int) -> Table:
+    return jax.tree.map(lambda leaf: leaf[start:stop], group)
 
 
 def _permute_inputs(layers: Params, columns: np.ndarray, bottom_width: int) -> Params:

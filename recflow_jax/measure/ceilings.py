@@ -15,7 +15,7 @@ from jax import lax
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import ITEM_BYTES, DLRMConfig
 from recflow_jax.data.workloads import SECTOR_BYTES, flops_per_sample
-from recflow_jax.layout import Layout
+from recflow_jax.layout import Group, Layout
 from recflow_jax.measure.timing import Timed, TimingOptions, measure, measure_side_by_side
 from recflow_jax.model import param_shapes
 
@@ -34,7 +34,8 @@ class Ceilings:
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a batch takes at least. Bytes: rows in whole 32-byte sectors, every time that one is
-    asked for; ids, offsets and dense features; the layers' parameters; the scores.
+    asked for, a sector more for the scale of a quantised row; ids, offsets and dense features; the
+    layers' parameters; the scores.
 
     distinct_row_bytes: the same rows counted once each: caches may serve the rest.
     """
@@ -142,22 +143,23 @@ def _row_bytes(layout: Layout, batch: JaggedBatch) -> tuple[int, int]:
     groups = np.array([slot.group for slot in layout.slots], np.int8)
     group_of_id = np.repeat(np.tile(groups, batch.samples), lengths)
     asked = distinct = 0
-    for index, row_bytes in enumerate(layout.row_bytes):
+    for index, group in enumerate(layout.groups):
         own = rows if len(layout.groups) == 1 else rows[group_of_id == index]
-        seen = np.zeros(layout.groups[index].rows, bool)
+        seen = np.zeros(group.rows, bool)
         seen[own] = True
-        asked += int(_sector_bytes(own, row_bytes))
-        distinct += int(_sector_bytes(np.flatnonzero(seen), row_bytes))
+        asked += _sector_bytes(own, group)
+        distinct += _sector_bytes(np.flatnonzero(seen), group)
     return asked, distinct
 
 
-def _sector_bytes(rows: np.ndarray, row_bytes: int) -> int:
-    """Bytes of the 32-byte sectors that `rows` of a stacked array lie in."""
-    if row_bytes % SECTOR_BYTES == 0:
-        return len(rows) * row_bytes
-    starts = rows.astype(np.int64) * row_bytes
-    sectors = (starts + row_bytes - 1) // SECTOR_BYTES - starts // SECTOR_BYTES + 1
-    return int(sectors.sum()) * SECTOR_BYTES
+def _sector_bytes(rows: np.ndarray, group: Group) -> int:
+    """Bytes of the 32-byte sectors that `rows` of a group lie in, one for each scale."""
+    size, scales = group.value_bytes, len(rows) * SECTOR_BYTES * group.quantised
+    if size % SECTOR_BYTES == 0:
+        return len(rows) * size + scales
+    starts = rows.astype(np.int64) * size
+    sectors = (starts + size - 1) // SECTOR_BYTES - starts // SECTOR_BYTES + 1
+    return int(sectors.sum()) * SECTOR_BYTES + scales
 
 
 def _on_gpu() -> bool:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from recflow_jax import model
 from recflow_jax.backend import Backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import DLRMConfig
+from recflow_jax.config import QUANTISED, DLRMConfig
 from recflow_jax.layout import Layout
 from recflow_jax.measure.baselines import (
     PlainBatch,
@@ -189,13 +189,16 @@ def free_bytes() -> int | None:
 
 
 def _why_not(rival: str, config: DLRMConfig, params: Params) -> str | None:
+    quantised = sorted({table.dtype for table in config.tables} & {*QUANTISED})
+    if rival == "torch" and quantised:
+        return f"its EmbeddingBag takes no {' or '.join(quantised)} tables with a scale per row"
     if rival == "torch" and not torch_is_installed():
         return "torch is not installed"
     if rival != "jax-per-table":
         return None
     if len(config.tables) > MOST_TABLES_APART:
         return f"{len(config.tables)} tables: with more than {MOST_TABLES_APART} nobody does"
-    needed, free = sum(group.nbytes for group in params.groups), free_bytes()
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(params.groups)), free_bytes()
     if free is not None and needed > 0.8 * free:
         return f"a second copy of the tables, {needed / 1e9:.1f} GB, does not fit beside them"
     return None

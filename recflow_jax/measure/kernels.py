@@ -31,8 +31,9 @@ class WrongKernel(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class GatherResult:
-    """The pooled gather of one batch size. `row_bytes`: dim times item size of every id, which
-    `row_bytes_per_s` counts; `moved_bytes` has whole sectors, ids, offsets and the output too.
+    """The pooled gather of one batch size. `row_bytes`: dim times item size of every id, and 4
+    for a scale, which `row_bytes_per_s` counts; `moved_bytes` has whole sectors, ids, offsets and
+    the output too.
     """
 
     batch: int

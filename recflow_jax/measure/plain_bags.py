@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.tables import QuantisedTable, Table
 from recflow_jax.batch import JaggedBatch
 
 
@@ -120,13 +121,20 @@ def segments_of(lengths: Int32[Array, " bags"], ids: int) -> Int32[Array, " ids"
     return jnp.repeat(bags, jnp.concatenate([lengths, padding]), total_repeat_length=ids)
 
 
-def _gather(table: Array, rows: Array, weights: Array | None) -> Array:
-    vectors = table.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
+def _gather(table: Table, rows: Array, weights: Array | None) -> Array:
+    if isinstance(table, QuantisedTable):
+        vectors = _take(table.values, rows) * _take(table.scales, rows)[..., None]
+    else:
+        vectors = _take(table, rows)
     return vectors if weights is None else vectors * weights[..., None]
 
 
+def _take(array: Array, rows: Array) -> Array:
+    return array.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
 def sum_slices(
-    table: Array, piece: Piece, ids: PlainIds, samples: int
+    table: Table, piece: Piece, ids: PlainIds, samples: int
 ) -> Float[Array, "samples width"]:
     """One gather [samples, ids, dim], then a static sum per slot."""
     vectors = _gather(table, ids.rows, ids.weights)
@@ -139,7 +147,7 @@ def sum_slices(
 
 
 def sum_per_hotness(
-    table: Array, piece: Piece, ids: PlainIds, samples: int
+    table: Table, piece: Piece, ids: PlainIds, samples: int
 ) -> Float[Array, "samples width"]:
     """One gather [samples, slots, hotness, dim] for the slots of each hotness."""
     hotness = piece.hotness or ()
@@ -161,7 +169,7 @@ def _scaled(sums: Array, mean: bool, ids: int) -> Array:
 
 
 def sum_segments(
-    table: Array, piece: Piece, ids: PlainIds, samples: int
+    table: Table, piece: Piece, ids: PlainIds, samples: int
 ) -> Float[Array, "samples width"]:
     """One gather [ids, dim], then segment_sum over sorted segments."""
     vectors = _gather(table, ids.rows, ids.weights)
