@@ -196,7 +196,7 @@ def bench(
     backend: BackendName = "auto",
     profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
     kernel: Annotated[
-        Literal["gather", "dense"] | None,
+        Literal["gather", "dense", "interaction"] | None,
         typer.Option(help="One kernel against what the device reaches, instead."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Results as JSON.")] = None,

@@ -22,7 +22,12 @@ from recflow_jax.measure import contenders
 from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference_scores
 from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
 from recflow_jax.measure.contenders import Lineup
-from recflow_jax.measure.kernels import WrongKernel, bench_gather
+from recflow_jax.measure.kernels import (
+    WrongKernel,
+    bench_gather,
+    bench_interaction,
+    interaction_work,
+)
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.online import OnlineOptions, request_pool
 from recflow_jax.measure.timing import TimingOptions
@@ -135,6 +140,37 @@ def test_kernels_alone(kernel: str, tmp_path: Path) -> None:
         assert first["row_bytes_per_s"]["xla"] == pytest.approx(rate)
     else:
         assert (first["layer"], first["inputs"], first["outputs"]) == ("bottom.0", 3, 4)
+
+
+@pytest.mark.parametrize("config", [models.DOT, models.DCN])
+def test_interactions_alone(config: DLRMConfig, tmp_path: Path) -> None:
+    out, figure = tmp_path / "kernel.json", tmp_path / "kernel.png"
+    result = bench_kernel(config, "interaction", batches=(4,), timing=FAST, out=out, figure=figure)
+    (found,) = result["interaction"]
+    assert json.loads(out.read_text())["interaction"][0] == json.loads(json.dumps(found))
+    assert figure.exists()
+    time = found["timings"]["xla"]["median_us"]
+    assert found["share_of_floor"]["xla"] == pytest.approx(found["floor_us"] / time)
+    assert (found["interaction"], found["batch"]) == (config.interaction, 4)
+
+
+def test_the_floor_of_an_interaction() -> None:
+    """Four float32 samples; 4 vectors of dim 8 to 8 + 6 columns, and two layers of rank 4."""
+    width = models.DCN.interaction_width
+    weights = 2 * 2 * width * 4
+    assert interaction_work(models.DOT, 4) == (4 * 4 * (32 + 14), 4 * 6 * 2 * 8)
+    assert interaction_work(models.DCN, 4) == (4 * (4 * 2 * width + weights), 2 * 4 * weights)
+
+
+def test_a_wrong_interaction_is_not_timed() -> None:
+    broken = Backend(name="mosaic", reason="a test", ops=Ops(dot=lambda x, **_: 2 * x))
+    with pytest.raises(WrongKernel, match="mosaic is"):
+        bench_interaction(models.DOT, models.params_of(models.DOT), broken, (4,), seed=0)
+
+
+def test_a_model_without_interaction_has_none_to_time() -> None:
+    with pytest.raises(ValueError, match="model 'pair' concatenates"):
+        bench_kernel(PAIR, "interaction", batches=(4,))
 
 
 def test_a_wrong_gather_is_not_timed() -> None:
@@ -275,7 +311,9 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    with pytest.raises(ValueError, match="kernel 'softmax' is not one of gather, dense"):
+    with pytest.raises(
+        ValueError, match="kernel 'softmax' is not one of gather, dense, interaction"
+    ):
         bench_kernel(PAIR, "softmax", batches=(4,))
 
 

@@ -13,7 +13,7 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import plots, report
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
-from recflow_jax.measure.kernels import bench_dense, bench_gather
+from recflow_jax.measure.kernels import bench_dense, bench_gather, bench_interaction
 from recflow_jax.measure.offline import bench_offline, input_sets
 from recflow_jax.measure.online import OnlineOptions, bench_online, request_pool
 from recflow_jax.measure.stream import bench_stream
@@ -22,7 +22,7 @@ from recflow_jax.model import Params
 from recflow_jax.params import init_params
 
 Mode = Literal["offline", "numpy", "online"]
-Kernel = Literal["gather", "dense"]
+Kernel = Literal["gather", "dense", "interaction"]
 
 
 def bench(
@@ -79,8 +79,8 @@ def bench_kernel(
     out: str | Path | None = None,
     figure: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures one kind of kernel alone, `gather` or `dense`; prints, writes and returns as
-    `bench` does. Raises ValueError, WrongKernel.
+    """Measures one kind of kernel alone, `gather`, `dense` or `interaction`; prints, writes and
+    returns as `bench` does. Raises ValueError, WrongKernel.
     """
     if kernel not in get_args(Kernel):
         raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
@@ -98,6 +98,11 @@ def bench_kernel(
                 advance=advance,
             )
             table = report.gather_table(measured)
+        elif kernel == "interaction":
+            measured = bench_interaction(
+                *(config, params, chosen, batches), seed=seed, options=timing, advance=advance
+            )
+            table = report.interaction_table(measured)
         else:
             measured = bench_dense(config, params, chosen, batches, options=timing, advance=advance)
             table = report.dense_table(measured)

@@ -1,4 +1,6 @@
-"""One kind of work alone: the pooled gather beside the copy rate, dense layers beside jnp.dot."""
+"""One kind of work alone: the pooled gather beside the copy rate, dense layers beside jnp.dot, the
+interaction beside its floor.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +15,25 @@ from jaxtyping import Array
 from recflow_jax.backend import Backend
 from recflow_jax.config import ITEM_BYTES, DLRMConfig
 from recflow_jax.layout import Layout
-from recflow_jax.measure.ceilings import copy_bytes_per_s, matmul_flop_per_s, work_of
+from recflow_jax.measure.ceilings import (
+    copy_bytes_per_s,
+    matmul_flop_per_s,
+    measure_ceilings,
+    work_of,
+)
 from recflow_jax.measure.contenders import compile_all, device_batches, launches, precision_of
-from recflow_jax.measure.offline import input_sets
+from recflow_jax.measure.offline import ROTATED_BYTES, input_sets
 from recflow_jax.measure.timing import Timing, TimingOptions, measure_side_by_side
-from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, dense_shapes, pool
+from recflow_jax.model import (
+    REFERENCE,
+    CrossLayer,
+    DenseLayer,
+    Ops,
+    Params,
+    dense_shapes,
+    interact,
+    pool,
+)
 
 KERNEL_TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest difference of two kernels on one input, as a share of the largest value: sums are
@@ -99,12 +115,13 @@ def _contestants(backend: Backend) -> dict[str, Ops]:
     return {backend.name: backend.ops, **reference}
 
 
-def _check_equal(outputs: dict[str, Array], dtype: str) -> None:
+def _check_equal(outputs: dict[str, Array], dtype: str, rounded: int = 1) -> None:
+    """rounded: how many times in a row the outputs were rounded to `dtype`."""
     reference = np.asarray([*outputs.values()][-1].astype(jnp.float32))
     scale = float(np.abs(reference).max()) or 1.0
     for name, output in outputs.items():
         error = float(np.abs(np.asarray(output.astype(jnp.float32)) - reference).max()) / scale
-        if not error <= KERNEL_TOLERANCES[dtype]:
+        if not error <= rounded * KERNEL_TOLERANCES[dtype]:
             raise WrongKernel(f"{name} is {error:.2g} of the largest value off the reference")
 
 
@@ -240,3 +257,96 @@ def _run_layer(config: DLRMConfig, ops: Ops, layer: DenseLayer, x: Array) -> Arr
         activation=config.activation,
         precision=precision_of(config),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionResult:
+    """A model's interaction at one batch size. `floor_us`: what its first input, last output and
+    weights take at the copy rate, or its FLOP at the matmul rate, whichever is longer.
+    """
+
+    interaction: str
+    batch: int
+    input_sets: int
+    floor_us: float
+    timings: dict[str, Timing]
+
+    @property
+    def share_of_floor(self) -> dict[str, float]:
+        """The floor as a share of each time."""
+        return {name: self.floor_us / t.median_us for name, t in self.timings.items()}
+
+
+def bench_interaction(
+    config: DLRMConfig,
+    params: Params,
+    backend: Backend,
+    batches: Sequence[int],
+    *,
+    seed: int,
+    options: TimingOptions | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[InteractionResult]:
+    """Times the dot interaction or the cross layers on random vectors with the back end's
+    operations and the reference's, after comparing what they give.
+
+    Raises WrongKernel; ValueError for a model that concatenates: nothing is computed there.
+    """
+    if config.interaction == "concat":
+        raise ValueError(f"model {config.name!r} concatenates: it has no interaction to time")
+    ceilings = measure_ceilings(config.compute_dtype, options)
+    cross = backend.prepare(params, config).cross
+    results = []
+    for samples in batches:
+        inputs = _vector_sets(config, samples, seed)
+        timed = {
+            name: launches(executable, cross, inputs)
+            for name, (executable, _) in compile_all(
+                {
+                    name: (partial(_interact, config, ops), (cross, inputs[0]))
+                    for name, ops in _contestants(backend).items()
+                }
+            ).items()
+        }
+        rounded = max(1, config.cross_layers)  # each layer rounds what the one before has rounded
+        _check_equal(
+            {name: t.launch(0) for name, t in timed.items()}, config.compute_dtype, rounded
+        )
+        moved, flop = interaction_work(config, samples)
+        results.append(
+            InteractionResult(
+                interaction=config.interaction,
+                batch=samples,
+                input_sets=len(inputs),
+                floor_us=1e6
+                * max(moved / ceilings.copy_bytes_per_s, flop / ceilings.matmul_flop_per_s),
+                timings=measure_side_by_side(timed, options),
+            )
+        )
+        advance()
+    return results
+
+
+def _interact(config: DLRMConfig, ops: Ops, cross: tuple[CrossLayer, ...], vectors: Array) -> Array:
+    out = interact(cross, vectors, config=config, precision=precision_of(config), ops=ops)
+    return out[:, : config.interaction_width]
+
+
+def _vector_sets(config: DLRMConfig, samples: int, seed: int) -> list[Array]:
+    """Random [bottom | pooled] vectors, as many sets as outgrow every cache."""
+    width = config.bottom_width + config.pooled_width
+    set_bytes = samples * width * ITEM_BYTES[config.compute_dtype]
+    keys = jax.random.split(jax.random.key(seed), min(32, max(4, ROTATED_BYTES // set_bytes)))
+    return [jax.random.normal(key, (samples, width), config.compute_dtype) for key in keys]
+
+
+def interaction_work(config: DLRMConfig, samples: int) -> tuple[int, int]:
+    """Bytes that must move (the first input, the last output, the weights), and FLOP."""
+    width = config.bottom_width + config.pooled_width
+    weights = 2 * config.cross_layers * width * config.cross_rank
+    items = samples * (width + config.interaction_width) + weights
+    if config.interaction == "dot":
+        flop = samples * (config.dot_vectors - 1) * width
+    else:
+        flop = 2 * samples * weights
+    return items * ITEM_BYTES[config.compute_dtype], flop

@@ -37,6 +37,7 @@ def bench(report: Mapping[str, Any], path: Path) -> None:
             ("online", _online),
             ("gather", _gather),
             ("dense", _dense),
+            ("interaction", _interaction),
         )
         if part in report
     ]
@@ -207,6 +208,18 @@ def _gather(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     ax.set_title("pooled gather alone", fontsize=10)
     ax.margins(y=0.15)
     ax.legend(fontsize=8, loc="lower right")
+
+
+def _interaction(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    names = [*results[0]["timings"]]
+    times = {name: [r["timings"][name]["median_us"] for r in results] for name in names}
+    times["floor"] = [r["floor_us"] for r in results]
+    _grouped_bars(ax, [r["batch"] for r in results], times)
+    ax.set_yscale("log")
+    ax.set_xlabel("samples per batch")
+    ax.set_ylabel("microseconds")
+    ax.set_title(f"{results[0]['interaction']} interaction alone", fontsize=10)
+    ax.legend(fontsize=8, loc="upper left")
 
 
 def _dense(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
-from recflow_jax.measure.kernels import DenseResult, GatherResult
+from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
 from recflow_jax.measure.offline import OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.stream import StreamResult
@@ -27,7 +27,9 @@ from recflow_jax.measure.stream import StreamResult
 SCHEMA = 1
 WIDTH = 110
 
-Result = OfflineResult | StreamResult | OnlineResult | GatherResult | DenseResult
+Result = (
+    OfflineResult | StreamResult | OnlineResult | GatherResult | DenseResult | InteractionResult
+)
 
 
 def header(
@@ -206,5 +208,23 @@ def dense_table(results: Sequence[DenseResult]) -> Table:
                 f"{timing.median_us:,.0f}",
                 f"{rate / 1e12:,.3g}",
                 f"{rate / result.matmul_flop_per_s:.0%}",
+            )
+    return table
+
+
+def interaction_table(results: Sequence[InteractionResult]) -> Table:
+    """Time of the interaction beside its floor."""
+    table = _table(
+        "interaction alone, against its floor of bytes and FLOP at the rates of this run",
+        *("batch", "interaction", "contender", "median us", "p10-p90", "floor us", "of floor"),
+    )
+    for result in results:
+        for name, timing in result.timings.items():
+            table.add_row(
+                *(str(result.batch), result.interaction, name),
+                f"{timing.median_us:,.0f}",
+                f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+                f"{result.floor_us:,.0f}",
+                f"{result.share_of_floor[name]:.0%}",
             )
     return table
