@@ -199,7 +199,7 @@ class GatherShape:
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
     """Where the operands of a launch start: GMEM; `ring` and `factor_ring` in SMEM (this thread's
-    first slots). Groups that are not quantised have no scales.
+    first slots). Groups that are not quantised have no scales, and no weights or means: None.
     """
 
     groups: tuple[Value, ...]
@@ -462,10 +462,10 @@ def pooled_gather(
     if shape.samples == 0:
         return jnp.zeros((0, (0 if left is None else left.shape[1]) + width(slots)), out_dtype)
     spans, _ = shape.spans()
-    means = np.array([slot.mean for slot in slots], np.int32)
+    means = [np.array([slot.mean for slot in slots], np.int32)] if shape.any_mean else []
     optional = [] if weights is None else [weights]
     tables = [*map(_values, groups), *(g.scales for g in groups if isinstance(g, QuantisedTable))]
-    out = _launch(shape, [*tables, rows, offsets, spans, means, *optional])
+    out = _launch(shape, [*tables, rows, offsets, spans, *means, *optional])
     if left is None:
         return out
     if not behind:
@@ -493,7 +493,7 @@ def _launch(shape: GatherShape, operands: list[Array | np.ndarray]) -> Array:
 
 def _body(*refs: Any, shape: GatherShape) -> None:
     """Hands per-thread code its refs: groups, scales of the quantised ones, ids, offsets, spans,
-    means, [weights], out, ring.
+    [means], [weights], out, ring.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -503,7 +503,10 @@ def _body(*refs: Any, shape: GatherShape) -> None:
         inputs = iter([simt.global_address(ref) for ref in inputs])
         groups = tuple(next(inputs) for _ in shape.rows)
         scales = tuple(next(inputs) if row.quantised else None for row in shape.rows)
-        ids, offsets, spans, means, *optional, out = inputs
+        ids, offsets, spans = (next(inputs) for _ in range(3))
+        means = next(inputs) if shape.any_mean else None
+        weights = next(inputs) if shape.weighted else None
+        (out,) = inputs
         thread, ring = simt.thread(), simt.shared_address(ring_smem)
         factor_ring = ring + shape.config.ring_slots * VECTOR_BYTES
         at = Addresses(
@@ -511,7 +514,7 @@ def _body(*refs: Any, shape: GatherShape) -> None:
             scales=scales,
             ids=ids,
             offsets=offsets,
-            weights=optional[0] if optional else None,
+            weights=weights,
             spans=spans,
             means=means,
             out=out,

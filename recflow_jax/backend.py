@@ -32,6 +32,13 @@ class Backend:
     reason: str
     ops: Ops
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """For XLA: with the kernels, a whole executable becomes one CUDA graph, however short,
+        since its launches one by one take the host longer than the device.
+        """
+        return {"xla_gpu_graph_min_graph_size": 1} if self.name == "mosaic" else {}
+
     def prepare(self, params: Params, config: DLRMConfig) -> Params:
         """The parameters as the kernels want them: layers in the compute dtype, padded once."""
         params = with_layer_dtype(params, config.compute_dtype)

@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,22 @@ class Job(NamedTuple):
 
 
 def compile_jobs(
-    jobs: Sequence[Job], progress: bool | None = None
+    jobs: Sequence[Job],
+    progress: bool | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[Any, Callable[..., Any]]:
-    """The executables by key. They take their own shapes and never compile again."""
+    """The executables by key. They take their own shapes and never compile again.
+
+    options: XLA's, for this compilation.
+    """
     console = Console(stderr=True)
     can_show = console.is_terminal if progress is None else progress
     shown = _with_bar(jobs, console, 0 if progress else QUIET_S) if can_show else jobs
-    return {job.key: job.function.lower(*job.arguments).compile() for job in shown}
+    return {
+        job.key: job.function.lower(*job.arguments).compile(compiler_options=dict(options or {}))
+        for job in shown
+    }
 
 
 def _with_bar(jobs: Sequence[Job], console: Console, quiet_s: float) -> Iterator[Job]:

@@ -110,7 +110,9 @@ class Segments:
         progress: show a bar; None does so on a terminal when it takes longer than two seconds.
         """
         use_cache(self.options.compilation_cache)
-        self._executables = compile_jobs(self._jobs(), progress)
+        self._executables = compile_jobs(
+            self._jobs(), progress, options=self.backend.compiler_options
+        )
         if jax.default_backend() != "cpu":
             self._warm_up()
 

@@ -7,9 +7,10 @@ the device and everything of it is compiled, so that launches are all there is t
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -68,6 +69,20 @@ class Entry:
     function: Callable[..., Any]
     params: Any
     inputs: Sequence[Any]
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def job(self) -> "Job":
+        """What is to be compiled."""
+        return Job(self.function, (self.params, self.inputs[0]), self.compiler_options)
+
+
+class Job(NamedTuple):
+    """A function, example arguments and XLA's options for it."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    compiler_options: Mapping[str, Any] = MappingProxyType({})
 
 
 class Lineup:
@@ -103,9 +118,7 @@ class Lineup:
             for samples, batches in sets.items()
             for entry in self._entries(batches, poolers.get(samples))
         }
-        executables = compile_all(
-            {key: (e.function, (e.params, e.inputs[0])) for key, e in entries.items()}
-        )
+        executables = compile_all({key: entry.job for key, entry in entries.items()})
         contenders: dict[int, dict[str, Contender]] = {samples: {} for samples in sets}
         for (samples, name), entry in entries.items():
             contenders[samples][name] = _jax_contender(entry, *executables[samples, name])
@@ -137,6 +150,7 @@ class Lineup:
             function=forward,
             params=self._params,
             inputs=inputs,
+            compiler_options=self.backend.compiler_options,
         )
 
     @property
@@ -154,7 +168,7 @@ class Lineup:
         inputs = {n: plain_batches(self._variants[0], batches) for n, batches in sets.items()}
         executables = compile_all(
             {
-                (samples, variant.pooler): (variant.pool, (tables, inputs[samples][0]))
+                (samples, variant.pooler): Job(variant.pool, (tables, inputs[samples][0]))
                 for samples in sets
                 for variant in self._variants
             }
@@ -242,15 +256,13 @@ def _plain_entry(name: str, plain: PlainModel, params: Any, sets: Sequence[Jagge
     )
 
 
-def compile_all(
-    jobs: Mapping[Any, tuple[Callable[..., Any], tuple[Any, ...]]],
-) -> dict[Any, tuple[Callable[..., Any], float]]:
+def compile_all(jobs: Mapping[Any, Job]) -> dict[Any, tuple[Callable[..., Any], float]]:
     """Compiles functions for example arguments, a few at a time: (executable, seconds) by key."""
 
-    def compile_one(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[Any, float]:
-        function, arguments = job
+    def compile_one(job: Job) -> tuple[Any, float]:
         started = time.perf_counter()
-        executable = jax.jit(function).lower(*arguments).compile()
+        lowered = jax.jit(job.function).lower(*job.arguments)
+        executable = lowered.compile(compiler_options=dict(job.compiler_options))
         return executable, time.perf_counter() - started
 
     # On a GPU XLA times its matmuls while it compiles; two at once would choose by noise.

@@ -21,9 +21,15 @@ from recflow_jax.measure.ceilings import (
     measure_ceilings,
     work_of,
 )
-from recflow_jax.measure.contenders import compile_all, device_batches, launches, precision_of
+from recflow_jax.measure.contenders import (
+    Job,
+    compile_all,
+    device_batches,
+    launches,
+    precision_of,
+)
 from recflow_jax.measure.offline import ROTATED_BYTES, input_sets
-from recflow_jax.measure.timing import Timing, TimingOptions, measure_side_by_side
+from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure_side_by_side
 from recflow_jax.model import (
     REFERENCE,
     CrossLayer,
@@ -97,11 +103,7 @@ def bench_gather(
     for samples in batches:
         sets = input_sets(config, samples, ids=ids, seed=seed)
         inputs = device_batches(layout, sets)
-        jobs = {name: (gather, (params.groups, inputs[0])) for name, gather in gathers.items()}
-        timed = {
-            name: launches(executable, params.groups, inputs)
-            for name, (executable, _) in compile_all(jobs).items()
-        }
+        timed = _compiled(gathers, dict.fromkeys(gathers, params.groups), inputs, backend)
         _check_equal({name: t.launch(0) for name, t in timed.items()}, config.compute_dtype)
         timings = measure_side_by_side(timed, options)
         results.append(_gather_result(config, layout, sets, copy_rate, timings))
@@ -113,6 +115,25 @@ def _contestants(backend: Backend) -> dict[str, Ops]:
     """The back end's operations and, where they are others, the reference's."""
     reference = {} if backend.ops == REFERENCE else {"reference": REFERENCE}
     return {backend.name: backend.ops, **reference}
+
+
+def _compiled(
+    functions: Mapping[str, Callable[..., Any]],
+    weights: Mapping[str, Any],
+    inputs: Sequence[Any],
+    backend: Backend,
+) -> dict[str, Timed]:
+    """Calls of each function, with its own weights, that rotate among the inputs."""
+    jobs = {
+        name: Job(
+            function,
+            (weights[name], inputs[0]),
+            backend.compiler_options if name == backend.name else {},
+        )
+        for name, function in functions.items()
+    }
+    executables = compile_all(jobs)
+    return {name: launches(executables[name][0], weights[name], inputs) for name in jobs}
 
 
 def _check_equal(outputs: dict[str, Array], dtype: str, rounded: int = 1) -> None:
@@ -237,14 +258,11 @@ def _time_layer(
 ) -> dict[str, Timing]:
     x = jax.random.normal(jax.random.key(0), (samples, layer.shape[0]), jnp.float32)
     x = x.astype(config.compute_dtype)
-    jobs = {
-        name: (partial(_run_layer, config, ops), (layer.of(prepared[name]), x))
-        for name, ops in _contestants(backend).items()
+    functions = {
+        name: partial(_run_layer, config, ops) for name, ops in _contestants(backend).items()
     }
-    timed = {
-        name: launches(executable, layer.of(prepared[name]), [x])
-        for name, (executable, _) in compile_all(jobs).items()
-    }
+    weights = {name: layer.of(params) for name, params in prepared.items()}
+    timed = _compiled(functions, weights, [x], backend)
     _check_equal({name: t.launch(0) for name, t in timed.items()}, config.compute_dtype)
     return measure_side_by_side(timed, options)
 
@@ -296,18 +314,13 @@ def bench_interaction(
         raise ValueError(f"model {config.name!r} concatenates: it has no interaction to time")
     ceilings = measure_ceilings(config.compute_dtype, options)
     cross = backend.prepare(params, config).cross
+    functions = {
+        name: partial(_interact, config, ops) for name, ops in _contestants(backend).items()
+    }
     results = []
     for samples in batches:
         inputs = _vector_sets(config, samples, seed)
-        timed = {
-            name: launches(executable, cross, inputs)
-            for name, (executable, _) in compile_all(
-                {
-                    name: (partial(_interact, config, ops), (cross, inputs[0]))
-                    for name, ops in _contestants(backend).items()
-                }
-            ).items()
-        }
+        timed = _compiled(functions, dict.fromkeys(functions, cross), inputs, backend)
         rounded = max(1, config.cross_layers)  # each layer rounds what the one before has rounded
         _check_equal(
             {name: t.launch(0) for name, t in timed.items()}, config.compute_dtype, rounded

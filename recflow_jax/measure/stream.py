@@ -17,7 +17,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
 from recflow_jax.measure.agreement import check_answers, reference_scores
 from recflow_jax.measure.baselines import PlainBatch, PlainModel, padded
-from recflow_jax.measure.contenders import RECFLOW, Lineup, Sets, compile_all
+from recflow_jax.measure.contenders import RECFLOW, Job, Lineup, Sets, compile_all
 from recflow_jax.measure.offline import Measured, ratios
 from recflow_jax.measure.timing import Timed, TimingOptions, measure_side_by_side
 from recflow_jax.model import Params
@@ -68,8 +68,8 @@ class PlainRunner:
         self.samples = samples
         self.ids = tuple(ids)
         self._params = prepared
-        jobs = {"": (plain.forward, (prepared, plain.zeros(samples=samples, ids=self.ids)))}
-        self._executable, self.compile_s = compile_all(jobs)[""]
+        job = Job(plain.forward, (prepared, plain.zeros(samples=samples, ids=self.ids)))
+        self._executable, self.compile_s = compile_all({"": job})[""]
 
     def fits(self, batch: PlainBatch) -> bool:
         """Whether there is room for all samples and ids."""
