@@ -170,20 +170,39 @@ def profile(
     )
 
 
-@app.command(
+bench = typer.Typer(
+    name="bench",
+    help="Compare the engine, or its kernels, with plain JAX, torch and the device's limits.",
     epilog=_example(
-        "recflow bench --model dlrm-kaggle --against jax,torch --batch 256,4096",
-        "recflow bench --model rm1 --mode online --load 0.5,0.8 --out online.json",
-        "recflow bench --kernel gather --model dlrm-v2 --max-rows-per-table 2000000",
-    )
+        "recflow bench model --model dlrm-kaggle --against jax,torch --batch 256,4096",
+        "recflow bench kernels --model dlrm-kaggle --batch 4096",
+    ),
+    rich_markup_mode=None,
 )
-def bench(
+app.add_typer(bench)
+
+Batches = Annotated[str, typer.Option("--batch", help="Samples per batch.")]
+Steady = Annotated[
+    bool, typer.Option("--steady", help="Rounds of a second, not 20 ms: clocks under load.")
+]
+Out = Annotated[Path | None, typer.Option(help="Results as JSON.")]
+Figure = Annotated[Path | None, typer.Option(help="Results as PNG.")]
+
+
+@bench.command(
+    "model",
+    epilog=_example(
+        "recflow bench model --model dlrm-kaggle --against jax,torch --batch 256,4096",
+        "recflow bench model --model rm1 --mode online --load 0.5,0.8 --out online.json",
+    ),
+)
+def bench_model(
     model: Model,
     max_rows_per_table: MaxRows = None,
     table_dtype: TableOption = None,
     compute_dtype: ComputeOption = None,
     against: Annotated[str, typer.Option(help="Of jax, jax-per-table, torch.")] = "jax",
-    batch: Annotated[str, typer.Option(help="Samples per batch.")] = "256,1024,4096",
+    batch: Batches = "256,1024,4096",
     ids: Ids = "uniform",
     seed: Seed = 0,
     mode: Annotated[str, typer.Option(help="Of offline, numpy, online.")] = "offline",
@@ -193,14 +212,11 @@ def bench(
         int | None, typer.Option(help="Online: of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="Online: of each load.", min=0.1)] = 5.0,
+    steady: Steady = False,
     backend: BackendName = "auto",
     profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
-    kernel: Annotated[
-        Literal["gather", "dense", "interaction"] | None,
-        typer.Option(help="One kernel against what the device reaches, instead."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Results as JSON.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Results as PNG.")] = None,
+    out: Out = None,
+    figure: Figure = None,
 ) -> None:
     """Compare the engine with plain JAX and torch.
 
@@ -208,22 +224,68 @@ def bench(
     separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
-    batches, loads, rates = (
-        _list("--batch", batch, int),
-        _list("--load", load, float),
-        _list("--qps", qps, float),
-    )
-    from recflow_jax.commands.bench import bench, bench_kernel
+    loads, rates = _list("--load", load, float), _list("--qps", qps, float)
+    from recflow_jax.commands.bench import bench_model
     from recflow_jax.measure.online import OnlineOptions
 
-    common: dict[str, Any] = {"batches": batches, "ids": ids, "seed": seed, "backend": backend}
-    common |= {"out": out, "figure": figure}
-    if kernel is not None:
-        bench_kernel(config, kernel, **common)
-        return
     online = OnlineOptions(loads=loads, qps=rates, request_samples=request_samples, seconds=seconds)
-    rivals, modes = _list("--against", against, str), _list("--mode", mode, str)
-    bench(config, against=rivals, modes=modes, profile=profile, online=online, **common)
+    bench_model(
+        config,
+        against=_list("--against", against, str),
+        batches=_list("--batch", batch, int),
+        modes=_list("--mode", mode, str),
+        ids=ids,
+        seed=seed,
+        backend=backend,
+        profile=profile,
+        online=online,
+        timing=_timing(steady),
+        out=out,
+        figure=figure,
+    )
+
+
+@bench.command(
+    "kernels",
+    epilog=_example(
+        "recflow bench kernels --model dlrm-kaggle --batch 4096",
+        "recflow bench kernels --kernel gather --model dlrm-v2 --max-rows-per-table 2000000",
+    ),
+)
+def bench_kernels(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    kernel: Annotated[
+        str, typer.Option(help="Of gather, dense, interaction.  [default: all of the model]")
+    ] = "",
+    batch: Batches = "256,1024,4096",
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    steady: Steady = False,
+    backend: BackendName = "auto",
+    out: Out = None,
+    figure: Figure = None,
+) -> None:
+    """Compare single kernels with XLA's and with what the device reaches.
+
+    Shapes are the model's. Lists are separated by commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench import bench_kernels
+
+    bench_kernels(
+        config,
+        kernels=_list("--kernel", kernel, str),
+        batches=_list("--batch", batch, int),
+        ids=ids,
+        seed=seed,
+        backend=backend,
+        timing=_timing(steady),
+        out=out,
+        figure=figure,
+    )
 
 
 @app.command(epilog=_example("recflow info", "recflow info --json"))
@@ -248,6 +310,12 @@ def _config(
     if max_rows is not None:
         config = config.with_max_rows(max_rows)
     return config.with_dtypes(tables=table_dtype, compute=compute_dtype)
+
+
+def _timing(steady: bool) -> Any:
+    from recflow_jax.measure.timing import STEADY, TimingOptions
+
+    return STEADY if steady else TimingOptions()
 
 
 def _list[T](option: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:

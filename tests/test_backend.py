@@ -48,6 +48,11 @@ def test_a_cpu_gets_xla() -> None:
     assert choose_backend("xla", gpu("9.0")).reason == "asked for"
 
 
+def test_only_the_kernels_executables_become_graphs_however_short() -> None:
+    assert choose_backend("auto", gpu("9.0")).compiler_options
+    assert not choose_backend("xla", gpu("9.0")).compiler_options
+
+
 def test_mosaic_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(BackendError, match="cannot run here: cpu is no GPU; use 'xla' or 'auto'"):
         choose_backend("mosaic")

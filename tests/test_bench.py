@@ -15,7 +15,7 @@ import small_models as models
 from pallas_kernels import reference
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.commands.bench import bench, bench_kernel
+from recflow_jax.commands.bench import bench_kernels, bench_model
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.layout import Layout
 from recflow_jax.measure import contenders
@@ -54,7 +54,7 @@ PAIR = DLRMConfig(
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of all modes, as its JSON file holds it."""
     folder = tmp_path_factory.mktemp("bench")
-    returned = bench(
+    returned = bench_model(
         PAIR,
         against=("jax", "jax-per-table"),
         batches=(8, 4),
@@ -98,6 +98,10 @@ def test_offline_has_times_errors_ratios_and_floors(report: dict[str, Any]) -> N
         assert result["ratios"]["jax"] == pytest.approx(times["jax"] / times["recflow"])
         assert all(c["error"] <= 1e-4 for c in result["contenders"].values())
         assert result["floor"]["us"] == max(result["floor"]["bytes_us"], result["floor"]["flop_us"])
+        assert result["over_dispatch"] == pytest.approx(
+            times["recflow"] / result["dispatch"]["median_us"]
+        )
+    assert report["timing"]["rounds"] == FAST.rounds
     assert report["ceilings"]["copy_bytes_per_s"] > 1e8
 
 
@@ -113,7 +117,7 @@ def test_numpy_and_online_compare_with_plain_jax(report: dict[str, Any]) -> None
 
 def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) -> None:
     online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2)
-    result = bench(
+    result = bench_model(
         models.CONCAT, batches=(4,), modes=("numpy", "online"), online=online, timing=FAST
     )
     assert result["online"]["points"][0]["share"] is None
@@ -122,7 +126,7 @@ def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_bfloat16_agrees_within_its_tolerance() -> None:
-    result = bench(models.BF16, batches=(16,), timing=FAST)
+    result = bench_model(models.BF16, batches=(16,), timing=FAST)
     errors = [c["error"] for c in result["offline"][0]["contenders"].values()]
     assert 0 < max(errors) < 0.1
 
@@ -130,7 +134,9 @@ def test_bfloat16_agrees_within_its_tolerance() -> None:
 @pytest.mark.parametrize("kernel", ["gather", "dense"])
 def test_kernels_alone(kernel: str, tmp_path: Path) -> None:
     out, figure = tmp_path / "kernel.json", tmp_path / "kernel.png"
-    result = bench_kernel(PAIR, kernel, batches=(4,), timing=FAST, out=out, figure=figure)
+    result = bench_kernels(
+        PAIR, kernels=[kernel], batches=(4,), timing=FAST, out=out, figure=figure
+    )
     assert json.loads(out.read_text())[kernel] == json.loads(json.dumps(result[kernel]))
     assert figure.exists()
     first = result[kernel][0]
@@ -145,7 +151,9 @@ def test_kernels_alone(kernel: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [models.DOT, models.DCN])
 def test_interactions_alone(config: DLRMConfig, tmp_path: Path) -> None:
     out, figure = tmp_path / "kernel.json", tmp_path / "kernel.png"
-    result = bench_kernel(config, "interaction", batches=(4,), timing=FAST, out=out, figure=figure)
+    result = bench_kernels(
+        config, kernels=["interaction"], batches=(4,), timing=FAST, out=out, figure=figure
+    )
     (found,) = result["interaction"]
     assert json.loads(out.read_text())["interaction"][0] == json.loads(json.dumps(found))
     assert figure.exists()
@@ -168,9 +176,14 @@ def test_a_wrong_interaction_is_not_timed() -> None:
         bench_interaction(models.DOT, models.params_of(models.DOT), broken, (4,), seed=0)
 
 
+def test_unasked_all_kernels_of_the_model_are_measured() -> None:
+    result = bench_kernels(PAIR, batches=(4,), timing=FAST)
+    assert "gather" in result and "dense" in result and "interaction" not in result
+
+
 def test_a_model_without_interaction_has_none_to_time() -> None:
     with pytest.raises(ValueError, match="model 'pair' concatenates"):
-        bench_kernel(PAIR, "interaction", batches=(4,))
+        bench_kernels(PAIR, kernels=["interaction"], batches=(4,))
 
 
 def test_a_wrong_gather_is_not_timed() -> None:
@@ -192,7 +205,7 @@ def test_a_contender_with_wrong_scores_is_not_timed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(contenders.PlainModel, "forward", wrong)
     with pytest.raises(WrongAnswers, match=r"jax gives \[.*\] for sample 2"):
-        bench(PAIR, batches=(4,), timing=FAST)
+        bench_model(PAIR, batches=(4,), timing=FAST)
 
 
 def test_scores_that_are_no_numbers_are_wrong() -> None:
@@ -307,14 +320,14 @@ def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench(PAIR, timing=FAST, **{"batches": (4,), **arguments})
+        bench_model(PAIR, timing=FAST, **{"batches": (4,), **arguments})
 
 
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(
         ValueError, match="kernel 'softmax' is not one of gather, dense, interaction"
     ):
-        bench_kernel(PAIR, "softmax", batches=(4,))
+        bench_kernels(PAIR, kernels=["softmax"], batches=(4,))
 
 
 @pytest.mark.parametrize("options", [{"loads": (0.5, 0.0)}, {"qps": (-1.0,)}, {"seconds": 0.0}])
@@ -324,6 +337,6 @@ def test_bad_loads_are_named(options: dict[str, Any]) -> None:
 
 
 def test_the_command_line_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [os.path.join("bin", "recflow"), "bench", "--model", "pair"])
-    result = bench_kernel(PAIR, "gather", batches=(4,), timing=FAST)
-    assert result["command"] == "recflow bench --model pair"
+    monkeypatch.setattr(sys, "argv", [os.path.join("bin", "recflow"), "bench", "kernels"])
+    result = bench_kernels(PAIR, kernels=["gather"], batches=(4,), timing=FAST)
+    assert result["command"] == "recflow bench kernels"

@@ -16,7 +16,7 @@ value = 2.72
 target = 2.4
 better = "higher"
 unit = "TB/s"
-command = "recflow bench --kernel gather"
+command = "recflow bench kernels --kernel gather"
 results = "gather.json"
 source = "rows[batch=4096].tb_s"
 device = "NVIDIA H100 80GB HBM3"
@@ -55,7 +55,7 @@ def test_the_table_shows_value_target_and_command(checkout: Path) -> None:
     assert text.startswith("before\n<!-- claims: kernels -->\n| claim |")
     assert (
         "| The gather alone | 2.72 TB/s | at least 2.4 TB/s | yes "
-        "| NVIDIA H100 80GB HBM3, 2026-01-31 | `recflow bench --kernel gather` |\n"
+        "| NVIDIA H100 80GB HBM3, 2026-01-31 | `recflow bench kernels --kernel gather` |\n"
         "<!-- end of claims -->\nafter\n"
     ) in text
 

@@ -13,6 +13,7 @@ import pytest
 
 from recflow_jax import cli, console
 from recflow_jax.commands import info
+from recflow_jax.measure.timing import STEADY
 
 COMMANDS = ("demo", "train", "profile", "bench", "info")
 
@@ -60,18 +61,19 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 
 
 def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> Any:
-    """How `command` calls the function of that name, which must take such a call."""
-    module = importlib.import_module(f"recflow_jax.commands.{command}")
-    function = create_autospec(getattr(module, command))
-    monkeypatch.setattr(module, command, function)
-    assert cli.run([command, *arguments]) == 0
+    """How `command` calls the function of its name, which must take such a call."""
+    words = command.split()
+    module = importlib.import_module(f"recflow_jax.commands.{words[0]}")
+    function = create_autospec(getattr(module, "_".join(words)))
+    monkeypatch.setattr(module, "_".join(words), function)
+    assert cli.run([*words, *arguments]) == 0
     function.assert_called_once()
     return function.call_args
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "bench model", "bench kernels"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run([command, "--help"]) == 0
+    assert cli.run([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert "Example:" in out and f"recflow {command}" in out.partition("Example:")[2]
 
@@ -95,10 +97,10 @@ def test_help_names_commands_and_exit_codes(
         (["profile", "--model", "no-such-model"], "no-such-model"),
         (["profile", "--model", "no-such.toml"], "no-such.toml"),
         (["profile", "--model", "rm1", "--table-dtype", "int4"], "int4"),
-        (["bench", "--model", "rm1", "--compute-dtype", "int8"], "int8"),
+        (["bench", "model", "--model", "rm1", "--compute-dtype", "int8"], "int8"),
         (["profile", "--model", "rm1", "--max-batch", "0"], "--max-batch"),
-        (["bench", "--model", "rm1", "--batch", "256,many"], "'256,many'"),
-        (["bench", "--model", "rm1", "--backend", "triton"], "triton"),
+        (["bench", "model", "--model", "rm1", "--batch", "256,many"], "'256,many'"),
+        (["bench", "kernels", "--model", "rm1", "--backend", "triton"], "triton"),
         (["train", "netflix", "--out", "x"], "netflix"),
         (["info", "--jsn"], "--jsn"),
     ],
@@ -163,7 +165,9 @@ def test_profile_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
 
 def test_bench_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
     lists = ("--batch", "8, 16", "--against", "jax,torch", "--mode", "numpy,online")
-    call = called(monkeypatch, "bench", "--model", tiny, *lists, "--qps", "10,20.5", "--load", "")
+    call = called(
+        monkeypatch, "bench model", "--model", tiny, *lists, "--qps", "10,20.5", "--load", ""
+    )
     assert call.args[0].name == "tiny"
     assert call.kwargs["batches"] == (8, 16)
     assert call.kwargs["against"] == ("jax", "torch")
@@ -174,7 +178,7 @@ def test_bench_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
 
 def test_model_options_vary_the_model(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
     dtypes = ("--table-dtype", "bfloat16", "--compute-dtype", "float16")
-    call = called(monkeypatch, "bench", "--model", tiny, "--max-rows-per-table", "7", *dtypes)
+    call = called(monkeypatch, "bench model", "--model", tiny, "--max-rows-per-table", "7", *dtypes)
     (table,) = call.args[0].tables
     assert (table.rows, table.dtype, call.args[0].compute_dtype) == (7, "bfloat16", "float16")
 
@@ -186,16 +190,18 @@ def test_tables_may_be_quantised(dtype: str, monkeypatch: pytest.MonkeyPatch, ti
 
 
 def test_shipped_models_go_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert called(monkeypatch, "bench", "--model", "dlrm-kaggle").args[0].name == "dlrm-kaggle"
+    assert (
+        called(monkeypatch, "bench model", "--model", "dlrm-kaggle").args[0].name == "dlrm-kaggle"
+    )
 
 
-def test_bench_of_one_kernel(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
-    module = importlib.import_module("recflow_jax.commands.bench")
-    function = create_autospec(module.bench_kernel)
-    monkeypatch.setattr(module, "bench_kernel", function)
-    assert cli.run(["bench", "--kernel", "gather", "--model", tiny, "--out", "g.json"]) == 0
-    assert function.call_args.args[1] == "gather"
-    assert function.call_args.kwargs["out"] == Path("g.json")
+def test_bench_kernels_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    options = ("--kernel", "gather,dense", "--batch", "8", "--out", "g.json", "--steady")
+    call = called(monkeypatch, "bench kernels", "--model", tiny, *options)
+    assert call.kwargs["kernels"] == ("gather", "dense")
+    assert call.kwargs["batches"] == (8,)
+    assert call.kwargs["out"] == Path("g.json")
+    assert call.kwargs["timing"] == STEADY
 
 
 def test_a_missing_gpu_and_missing_data_are_missing() -> None:

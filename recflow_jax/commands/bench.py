@@ -1,8 +1,12 @@
-"""`recflow bench`: the engine beside plain JAX and torch, on equal inputs, in one run."""
+"""`recflow bench`: the engine beside plain JAX and torch, and kernels beside their floors, on equal
+inputs, in one run.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from rich.table import Table
 
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.commands.info import versions
@@ -25,7 +29,7 @@ Mode = Literal["offline", "numpy", "online"]
 Kernel = Literal["gather", "dense", "interaction"]
 
 
-def bench(
+def bench_model(
     config: DLRMConfig,
     *,
     against: Sequence[str] = ("jax",),
@@ -49,27 +53,30 @@ def bench(
     or rival, WrongAnswers before anything wrong is timed.
     """
     _check(modes, batches, against)
-    timing = timing or TimingOptions()
-    chosen = choose_backend(backend)
-    params = params if params is not None else init_params(config, seed=seed)
-    lineup = Lineup(config, params, chosen, against)
-    result = report.header(config, chosen, ids=ids, seed=seed, versions=versions())
+    run = _Run(config, params, batches, ids, seed, timing or TimingOptions(), backend)
+    lineup = Lineup(config, run.params, run.backend, against)
+    result = run.header()
     result["skipped"] = dict(lineup.skipped)
-    _print_head(result, lineup)
-    sets = _input_sets(config, batches, ids, seed) if {"offline", "numpy"} & {*modes} else {}
+    _print_head(result, run)
+    for rival, reason in lineup.skipped.items():
+        console.print(f"left out: {rival}: {reason}", markup=False)
+    sets = run.input_sets() if {"offline", "numpy"} & {*modes} else {}
     if "offline" in modes:
-        result |= _offline(lineup, params, sets, timing)
+        result |= _offline(lineup, run, sets)
     if "numpy" in modes or "online" in modes:
-        result |= _with_engine(
-            lineup, params, sets, batches, modes, profile, ids, seed, timing, online
-        )
+        options = engine_options(batches, run.backend)
+        with Engine(config, run.params, options=options, profile=profile) as engine:
+            if "numpy" in modes:
+                result["numpy"] = _numpy(engine, lineup, run, sets)
+            if "online" in modes:
+                result["online"] = _online(engine, lineup, run, online or OnlineOptions())
     return _finish(result, out, figure)
 
 
-def bench_kernel(
+def bench_kernels(
     config: DLRMConfig,
-    kernel: str,
     *,
+    kernels: Sequence[str] = (),
     batches: Sequence[int] = (256, 1024, 4096),
     ids: str = "uniform",
     seed: int = 0,
@@ -79,35 +86,91 @@ def bench_kernel(
     out: str | Path | None = None,
     figure: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures one kind of kernel alone, `gather`, `dense` or `interaction`; prints, writes and
-    returns as `bench` does. Raises ValueError, WrongKernel.
+    """Measures kinds of kernels alone, of `gather`, `dense` and `interaction` (none named: those
+    that the model has); prints, writes and returns as `bench_model` does. Raises ValueError,
+    WrongKernel.
     """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
+    for kernel in kernels:
+        if kernel not in get_args(Kernel):
+            raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
     _check((), batches, ())
-    chosen = choose_backend(backend)
-    params = params if params is not None else init_params(config, seed=seed)
-    result = report.header(config, chosen, ids=ids, seed=seed, versions=versions())
-    with progress(kernel, len(batches)) as advance:
-        if kernel == "gather":
-            measured = bench_gather(
-                *(config, params, chosen, batches),
-                ids=ids,
-                seed=seed,
-                options=timing,
-                advance=advance,
-            )
-            table = report.gather_table(measured)
-        elif kernel == "interaction":
-            measured = bench_interaction(
-                *(config, params, chosen, batches), seed=seed, options=timing, advance=advance
-            )
-            table = report.interaction_table(measured)
-        else:
-            measured = bench_dense(config, params, chosen, batches, options=timing, advance=advance)
-            table = report.dense_table(measured)
-    report.show(table)
-    return _finish(result | {kernel: report.as_json(measured)}, out, figure)
+    run = _Run(config, params, batches, ids, seed, timing or TimingOptions(), backend)
+    result = run.header()
+    _print_head(result, run)
+    for kernel in kernels or _kernels_of(config):
+        with progress(kernel, len(batches)) as advance:
+            measured, table = _MEASURE_KERNEL[kernel](run, advance)
+        report.show(table)
+        result[kernel] = report.as_json(measured)
+    return _finish(result, out, figure)
+
+
+def _kernels_of(config: DLRMConfig) -> list[str]:
+    has = {"gather": config.features, "interaction": config.interaction != "concat"}
+    return [kernel for kernel in get_args(Kernel) if has.get(kernel, True)]
+
+
+class _Run:
+    """What all measurements of one command share."""
+
+    def __init__(
+        self,
+        config: DLRMConfig,
+        params: Params | None,
+        batches: Sequence[int],
+        ids: str,
+        seed: int,
+        timing: TimingOptions,
+        backend: str,
+    ) -> None:
+        self.config = config
+        self.backend = choose_backend(backend)
+        self.params = params if params is not None else init_params(config, seed=seed)
+        self.batches = batches
+        self.ids = ids
+        self.seed = seed
+        self.timing = timing
+
+    def header(self) -> dict[str, Any]:
+        """What the results hold for, and how they are timed."""
+        of = (self.config, self.backend)
+        header = report.header(*of, ids=self.ids, seed=self.seed, versions=versions())
+        return header | {"timing": report.as_json(self.timing)}
+
+    def input_sets(self) -> Sets:
+        """Input sets of every batch size."""
+        sets = {}
+        with progress("drawing inputs", len(self.batches)) as advance:
+            for samples in sorted({*self.batches}):
+                sets[samples] = input_sets(self.config, samples, ids=self.ids, seed=self.seed)
+                advance()
+        return sets
+
+
+def _gather(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
+    measured = bench_gather(
+        *(run.config, run.params, run.backend, run.batches),
+        ids=run.ids,
+        seed=run.seed,
+        options=run.timing,
+        advance=advance,
+    )
+    return measured, report.gather_table(measured)
+
+
+def _dense(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
+    of = (run.config, run.params, run.backend, run.batches)
+    measured = bench_dense(*of, options=run.timing, advance=advance)
+    return measured, report.dense_table(measured)
+
+
+def _interaction(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
+    of = (run.config, run.params, run.backend, run.batches)
+    measured = bench_interaction(*of, seed=run.seed, options=run.timing, advance=advance)
+    return measured, report.interaction_table(measured)
+
+
+_MEASURE_KERNEL = {"gather": _gather, "dense": _dense, "interaction": _interaction}
 
 
 def _check(modes: Sequence[str], batches: Sequence[int], against: Sequence[str]) -> None:
@@ -121,8 +184,8 @@ def _check(modes: Sequence[str], batches: Sequence[int], against: Sequence[str])
         raise ValueError(f"mode {with_engine[0]!r} compares with rival 'jax', which is left out")
 
 
-def _print_head(result: dict[str, Any], lineup: Lineup) -> None:
-    described, config = result["model"], lineup.config
+def _print_head(result: dict[str, Any], run: _Run) -> None:
+    described, config = result["model"], run.config
     console.print(
         f"{config.name}: {described['tables']} tables, {described['rows']:,} rows "
         f"(largest {described['largest_table_rows']:,}) of {', '.join(described['table_dtypes'])}, "
@@ -130,58 +193,28 @@ def _print_head(result: dict[str, Any], lineup: Lineup) -> None:
         markup=False,
     )
     console.print(
-        f"{result['device']}, back end {lineup.backend.name} ({lineup.backend.reason})",
-        markup=False,
+        f"{result['device']}, back end {run.backend.name} ({run.backend.reason})", markup=False
     )
-    for rival, reason in lineup.skipped.items():
-        console.print(f"left out: {rival}: {reason}", markup=False)
 
 
-def _input_sets(config: DLRMConfig, batches: Sequence[int], ids: str, seed: int) -> Sets:
-    sets = {}
-    with progress("drawing inputs", len(batches)) as advance:
-        for samples in sorted({*batches}):
-            sets[samples] = input_sets(config, samples, ids=ids, seed=seed)
-            advance()
-    return sets
-
-
-def _offline(lineup: Lineup, params: Params, sets: Sets, timing: TimingOptions) -> dict[str, Any]:
-    ceilings = measure_ceilings(lineup.config.compute_dtype, timing)
+def _offline(lineup: Lineup, run: _Run, sets: Sets) -> dict[str, Any]:
+    ceilings = measure_ceilings(run.config.compute_dtype, run.timing)
     with progress("offline", len(sets)) as advance:
         results = bench_offline(
-            lineup, params, sets, ceilings=ceilings, options=timing, advance=advance
+            lineup, run.params, sets, ceilings=ceilings, options=run.timing, advance=advance
         )
     report.show(report.offline_table(results))
     console.print(report.ceilings_line(ceilings), markup=False)
     return {"ceilings": report.as_json(ceilings), "offline": report.as_json(results)}
 
 
-def _with_engine(
-    lineup: Lineup,
-    params: Params,
-    sets: Sets,
-    batches: Sequence[int],
-    modes: Sequence[str],
-    profile: str | Path | None,
-    ids: str,
-    seed: int,
-    timing: TimingOptions,
-    online: OnlineOptions | None,
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    options = engine_options(batches, lineup.backend)
-    with Engine(lineup.config, params, options=options, profile=profile) as engine:
-        if "numpy" in modes:
-            with progress("numpy", len(sets)) as advance:
-                streams = bench_stream(
-                    engine, lineup, params, sets, options=timing, advance=advance
-                )
-            report.show(report.stream_table(streams))
-            found["numpy"] = report.as_json(streams)
-        if "online" in modes:
-            found["online"] = _online(engine, lineup, params, ids, seed, online or OnlineOptions())
-    return found
+def _numpy(engine: Engine, lineup: Lineup, run: _Run, sets: Sets) -> Any:
+    with progress("numpy", len(sets)) as advance:
+        streams = bench_stream(
+            engine, lineup, run.params, sets, options=run.timing, advance=advance
+        )
+    report.show(report.stream_table(streams))
+    return report.as_json(streams)
 
 
 def engine_options(batches: Sequence[int], backend: Backend) -> EngineOptions:
@@ -198,13 +231,13 @@ def engine_options(batches: Sequence[int], backend: Backend) -> EngineOptions:
     )
 
 
-def _online(
-    engine: Engine, lineup: Lineup, params: Params, ids: str, seed: int, online: OnlineOptions
-) -> dict[str, Any]:
-    pool = request_pool(lineup.config, ids=ids, seed=seed, request_samples=online.request_samples)
+def _online(engine: Engine, lineup: Lineup, run: _Run, online: OnlineOptions) -> Any:
+    pool = request_pool(
+        run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
+    )
     with progress("online", 2 + 2 * len(online.qps or online.loads)) as advance:
         result = bench_online(
-            engine, lineup, params, pool, seed=seed, options=online, advance=advance
+            engine, lineup, run.params, pool, seed=run.seed, options=online, advance=advance
         )
     report.show(report.online_table(result))
     return report.as_json(result)

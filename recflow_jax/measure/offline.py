@@ -17,6 +17,7 @@ from recflow_jax.model import Params
 LEAST_SETS, MOST_SETS = 4, 32
 ROTATED_BYTES = 256 * 2**20  # several times the largest L2 cache
 LARGE_SET_BYTES = 2**30
+DISPATCH = "empty dispatch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +32,27 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineResult:
-    """All contenders at one batch size."""
+    """All contenders at one batch size. `dispatch`: a jitted call with recflow's arguments that
+    computes nothing, the host's floor.
+    """
 
     batch: int
     input_sets: int
     ids: int
     work: Work
     floor: Floor
+    dispatch: Timing
     contenders: dict[str, Measured]
 
     @property
     def ratios(self) -> dict[str, float]:
         """How many times as long each rival takes as recflow."""
         return ratios({name: m.timing.median_us for name, m in self.contenders.items()})
+
+    @property
+    def over_dispatch(self) -> float:
+        """How many times as long recflow takes as an empty dispatch."""
+        return self.contenders[RECFLOW].timing.median_us / self.dispatch.median_us
 
 
 def ratios(median_us: Mapping[str, float]) -> dict[str, float]:
@@ -69,6 +78,8 @@ def bench_offline(
     for samples, contenders in lineup.enter(sets).items():
         errors = checked(lineup.config, params, sets[samples][0], contenders)
         timed = {name: contender.timed for name, contender in contenders.items()}
+        if dispatch := contenders[RECFLOW].dispatch:
+            timed[DISPATCH] = dispatch
         timings = measure_side_by_side(timed, options)
         results.append(_result(lineup.config, sets[samples], contenders, errors, timings, ceilings))
         advance()
@@ -108,5 +119,6 @@ def _result(
         ids=len(sets[0].values),
         work=work,
         floor=Floor.of(work, ceilings),
+        dispatch=timings[DISPATCH],
         contenders=measured,
     )

@@ -133,7 +133,12 @@ def _offline(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     for place, result in enumerate(results):
         floor = result["floor"]["us"]
         label = "floor (bytes, FLOP)" if place == 0 else "_not in the legend"
-        ax.hlines(floor, place - 0.42, place + 0.42, color=FLOOR_COLOR, linewidth=2, label=label)
+        ends = (place - 0.42, place + 0.42)
+        ax.hlines(floor, *ends, color=FLOOR_COLOR, linewidth=2, label=label)
+        if "dispatch" in result:
+            us, label = result["dispatch"]["median_us"], label.replace("floor", "empty dispatch")
+            style = {"color": FLOOR_COLOR, "linestyle": ":"}
+            ax.hlines(us, *ends, **style, label=label.partition(" (")[0])
     _finish_bars(ax, "offline: inputs on the device")
 
 

@@ -20,7 +20,7 @@ from recflow_jax.console import console
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
-from recflow_jax.measure.offline import OfflineResult
+from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.stream import StreamResult
 
@@ -130,8 +130,11 @@ def offline_table(results: Sequence[OfflineResult]) -> Table:
                 *_timing_cells(result, name),
                 f"{result.floor.us:,.0f}" if name == RECFLOW else "",
                 f"{result.floor.us / measured.timing.median_us:.0%}",
-                end_section=name == list(result.contenders)[-1],
             )
+        dispatch = result.dispatch
+        spread = f"{dispatch.p10_us:,.0f}-{dispatch.p90_us:,.0f}"
+        row = ("", DISPATCH, "the host's floor", f"{dispatch.median_us:,.0f}", spread)
+        table.add_row(*row, f"{1 / result.over_dispatch:.2f}", "", "", end_section=True)
     return table
 
 

@@ -33,6 +33,10 @@ class TimingOptions:
             raise ValueError(f"timing: {self} measures nothing")
 
 
+STEADY = TimingOptions(round_s=1.0, limit_s=20.0, max_calls=200_000)
+"""Rounds of a second, under which a card's power cap lowers its clocks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Microseconds per call: median, 10th and 90th percentile of `samples` rounds of `calls`."""
