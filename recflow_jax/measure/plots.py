@@ -136,9 +136,9 @@ def _offline(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
         ends = (place - 0.42, place + 0.42)
         ax.hlines(floor, *ends, color=FLOOR_COLOR, linewidth=2, label=label)
         if "dispatch" in result:
-            us, label = result["dispatch"]["median_us"], label.replace("floor", "empty dispatch")
-            style = {"color": FLOOR_COLOR, "linestyle": ":"}
-            ax.hlines(us, *ends, **style, label=label.partition(" (")[0])
+            us = result["dispatch"]["median_us"]
+            label = label.replace("floor (bytes, FLOP)", "empty dispatch (host)")
+            ax.hlines(us, *ends, color=FLOOR_COLOR, linestyle=":", label=label)
     _finish_bars(ax, "offline: inputs on the device")
 
 
