@@ -25,6 +25,7 @@ DTYPES = ("bfloat16", "float16")
 ROWS_PER_WGMMA = 64
 SWIZZLE = 128
 SWIZZLE_ITEMS = SWIZZLE // 2
+TMA_ITEMS = 8  # a row starts at a multiple of 16 bytes
 SHARED_BYTES = 227 * 1024
 PADDED_TO = 64
 OUT_COLUMNS = 64  # the epilogue stores a tile in pieces of so many columns, through two slots
@@ -132,11 +133,18 @@ def dense(
         return jnp.zeros((0, outputs), x.dtype)
     kernel = pad_kernel(kernel)
     config = config or choose_config(samples, kernel.shape[1])
-    x = jnp.pad(x, ((0, -samples % config.block_m), (0, kernel.shape[0] - x.shape[1])))
+    x = jnp.pad(x, ((0, -samples % config.block_m), (0, _missing_inputs(x, kernel))))
     missing_outputs = -kernel.shape[1] % config.block_n
     kernel = jnp.pad(kernel, ((0, 0), (0, missing_outputs)))
     bias = jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs))
     return _launch(x, kernel, bias, activation, config)[:samples, :outputs]
+
+
+def _missing_inputs(x: Array, kernel: Array) -> int:
+    """Zero columns that x needs: none where its rows are whole vectors of TMA's, which fills in
+    zeros behind their ends itself.
+    """
+    return 0 if x.shape[1] % TMA_ITEMS == 0 else kernel.shape[0] - x.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +245,7 @@ def _body(
     block = lax.axis_index("block")
     tile_columns = kernel_gmem.shape[1] // config.block_n
     tiles = x_gmem.shape[0] // config.block_m * tile_columns
-    steps = x_gmem.shape[1] // config.block_k
+    steps = kernel_gmem.shape[0] // config.block_k
     pieces = config.block_n // OUT_COLUMNS
     own_tiles = lax.div(tiles - block + config.blocks - 1, config.blocks)
     ring = Ring(loaded=loaded, consumed=consumed, slots=config.stages)

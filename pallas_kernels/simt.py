@@ -53,10 +53,14 @@ class Simt(Protocol):
 
 @runtime_checkable
 class WarpSimt(Protocol):
-    """What a tile function may ask that is written for the 32 lanes of a warp in step."""
+    """What a tile function may ask that is written for the lanes of warps in step. Where it says
+    "together", all lanes of a warp have to come.
+    """
 
     def constant(self, value: int) -> Value: ...
+    def equal(self, a: Value, b: Value) -> Value: ...
     def wide(self, value: Value) -> Value: ...
+    def to_float(self, value: Value) -> Value: ...
     def float_constant(self, value: float) -> Value: ...
     def select(self, where: Value, yes: Value, no: Value) -> Value: ...
     def while_(
@@ -65,13 +69,20 @@ class WarpSimt(Protocol):
         body: Callable[..., Sequence[Value]],
         carry: Sequence[Value],
     ) -> list[Value]: ...
+    def load_word(self, address: Value) -> Value: ...
     def load_words(self, address: Value, words: int) -> list[Value]: ...
+    def load_words_if(self, address: Value, words: int, where: Value) -> list[Value]: ...
     def load_shared(self, address: Value, words: int) -> list[Value]: ...
+    def fma(self, a: Value, b: Value, c: Value) -> Value: ...
     def store(self, address: Value, words: Sequence[Value], where: Value) -> None: ...
     def store_shared(self, address: Value, words: Sequence[Value], where: Value) -> None: ...
     def store_shared_half(self, address: Value, value: Value, dtype: str, where: Value) -> None: ...
-    def sync_warp(self) -> None: ...
-    def mma(
+    def unpack(self, word: Value, dtype: str) -> list[Value]: ...
+    def pack(self, values: Sequence[Value], dtype: str) -> Value: ...
+    def sync_warp(self) -> None: ...  # together
+    def sync_warpgroup(self) -> None: ...  # together, and all four warps
+    def shuffle_xor(self, value: Value, lanes: int) -> Value: ...  # together
+    def mma(  # together
         self, left: Sequence[Value], right: Sequence[Value], sums: Sequence[Value], dtype: str
     ) -> list[Value]: ...
 
@@ -209,6 +220,19 @@ class MosaicSimt:
         ptx = f"ld.global.nc.v{words}.b32 {{{names}}}, [${words}];"
         return self._load(ptx, address, [self._i32] * words, pure=True)
 
+    def load_words_if(self, address: Scalar, words: int, where: Scalar) -> list[Scalar]:
+        """1, 2 or 4 words that lie side by side in global memory; zeros where `where` is not."""
+        names = [f"${i}" for i in range(words)]
+        zeros = " ".join(f"mov.b32 {name}, 0;" for name in names)
+        vector = f".v{words}" if words > 1 else ""
+        target = f"{{{', '.join(names)}}}" if words > 1 else names[0]
+        loaded = mgpu.utils.inline_ptx(
+            f"{zeros} @${words + 1} ld.global.nc{vector}.b32 {target}, [${words}];",
+            *(address.value, where.value),
+            result_types=[self._i32] * words,
+        )
+        return [Scalar(value) for value in loaded]
+
     def load_shared(self, address: Scalar, words: int) -> list[Scalar]:
         if words == 1:
             return self._load("ld.shared.b32 $0, [$1];", address, [self._i32], pure=False)
@@ -254,6 +278,16 @@ class MosaicSimt:
     def sync_warp(self) -> None:
         """What a warp's lanes wrote to SMEM is seen by all of them."""
         mgpu.utils.inline_ptx("bar.warp.sync 0xffffffff;", convergent=True)
+
+    def sync_warpgroup(self) -> None:
+        """What a warpgroup's threads wrote to SMEM is seen by all of them."""
+        mgpu.utils.warpgroup_barrier()
+
+    def shuffle_xor(self, value: Scalar, lanes: int) -> Scalar:
+        """A float32 of the lane whose index differs from this one's by the bits of `lanes`."""
+        ptx = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 0x1f, 0xffffffff;"
+        moved = mgpu.utils.inline_ptx(ptx, value.value, result_types=self._f32, convergent=True)
+        return Scalar(moved)
 
     def mma(
         self, left: Sequence[Scalar], right: Sequence[Scalar], sums: Sequence[Scalar], dtype: str

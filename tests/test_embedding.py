@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,26 +12,29 @@ import numpy as np
 import pytest
 
 from host_simt import HostSimt, Memory
+from host_warp import HostWarp
 from pallas_kernels import reference
-from pallas_kernels.embedding import (
-    Addresses,
-    GatherConfig,
-    GatherShape,
-    RowShape,
-    gather_thread,
-    pooled_gather,
-)
+from pallas_kernels.embedding import pooled_gather
+from pallas_kernels.gather_bags import bag_plan, gather_bags
+from pallas_kernels.gather_shape import Addresses, GatherConfig, GatherShape, RowShape
+from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.slots import Slot, width
 from pallas_kernels.tables import LIMITS, QuantisedTable, quantise_rows
 
+WARPGROUP = 128
 # One block of one warpgroup and a short ring: the smallest launch in which everything happens.
-TINY = GatherConfig(blocks=1, warpgroups=1, ring_rows=3, ids_ahead=2)
+STREAMS = GatherConfig(blocks=1, warpgroups=1, schedule="streams", ring_rows=3, ids_ahead=2)
+BAGS = GatherConfig(blocks=1, warpgroups=1, schedule="bags")
+TINY = [STREAMS, BAGS]
 CONFIGS = [
     GatherConfig(),
-    GatherConfig(ring_rows=6, ids_ahead=4),
-    GatherConfig(warpgroups=4, ring_rows=12),
-    GatherConfig(warpgroups=2, ring_rows=32),
-    GatherConfig(slots_per_unit=1),
+    GatherConfig(schedule="streams"),
+    GatherConfig(schedule="bags"),
+    GatherConfig(schedule="streams", ring_rows=6, ids_ahead=4),
+    GatherConfig(schedule="streams", warpgroups=4, ring_rows=12),
+    GatherConfig(schedule="streams", warpgroups=2, ring_rows=32),
+    GatherConfig(schedule="streams", slots_per_unit=1),
+    GatherConfig(schedule="bags", warpgroups=4, rows_at_once=8),
 ]
 # |sum of bf16 roundings of the output| and float32 accumulation; see the docs of each dtype.
 RELATIVE_ERROR = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
@@ -148,23 +152,48 @@ def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int =
         left=left,
     )
     out = np.full((case.samples, shape.width), np.nan, jnp.dtype(out_dtype))
-    spans, _ = shape.spans()
+    spans, _ = stream_spans(shape)
+    bags = bag_plan(shape)
     means = np.array([slot.mean for slot in case.slots], np.int32)
     weights = case.weights if case.weights is not None else np.zeros(1, np.float32)
-    places = [memory.place(a) for a in (case.rows, case.offsets, weights, spans, means, out)]
-    ids, offsets, weights_at, spans_at, means_at, out_at = places
     quantised = [g if isinstance(g, QuantisedTable) else None for g in case.groups]
-    groups = tuple(
-        memory.place(g.values if q else g) for g, q in zip(case.groups, quantised, strict=True)
+    at = Addresses(
+        groups=tuple(
+            memory.place(g.values if q else g) for g, q in zip(case.groups, quantised, strict=True)
+        ),
+        scales=tuple(memory.place(q.scales) if q else None for q in quantised),
+        ids=memory.place(case.rows),
+        offsets=memory.place(case.offsets),
+        weights=memory.place(weights),
+        spans=memory.place(spans),
+        means=memory.place(means),
+        bag_spans=memory.place(bags.spans),
+        bag_slots=memory.place(bags.slots),
+        out=memory.place(out),
+        ring=0,
+        factor_ring=1 << 20,
+        partial=0,
     )
-    scales = tuple(memory.place(q.scales) if q else None for q in quantised)
     for block, thread in itertools.product(range(config.blocks), range(config.threads)):
-        at = Addresses(
-            groups=groups, scales=scales, ids=ids, offsets=offsets, weights=weights_at,
-            spans=spans_at, means=means_at, out=out_at, ring=0, factor_ring=1 << 20,
-        )  # fmt: skip
-        gather_thread(HostSimt(memory), shape, at, thread=thread, block=block)
+        gather_streams(HostSimt(memory), shape, at, thread=thread, block=block)
+    lanes = np.arange(WARPGROUP)
+    for block, warpgroup in itertools.product(range(config.blocks), range(config.warpgroups)):
+        warps = HostWarp(memory, shared_bytes=2**14, lanes=WARPGROUP)
+        gather_bags(
+            *(warps, shape, per_lane(at)),
+            thread=lanes + warpgroup * WARPGROUP,
+            block=np.full(WARPGROUP, block),
+        )
     return out
+
+
+def per_lane(at: Addresses) -> Addresses:
+    """The same addresses for every lane of a warpgroup."""
+
+    def spread(address: int | None) -> np.ndarray | None:
+        return None if address is None else np.full(WARPGROUP, address)
+
+    return Addresses(**jax.tree.map(spread, vars(at), is_leaf=lambda leaf: leaf is None))
 
 
 def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
@@ -172,46 +201,111 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-30))
 
 
+@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
-def test_threads_pool_jagged_bags_of_mixed_tables(out_dtype: str, weighted: bool, mix: str) -> None:
+def test_threads_pool_jagged_bags_of_mixed_tables(
+    out_dtype: str, weighted: bool, mix: str, config: GatherConfig
+) -> None:
     case = make_mix(mix, samples=3, longest=4, weighted=weighted)
-    out = run_on_host(case, TINY, out_dtype)
+    out = run_on_host(case, config, out_dtype)
     assert relative_error(out, case.expected()) < RELATIVE_ERROR[out_dtype]
 
 
+@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("dim", [4, 8, 12, 36, 64, 252, 256])
-def test_every_dim_is_covered_by_lanes(dim: int, dtype: str) -> None:
+def test_every_dim_is_covered_by_lanes(dim: int, dtype: str, config: GatherConfig) -> None:
     case = make_case(make_slots((0, dim, False)), [dtype], samples=2, longest=5)
-    assert relative_error(run_on_host(case, TINY, "float32"), case.expected()) < 1e-6
+    assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
 
 
+@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
 @pytest.mark.parametrize("longest", [0, 1, 2, 3, 4, 17])
-def test_bags_shorter_and_longer_than_the_ring(longest: int) -> None:
+def test_bags_shorter_and_longer_than_what_is_in_flight(
+    longest: int, config: GatherConfig
+) -> None:
     slots = make_slots((0, 8, False), (0, 8, True), (0, 8, False))
     case = make_case(slots, ["float32"], samples=7, longest=longest)
-    assert relative_error(run_on_host(case, TINY, "float32"), case.expected()) < 1e-6
+    assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
+
+
+def expecting(case: Case, ids: Sequence[float]) -> Case:
+    """The case with slots that are laid out for so many ids, in turn."""
+    slots = tuple(
+        dataclasses.replace(slot, expected_ids=expected)
+        for slot, expected in zip(case.slots, itertools.cycle(ids))
+    )
+    return dataclasses.replace(case, slots=slots)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("longest", [1, 9, 70])
+@pytest.mark.parametrize("expected", [(0, 1, 2), (3, 5), (20, 50), (400,), (1, 100, 5, 30, 400)])
+def test_bags_are_right_whatever_their_lengths_were_expected_to_be(
+    expected: tuple[float, ...], longest: int, mix: str
+) -> None:
+    case = expecting(make_mix(mix, samples=3, longest=longest, weighted=True), expected)
+    for warpgroups in (1, 8):  # few warps: enough bags for all; many: bags shared among warps
+        config = dataclasses.replace(BAGS, warpgroups=warpgroups)
+        assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
+
+
+def shape_of(case: Case, config: GatherConfig) -> GatherShape:
+    return GatherShape(
+        samples=case.samples,
+        slots=case.slots,
+        rows=row_shapes(case),
+        out_dtype="float32",
+        weighted=case.weights is not None,
+        config=config,
+    )
+
+
+@pytest.mark.parametrize("samples", [1, 7, 300, 20_000])
+def test_bag_plan_has_every_slot_in_one_span(samples: int) -> None:
+    slots = make_slots(*[(index % 3, 4 * (index % 3 + 1), False) for index in range(100)])
+    case = make_case(slots, ["float32"] * 3, samples=1, longest=1)
+    case = expecting(case, [1, 5, 2.5, 60, 1, 1, 200])
+    plan = bag_plan(dataclasses.replace(shape_of(case, BAGS), samples=samples))
+    spanned = [i for first, count in plan.spans for i in range(first, first + count)]
+    assert sorted(spanned) == list(range(100)) == sorted(plan.slots[:, 0].tolist())
+    for cls in plan.classes:
+        own = plan.spans[cls.first_span : cls.first_span + cls.spans]
+        for first, count in own:
+            groups = {case.slots[slot].group for slot in plan.slots[first : first + count, 0]}
+            assert groups == {cls.group}
+
+
+def test_long_bags_are_shared_where_there_are_few() -> None:
+    case = expecting(make_case(make_slots((0, 128, False)), ["bfloat16"], samples=1, longest=1), [100])
+    shape = shape_of(case, GatherConfig(schedule="bags"))
+    (few,) = bag_plan(shape).classes
+    (many,) = bag_plan(dataclasses.replace(shape, samples=8192)).classes
+    assert (few.split, few.warps) == (2, 4)
+    assert (many.split, many.warps) == (2, 1)
 
 
 @pytest.mark.parametrize("slots_per_unit", [1, 2, 3, 5, None])
 def test_units_cover_every_bag_once(slots_per_unit: int | None) -> None:
     case = make_case(MIXED, MIXED_DTYPES, samples=2, longest=3)
-    config = dataclasses.replace(TINY, slots_per_unit=slots_per_unit)
+    config = dataclasses.replace(STREAMS, slots_per_unit=slots_per_unit)
     assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
 
 
+@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
 @pytest.mark.parametrize("left", [4, 8, 12])
-def test_columns_on_the_left_are_left_alone(left: int) -> None:
+def test_columns_on_the_left_are_left_alone(left: int, config: GatherConfig) -> None:
     case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4)
-    out = run_on_host(case, TINY, "bfloat16", left=left)
+    out = run_on_host(case, config, "bfloat16", left=left)
     assert np.isnan(out[:, :left].astype(np.float32)).all()
     assert relative_error(out[:, left:], case.expected()) < RELATIVE_ERROR["bfloat16"]
 
 
+@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
 @pytest.mark.parametrize("dtype", LIMITS)
-def test_every_byte_is_dequantised(dtype: str) -> None:
+def test_every_byte_is_dequantised(dtype: str, config: GatherConfig) -> None:
     """All 256 of int8, all but the two NaNs of e4m3; subnormals and -128 among them."""
     everything = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
     finite = everything[np.isfinite(everything.astype(np.float32))]
@@ -220,7 +314,7 @@ def test_every_byte_is_dequantised(dtype: str) -> None:
     rows, offsets = np.arange(64, dtype=np.int32), np.arange(65, dtype=np.int32)
     slots = make_slots((0, 4, False))
     case = Case(groups=[table], rows=rows, offsets=offsets, weights=None, slots=slots)
-    out = run_on_host(case, TINY, "float32")
+    out = run_on_host(case, config, "float32")
     np.testing.assert_array_equal(out, values.astype(np.float32) * np.float32(0.75))
 
 
@@ -318,7 +412,7 @@ def test_tables_without_their_scales_are_refused(group: Any, message: str) -> No
 
 def test_weights_and_scales_need_a_ring_each() -> None:
     """A ring that is as large as it may be with one of them does not fit with both."""
-    largest = GatherConfig(warpgroups=4, ring_rows=22)
+    largest = GatherConfig(schedule="streams", warpgroups=4, ring_rows=22)
     assert largest.ring_bytes(1) <= 227 * 1024 < largest.ring_bytes(2)
     for mix, weighted in itertools.product(MIXES, [False, True]):
         case = make_mix(mix, samples=1, longest=1, weighted=weighted)

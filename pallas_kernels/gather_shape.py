@@ -1,0 +1,291 @@
+"""What is static about one launch of the pooled gather: its configuration, rows and schedules.
+
+Each group of tables is gathered by one of two schedules. `streams`: a stream of lanes walks the ids
+of many bags, rows in flight in SMEM; best where rows are long and bags can be told ahead. `bags`: a
+stream, several of them or a warpgroup take one bag at a time, rows in flight in registers; best
+where rows are short, bags jagged, or there are too few bags for all streams.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+
+from pallas_kernels.simt import Simt, Value, WarpSimt
+from pallas_kernels.slots import Slot, width
+from pallas_kernels.tables import LIMITS
+
+WARP = 32
+WARPGROUP = 128
+VECTOR_BYTES = 16
+FACTOR_BYTES = 4
+SHARED_BYTES = 227 * 1024
+
+Schedule = Literal["streams", "bags"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherConfig:
+    """How the gather is laid over the GPU.
+
+    blocks: thread blocks launched, one per SM. warpgroups: 128-thread groups per block.
+    schedule: of all groups; None chooses one for each.
+    Of `streams`: ring_rows: rows in flight per stream. ids_ahead: how many rows before its use an
+    id is loaded. slots_per_unit: the longest span; None cuts samples so that every stream has a
+    unit. Of `bags`: rows_at_once: rows that a stream has in flight.
+    """
+
+    blocks: int = 132
+    warpgroups: int = 8
+    schedule: Schedule | None = None
+    ring_rows: int = 8
+    ids_ahead: int = 8
+    slots_per_unit: int | None = None
+    rows_at_once: int = 4
+
+    def __post_init__(self) -> None:
+        least = {"blocks": 1, "warpgroups": 1, "ring_rows": 2, "ids_ahead": 1, "rows_at_once": 1}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"gather config: {name} is {getattr(self, name)}, below {limit}")
+        if self.schedule not in (None, *get_args(Schedule)):
+            raise ValueError(f"gather config: schedule is {self.schedule!r}")
+        self.check_ring(factors=1)
+
+    def check_ring(self, *, factors: int) -> None:
+        """Raises ValueError if a ring with that many factors does not fit."""
+        size = self.ring_bytes(factors)
+        if size > SHARED_BYTES:
+            raise ValueError(f"gather config: a ring of {size} bytes is more than {SHARED_BYTES}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warpgroups * WARPGROUP
+
+    @property
+    def ring_slots(self) -> int:
+        """Row slots of a block."""
+        return self.threads * self.ring_rows
+
+    def ring_bytes(self, factors: int) -> int:
+        """Shared memory of a block: row slots and, behind them, the slots of each factor."""
+        return self.ring_slots * (VECTOR_BYTES + factors * FACTOR_BYTES)
+
+    @property
+    def warps(self) -> int:
+        """Warps of the whole launch."""
+        return self.blocks * self.threads // WARP
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """How one group's rows are spread over lanes.
+
+    `pieces` vectors of `vector_bytes` make a row; `lanes` (a power of two) share a row, each
+    holding `vectors` of them.
+    """
+
+    dim: int
+    dtype: str
+
+    @property
+    def item_bytes(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * self.item_bytes
+
+    @property
+    def quantised(self) -> bool:
+        return self.dtype in LIMITS
+
+    @property
+    def vector_bytes(self) -> int:
+        return math.gcd(self.row_bytes, VECTOR_BYTES)
+
+    @property
+    def pieces(self) -> int:
+        return self.row_bytes // self.vector_bytes
+
+    @property
+    def lanes(self) -> int:
+        return min(WARP, 1 << (self.pieces - 1).bit_length())
+
+    @property
+    def streams(self) -> int:
+        """Streams of a warp."""
+        return WARP // self.lanes
+
+    @property
+    def vectors(self) -> int:
+        return -(-self.pieces // self.lanes)
+
+    @property
+    def items_per_vector(self) -> int:
+        return self.vector_bytes // self.item_bytes
+
+    @property
+    def items(self) -> int:
+        """Items of a row that one lane holds."""
+        return self.vectors * self.items_per_vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherShape:
+    """All that is static about one launch. `left`: columns before the pooled ones."""
+
+    samples: int
+    slots: tuple[Slot, ...]
+    rows: tuple[RowShape, ...]
+    out_dtype: str
+    weighted: bool
+    config: GatherConfig
+    left: int = 0
+    any_mean: bool = field(init=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "any_mean", any(slot.mean for slot in self.slots))
+        object.__setattr__(self, "width", self.left + width(self.slots))
+        if self.ring_bytes:
+            self.config.check_ring(factors=self.factors)
+
+    def schedule_of(self, group: int) -> Schedule:
+        """The schedule by which a group is gathered."""
+        return self.config.schedule or _choose_schedule(self, group)
+
+    @property
+    def factors(self) -> int:
+        """Rings of factors: the one that every launch has, and where both are needed another."""
+        return 2 if self.weighted and any(row.quantised for row in self.rows) else 1
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared memory that the streams of a block need: none where no group has them."""
+        streamed = any(self.schedule_of(group) == "streams" for group in range(len(self.rows)))
+        return self.config.ring_bytes(self.factors) if streamed else 0
+
+    @property
+    def out_item_bytes(self) -> int:
+        return jnp.dtype(self.out_dtype).itemsize
+
+
+def _choose_schedule(shape: GatherShape, group: int) -> Schedule:
+    return "streams" if shape.rows[group].lanes >= 8 else "bags"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where the operands of a launch start: GMEM; `ring` and `factor_ring` in SMEM (this thread's
+    first slots), `partial` too (its warpgroup's). Groups that are not quantised have no scales,
+    and no weights or means, or a schedule that no group has: None.
+    """
+
+    groups: tuple[Value, ...]
+    scales: tuple[Value, ...]
+    ids: Value
+    offsets: Value
+    weights: Value
+    spans: Value
+    means: Value
+    bag_spans: Value
+    bag_slots: Value
+    out: Value
+    ring: Value
+    factor_ring: Value
+    partial: Value
+
+
+class RowReader:
+    """One lane's part of the rows of one group: where its pieces lie, and where they go."""
+
+    def __init__(
+        self, simt: Simt | WarpSimt, shape: GatherShape, at: Addresses, group: int, lane: Value
+    ):
+        self.simt: Any = simt
+        self.shape, self.at = shape, at
+        self.row = shape.rows[group]
+        self.table, self.scales = at.groups[group], at.scales[group]
+        self.stream = lane // self.row.lanes
+        self.piece = lane % self.row.lanes
+
+    def zeros(self) -> list[Value]:
+        """Sums of a bag without ids."""
+        return [self.simt.float_constant(0.0)] * self.row.items
+
+    def offset(self, bag: Value) -> Value:
+        """Where a bag's ids start."""
+        return self.simt.load_word(self.at.offsets + self.simt.wide(bag) * 4)
+
+    def row_address(self, row_id: Value) -> Value:
+        """Where a row of the group starts."""
+        return self.table + self.simt.wide(row_id) * self.row.row_bytes
+
+    def piece_of_vector(self, vector: int) -> Value:
+        """The piece of a row that this lane holds; lanes to spare repeat the last one."""
+        piece = self.piece + vector * self.row.lanes
+        if self.row.pieces % self.row.lanes == 0:
+            return piece
+        last = self.simt.constant(self.row.pieces - 1)
+        return self.simt.select(piece < last, piece, last)
+
+    def factor_sources(self, row_id: Value, position: Value) -> list[Value]:
+        """Where the numbers lie that the values of a row are multiplied with."""
+        sources = []
+        if self.shape.weighted:
+            sources.append(self.at.weights + self.simt.wide(position) * FACTOR_BYTES)
+        if self.row.quantised:
+            sources.append(self.scales + self.simt.wide(row_id) * FACTOR_BYTES)
+        return sources
+
+    def add(self, words: list[Value], factors: list[Value], sums: list[Value]) -> list[Value]:
+        """The sums with one more row, times the product of its factors."""
+        values = [v for word in words for v in self.simt.unpack(word, self.row.dtype)]
+        if not factors:
+            return [total + value for total, value in zip(sums, values, strict=True)]
+        first, *others = factors
+        factor = first * others[0] if others else first
+        return [self.simt.fma(v, factor, total) for total, v in zip(sums, values, strict=True)]
+
+    def output(self, sample: Value, column: Value) -> Value:
+        """Where this lane's first items of a bag go."""
+        item = self.shape.out_item_bytes
+        start = self.simt.wide(sample) * self.shape.width + self.simt.wide(column)
+        own = self.piece * (self.row.items_per_vector * item)
+        return self.at.out + start * item + self.simt.wide(own)
+
+    def mean_scale(self, mean: Value, count: Value) -> Value:
+        """1 / ids for a mean slot that is not empty, else 1."""
+        divides = self.simt.equal(mean, 1) & (count > 0)
+        divisor = self.simt.select(divides, count, self.simt.constant(1))
+        return self.simt.float_constant(1.0) / self.simt.to_float(divisor)
+
+    def write(self, out: Value, sums: list[Value], where: Value | None = None) -> None:
+        """Stores this lane's items of a bag at `out`, in lanes `where` holds."""
+        item = self.shape.out_item_bytes
+        per_vector, per_store = self.row.items_per_vector, self._items_per_store(item)
+        for v in range(self.row.vectors):
+            mine = (self.piece + v * self.row.lanes) < self.row.pieces
+            mine = mine if where is None else mine & where
+            for i in range(0, per_vector, per_store):
+                first = v * per_vector + i
+                words = self._words(sums[first : first + per_store], 4 // item)
+                offset = (v * self.row.lanes * per_vector + i) * item
+                self.simt.store(out + offset, words, mine)
+
+    def _items_per_store(self, item: int) -> int:
+        """Items in one store: 16 bytes where every slot starts at a multiple of that, else 8."""
+        items = VECTOR_BYTES // item
+        slots = self.shape.slots
+        columns = [self.shape.left, self.shape.width, *(slot.column for slot in slots)]
+        aligned = all(column % items == 0 for column in columns)
+        return min(items if aligned else items // 2, self.row.items_per_vector)
+
+    def _words(self, values: list[Value], per_word: int) -> list[Value]:
+        return [
+            self.simt.pack(values[i : i + per_word], self.shape.out_dtype)
+            for i in range(0, len(values), per_word)
+        ]

@@ -1,0 +1,206 @@
+"""The gather's schedule of streams: each walks the ids of many bags, rows in flight in SMEM.
+
+Work is cut into *units*: the bags of one sample in a *span* of consecutive slots that read one
+group. A unit's ids are contiguous. A *stream* of 1 to 32 lanes, one per 16 bytes of a row, takes
+every k-th unit and walks its ids; the streams of a warp need not agree.
+
+Each lane owns `ring_rows` slots of 16 bytes in SMEM and fills them with cp.async that many rows
+ahead; it reads back only its own bytes, so waiting for its own copies suffices and no barrier is
+needed. Beside a row slot lie slots of 4 bytes for its *factors*: the id's weight, the row's scale.
+Ids are loaded `ids_ahead` rows before their row is asked for.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from pallas_kernels.gather_shape import (
+    FACTOR_BYTES,
+    VECTOR_BYTES,
+    WARP,
+    Addresses,
+    GatherShape,
+    RowReader,
+)
+from pallas_kernels.simt import Simt, Value, minimum
+from pallas_kernels.slots import Run, runs
+
+BAG_COST = 2.0  # what writing a bag costs, in ids
+
+
+def stream_spans(shape: GatherShape) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    """int32 [spans, 4] of (first slot, slots, first column, 0), and each group's part of it; groups
+    of another schedule have none.
+    """
+    by_group: list[list[tuple[int, int, int, int]]] = [[] for _ in shape.rows]
+    for run in runs(shape.slots):
+        if shape.schedule_of(run.group) == "streams":
+            for first, last in pairwise(_cuts(shape, run)):
+                column = shape.left + shape.slots[first].column
+                by_group[run.group].append((first, last - first, column, 0))
+    ends = np.cumsum([len(spans) for spans in by_group])
+    parts = tuple((int(end) - len(s), len(s)) for end, s in zip(ends, by_group, strict=True))
+    return np.array(sum(by_group, []), np.int32).reshape(-1, 4), parts
+
+
+def _cuts(shape: GatherShape, run: Run) -> list[int]:
+    """Where a run is cut so that its pieces have about the same ids; ends included."""
+    members = shape.slots[run.first : run.first + run.count]
+    cost = np.cumsum([0.0, *(slot.expected_ids + BAG_COST for slot in members)])
+    pieces = _pieces(shape, run)
+    ideal = cost[-1] * np.arange(1, pieces) / pieces
+    inner = np.searchsorted((cost[:-1] + cost[1:]) / 2, ideal)
+    return [run.first + int(cut) for cut in np.unique([0, *inner, run.count])]
+
+
+def _pieces(shape: GatherShape, run: Run) -> int:
+    """Spans that a run is cut into: its share of its group's, as groups take turns."""
+    config = shape.config
+    if config.slots_per_unit is not None:
+        return -(-run.count // config.slots_per_unit)
+    units = _units_per_sample(shape, run.group)
+    in_group = sum(slot.group == run.group for slot in shape.slots)
+    return max(1, min(run.count, units * run.count // in_group))
+
+
+def _units_per_sample(shape: GatherShape, group: int) -> int:
+    """Into how many units a sample is cut: as many as give each stream one, none a second."""
+    return max(1, shape.config.warps * shape.rows[group].streams // shape.samples)
+
+
+def gather_streams(
+    simt: Simt, shape: GatherShape, at: Addresses, *, thread: Value, block: Value
+) -> None:
+    """What one thread does: its share of the units of every group, group after group."""
+    warp = thread // WARP * shape.config.blocks + block  # neighbours on different SMs
+    _, parts = stream_spans(shape)
+    for group, (first_span, spans) in enumerate(parts):
+        if spans:
+            gather = _UnitGather(simt, shape, at, group, thread % WARP)
+            gather.units_of_warp(warp, first_span, spans)
+
+
+class _UnitGather(RowReader):
+    """One thread's gather from one group: what is static, and what the thread knows of itself."""
+
+    def __init__(self, simt: Simt, shape: GatherShape, at: Addresses, group: int, lane: Value):
+        super().__init__(simt, shape, at, group, lane)
+        self.factors = int(shape.weighted) + int(self.row.quantised)
+        self.ring_rows = max(1, shape.config.ring_rows // self.row.vectors)
+
+    def units_of_warp(self, warp: Value, first_span: int, spans: int) -> None:
+        """Stream k of warp w takes unit w * streams + k, then every (warps * streams)th."""
+        units, streams = self.shape.samples * spans, self.row.streams
+
+        def body(unit: Value) -> list[Value]:
+            # The streams of a warp take the same span, so that few of its branches diverge.
+            sample, span = unit % self.shape.samples, unit // self.shape.samples
+            self.unit(sample, span + first_span)
+            return [unit + self.shape.config.warps * streams]
+
+        self.simt.while_(lambda unit: unit < units, body, [warp * streams + self.stream])
+
+    def unit(self, sample: Value, span: Value) -> None:
+        """Pools the bags of one span of one sample."""
+        simt, at = self.simt, self.at
+        entry = at.spans + simt.wide(span * 16)
+        first, count = simt.load_word(entry), simt.load_word(entry + 4)
+        column = simt.load_word(entry + 8)
+        bag = sample * len(self.shape.slots) + first
+        last_bag = bag + count
+        position, end = self.offset(bag), self.offset(last_bag)
+        ids = self._fill_ring(position, end)
+        state = [bag, self.offset(bag + 1), self.output(sample, column), *self.zeros()]
+        state = self._close_bags(position, last_bag, state)
+        self._walk(position, end, last_bag, state, ids)
+
+    def _load_id(self, position: Value, end: Value) -> Value:
+        """The id at `position`; behind the unit's last one, an id that nobody uses."""
+        simt = self.simt
+        last = simt.select(end > 0, end - 1, simt.constant(0))
+        return simt.load_word(self.at.ids + simt.wide(minimum(simt, position, last)) * 4)
+
+    def _fill_ring(self, position: Value, end: Value) -> list[Value]:
+        """Asks for the first ring of rows; returns the ids of the next `ids_ahead`."""
+        ids = [
+            self._load_id(position + i, end)
+            for i in range(self.ring_rows + self.shape.config.ids_ahead)
+        ]
+        for i in range(self.ring_rows):
+            self._ask(self.simt.constant(i), ids[i], position + i, end)
+        return ids[self.ring_rows :]
+
+    def _ask(self, slot: Value, row_id: Value, position: Value, end: Value) -> None:
+        """Starts the copy of this lane's pieces of a row and its factors into a ring slot."""
+        simt, row = self.simt, self.row
+        source = self.row_address(row_id)
+        inside = position < end
+        for v in range(row.vectors):
+            start = source + simt.wide(self.piece_of_vector(v) * row.vector_bytes)
+            simt.copy_async(self._slot(slot, v), start, row.vector_bytes, inside)
+        for factor, start in enumerate(self.factor_sources(row_id, position)):
+            simt.copy_async(self._factor_slot(slot, factor), start, FACTOR_BYTES, inside)
+        simt.commit()
+
+    def _slot(self, slot: Value, vector: int) -> Value:
+        stride = self.shape.config.threads * VECTOR_BYTES
+        return self.at.ring + (slot * self.row.vectors + vector) * stride
+
+    def _factor_slot(self, slot: Value, factor: int) -> Value:
+        config = self.shape.config
+        first = self.at.factor_ring + factor * config.ring_slots * FACTOR_BYTES
+        return first + slot * (config.threads * FACTOR_BYTES)
+
+    def _walk(
+        self, position: Value, end: Value, last_bag: Value, state: list[Value], ids: list[Value]
+    ) -> None:
+        """Adds row after row, asks for the row a ring ahead, writes each bag that ends."""
+        simt, ahead = self.simt, len(ids)
+
+        def body(position: Value, slot: Value, *rest: Value) -> list[Value]:
+            state, ids = list(rest[:-ahead]), list(rest[-ahead:])
+            simt.wait(self.ring_rows - 1)
+            state[3:] = self.add(*self._read(slot), state[3:])
+            asked = position + self.ring_rows
+            self._ask(slot, ids[0], asked, end)
+            ids = [*ids[1:], self._load_id(asked + ahead, end)]
+            state = self._close_bags(position + 1, last_bag, state)
+            wraps = simt.equal(slot + 1, self.ring_rows)
+            return [position + 1, simt.select(wraps, simt.constant(0), slot + 1), *state, *ids]
+
+        carry = [position, simt.constant(0), *state, *ids]
+        simt.while_(lambda position, *_: position < end, body, carry)
+        simt.wait(0)
+
+    def _read(self, slot: Value) -> tuple[list[Value], list[Value]]:
+        """The words and the factors of the row in a ring slot."""
+        per_vector = self.row.vector_bytes // 4
+        slots = [self._slot(slot, v) for v in range(self.row.vectors)]
+        words = [word for place in slots for word in self.simt.load_shared(place, per_vector)]
+        factors = [self._factor_slot(slot, factor) for factor in range(self.factors)]
+        return words, [self.simt.load_shared_float(place) for place in factors]
+
+    def _close_bags(self, position: Value, last_bag: Value, state: list[Value]) -> list[Value]:
+        """Writes every bag that ends at `position`, empty ones too; returns the state after.
+
+        State: the open bag, where its ids end, where it goes, and its sums so far.
+        """
+        step = self.row.dim * self.shape.out_item_bytes
+
+        def ends_here(bag: Value, bag_end: Value, *_: Value) -> Value:
+            return (bag < last_bag) & self.simt.equal(bag_end, position)
+
+        def body(bag: Value, bag_end: Value, out: Value, *sums: Value) -> list[Value]:
+            self.write(out, self._scaled(bag, list(sums)))
+            following_end = self.offset(minimum(self.simt, bag + 2, last_bag))
+            return [bag + 1, following_end, out + step, *self.zeros()]
+
+        return self.simt.while_(ends_here, body, state)
+
+    def _scaled(self, bag: Value, sums: list[Value]) -> list[Value]:
+        if not self.shape.any_mean:
+            return sums
+        slot = bag % len(self.shape.slots)
+        mean = self.simt.load_word(self.at.means + self.simt.wide(slot) * 4)
+        scale = self.mean_scale(mean, self.offset(bag + 1) - self.offset(bag))
+        return [value * scale for value in sums]
