@@ -4,8 +4,8 @@
 
 A row of a quantised group is its values times its own float32 scale, dequantised in registers.
 
-Groups of tables are gathered by one of two schedules, both in the same launch: `gather_streams` and
-`gather_bags` say how; `gather_shape` says which. A row is read by a *stream* of 1 to 32 lanes, one
+Work is laid out by one of two schedules: `gather_streams` and `gather_bags` say how, `gather_shape`
+says which. A row is read by a *stream* of 1 to 32 lanes, one
 per 16 bytes. Groups, ids, offsets, weights, plans and the output lie in GMEM. Sums are float32 in
 registers.
 
@@ -34,6 +34,8 @@ from pallas_kernels.gather_shape import (
     GatherConfig,
     GatherShape,
     RowShape,
+    choose_config,
+    zero_right,
 )
 from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.simt import MosaicSimt
@@ -52,12 +54,14 @@ def pooled_gather(
     slots: tuple[Slot, ...],
     out_dtype: DTypeLike,
     left: Float[Array, "samples left"] | None = None,
-    config: GatherConfig = GatherConfig(),
-) -> Float[Array, "samples left_and_width"]:
+    right: int = 0,
+    config: GatherConfig | None = None,
+) -> Float[Array, "samples left_width_and_right"]:
     """Pools every bag of every sample in one launch; see reference.pooled_gather.
 
-    The launch writes behind the columns that `left` then fills: nothing is concatenated, unless
-    `left` is no multiple of four columns, which would break the alignment of stores.
+    The launch writes behind the columns that `left` then fills, and zeros the `right` ones: nothing
+    is concatenated, unless one of them is no multiple of four columns, which would break the
+    alignment of stores.
 
     Groups are [rows, dim] of float32, bfloat16 or float16, or quantised tables of int8 or
     float8_e4m3fn; dim is a multiple of 4 up to 256. `rows` holds at least one element. Ids are
@@ -66,20 +70,27 @@ def pooled_gather(
     """
     _check(groups, rows, offsets, slots)
     behind = 0 if left is None or left.shape[1] % 4 else left.shape[1]
+    before = 0 if right % 4 else right
+    samples = (len(offsets) - 1) // len(slots)
+    row_shapes = tuple(RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in map(_values, groups))
     shape = GatherShape(
-        samples=(len(offsets) - 1) // len(slots),
+        samples=samples,
         slots=slots,
-        rows=tuple(RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in map(_values, groups)),
+        rows=row_shapes,
         out_dtype=str(jnp.dtype(out_dtype)),
         weighted=weights is not None,
-        config=config,
+        config=config or choose_config(samples, slots, row_shapes),
         left=behind,
+        right=before,
     )
     if shape.samples == 0:
-        return jnp.zeros((0, (0 if left is None else left.shape[1]) + width(slots)), out_dtype)
+        left_width = 0 if left is None else left.shape[1]
+        return jnp.zeros((0, left_width + width(slots) + right), out_dtype)
     optional = [] if weights is None else [weights]
     tables = [*map(_values, groups), *(g.scales for g in groups if isinstance(g, QuantisedTable))]
     out = _launch(shape, [*tables, rows, offsets, *optional])
+    if right != before:
+        out = jnp.pad(out, ((0, 0), (0, right)))
     if left is None:
         return out
     if not behind:
@@ -92,30 +103,40 @@ def _values(group: Table) -> Array:
 
 
 def _launch(shape: GatherShape, operands: list[Array]) -> Array:
-    spans, _ = stream_spans(shape)
-    bags = bag_plan(shape)
-    means = np.array([slot.mean for slot in shape.slots], np.int32)
-    plans = {"spans": spans, "means": means, "bag_spans": bags.spans, "bag_slots": bags.slots}
-    needed = {name: plan for name, plan in plans.items() if len(plan)}
-    partial = partial_bytes(shape) * shape.config.warpgroups
-    # An empty scratch buffer is none that Mosaic could take.
-    shared = max(shape.ring_bytes + partial, WARPGROUP * FACTOR_BYTES)
+    plans = _plans(shape)
     kernel = plgpu.kernel(
-        functools.partial(_body, shape=shape, plans=tuple(needed)),
+        functools.partial(_body, shape=shape, plans=tuple(plans)),
         out_type=jax.ShapeDtypeStruct((shape.samples, shape.width), jnp.dtype(shape.out_dtype)),
-        scratch_types=[plgpu.SMEM((shared // 4,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((_shared_bytes(shape) // 4,), jnp.int32)],
         grid=(shape.config.blocks,),
         grid_names=("block",),
         num_threads=shape.config.warpgroups,
         thread_name="warpgroup",
         kernel_name="pooled_gather",
     )
-    return kernel(*operands, *needed.values())
+    return kernel(*operands, *plans.values())
+
+
+def _plans(shape: GatherShape) -> dict[str, np.ndarray]:
+    """What the schedule reads besides the operands, by its name among the addresses."""
+    if shape.config.schedule == "bags":
+        plan = bag_plan(shape)
+        return {"bag_spans": plan.spans, "bag_slots": plan.slots}
+    spans, _ = stream_spans(shape)
+    means = {"means": np.array([slot.mean for slot in shape.slots], np.int32)}
+    return {"spans": spans} | (means if shape.any_mean else {})
+
+
+def _shared_bytes(shape: GatherShape) -> int:
+    """Shared memory of a block; some, as Mosaic takes no empty buffer."""
+    if shape.config.schedule == "streams":
+        return shape.config.ring_bytes(shape.factors)
+    return max(partial_bytes(shape) * shape.config.warpgroups, WARPGROUP * FACTOR_BYTES)
 
 
 def _body(*refs: Any, shape: GatherShape, plans: tuple[str, ...]) -> None:
     """Hands per-thread code its refs: groups, scales of the quantised ones, ids, offsets,
-    [weights], the plans that there are, out, SMEM.
+    [weights], the schedule's plans, out, SMEM.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
@@ -138,17 +159,18 @@ def _body(*refs: Any, shape: GatherShape, plans: tuple[str, ...]) -> None:
             offsets=offsets,
             weights=weights,
             spans=plan.get("spans"),
-            means=plan["means"],
+            means=plan.get("means"),
             bag_spans=plan.get("bag_spans"),
             bag_slots=plan.get("bag_slots"),
             out=out,
             ring=shared + thread * VECTOR_BYTES,
             factor_ring=factor_ring + thread * FACTOR_BYTES,
-            partial=shared + (thread // WARPGROUP * partial_bytes(shape) + shape.ring_bytes),
+            partial=shared + thread // WARPGROUP * partial_bytes(shape),
         )
         place = {"thread": thread, "block": simt.block()}
-        gather_streams(simt, shape, at, **place)
-        gather_bags(simt, shape, at, **place)
+        gather = gather_streams if shape.config.schedule == "streams" else gather_bags
+        gather(simt, shape, at, **place)
+        zero_right(simt, shape, at, **place)
 
     per_thread(*refs)
 

@@ -1,4 +1,4 @@
-"""The gather's schedule of bags: each bag is taken by as many streams as its expected ids are worth.
+"""The gather's schedule of bags: each is taken by as many streams as its expected ids are worth.
 
 Slots are sorted into *classes*: how many streams of a warp share a bag, and whether four warps do.
 A *task* is a span of slots of one class for as many neighbouring samples as a warp has bags at
@@ -11,8 +11,12 @@ loaded at once instead. Offsets are loaded a step ahead.
 Any lengths give right answers; expected ones decide how long it takes.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,10 +29,10 @@ from pallas_kernels.gather_shape import (
     RowReader,
 )
 from pallas_kernels.simt import Value, WarpSimt, minimum
+from pallas_kernels.slots import Slot
 
 WARPGROUP_WARPS = 4
-IDS_PER_STREAM = 16  # of a bag, where there are bags for all streams
-SCARCE_TURNS = 64  # fewer rows for each lane of the launch than this, and bags are split further
+IDS_PER_STREAM = 8  # of a bag, where there are bags for all streams
 TASKS_PER_WARP = 4  # at least, so that the last ones to end are short
 LONGEST_SPAN = 16
 
@@ -64,71 +68,73 @@ class BagPlan:
         return any(cls.warps > 1 for cls in self.classes)
 
 
-def _kind_of(shape: GatherShape, slot: int, scarce: bool) -> tuple[int, int, int, int, int]:
-    """(group, split, warps, bags at once, rows at once) of a slot."""
-    group, expected = shape.slots[slot].group, shape.slots[slot].expected_ids
-    row = shape.rows[group]
+class _Kind(NamedTuple):
+    """What slots of a class have in common; fields as in BagClass."""
+
+    warps: int
+    split: int
+    rows_at_once: int
+    group: int
+    bags_at_once: int
+
+
+def _kind_of(shape: GatherShape, slot: Slot) -> _Kind:
+    row, expected = shape.rows[slot.group], slot.expected_ids
     at_once = max(1, shape.config.rows_at_once // row.vectors)
-    per_stream = at_once if scarce else IDS_PER_STREAM
-    wanted = max(1, int(np.ceil(expected / per_stream)))
-    split = min(row.streams, 1 << (wanted - 1).bit_length())
-    shared = scarce and expected > 2 * per_stream * split
-    rows = min(at_once, 1 << max(0, int(np.ceil(expected / split)) - 1).bit_length())
-    return group, split, WARPGROUP_WARPS if shared else 1, at_once // rows, rows
-
-
-def bag_plan(shape: GatherShape) -> BagPlan:
-    """How the bags of all groups of this schedule are laid over tasks."""
-    slots = [i for i, s in enumerate(shape.slots) if shape.schedule_of(s.group) == "bags"]
-    turns = sum(shape.slots[i].expected_ids * shape.rows[shape.slots[i].group].lanes for i in slots)
-    scarce = turns * shape.samples < SCARCE_TURNS * WARP * shape.config.warps
-    by_kind: dict[tuple[int, int, int, int, int], list[int]] = {}
-    for slot in slots:
-        by_kind.setdefault(_kind_of(shape, slot, scarce), []).append(slot)
-    # Warpgroups first, then the longest tasks.
-    kinds = sorted(by_kind, key=lambda kind: (-kind[2], -kind[1] * kind[4], kind[0]))
-    total = sum(_cost(shape, kind, i) * _sample_blocks(shape, kind) for kind in kinds
-                for i in by_kind[kind])  # fmt: skip
-    limit = total / (shape.config.warps * TASKS_PER_WARP)
-    order: list[int] = []
-    spans: list[tuple[int, int]] = []
-    classes = []
-    for kind in kinds:
-        group, split, warps, bags_at_once, rows_at_once = kind
-        first_span = len(spans)
-        costs = [_cost(shape, kind, i) for i in by_kind[kind]]
-        for count in _span_lengths(costs, limit, bags_at_once):
-            spans.append((len(order) + sum(c for _, c in spans[first_span:]), count))
-        order += by_kind[kind]
-        classes.append(
-            BagClass(
-                group=group,
-                split=split,
-                warps=warps,
-                bags_at_once=bags_at_once,
-                rows_at_once=rows_at_once,
-                first_span=first_span,
-                spans=len(spans) - first_span,
-            )
-        )
-    entries = [(i, shape.left + shape.slots[i].column, shape.slots[i].mean, 0) for i in order]
-    return BagPlan(
-        slots=np.array(entries, np.int32).reshape(-1, 4),
-        spans=np.array(spans, np.int32).reshape(-1, 2),
-        classes=tuple(classes),
+    per_stream = at_once if shape.scarce else IDS_PER_STREAM
+    split = min(row.streams, _power_of_two(expected / per_stream))
+    shared = shape.scarce and expected > 2 * per_stream * split
+    rows = min(at_once, _power_of_two(expected / split))
+    return _Kind(
+        group=slot.group,
+        split=split,
+        warps=WARPGROUP_WARPS if shared else 1,
+        bags_at_once=at_once // rows,
+        rows_at_once=rows,
     )
 
 
-def _cost(shape: GatherShape, kind: tuple[int, ...], slot: int) -> float:
+def _power_of_two(least: float) -> int:
+    return 1 << max(0, math.ceil(least) - 1).bit_length()
+
+
+@functools.cache
+def bag_plan(shape: GatherShape) -> BagPlan:
+    """How the bags of a launch are laid over tasks."""
+    members: dict[_Kind, list[int]] = {}
+    for index, slot in enumerate(shape.slots):
+        members.setdefault(_kind_of(shape, slot), []).append(index)
+    kinds = sorted(members, reverse=True)  # warpgroups first, then the longest tasks
+    costs = {kind: [_cost(kind, shape.slots[i]) for i in members[kind]] for kind in kinds}
+    total = sum(sum(costs[kind]) * _sample_blocks(shape, kind) for kind in kinds)
+    limit = total / (shape.config.warps * TASKS_PER_WARP)
+    lengths = {kind: _span_lengths(costs[kind], limit, kind.bags_at_once) for kind in kinds}
+    counts = [count for kind in kinds for count in lengths[kind]]
+    first_spans = accumulate([0, *(len(lengths[kind]) for kind in kinds)])
+    classes = tuple(
+        BagClass(**kind._asdict(), first_span=first, spans=len(lengths[kind]))
+        for kind, first in zip(kinds, first_spans, strict=False)
+    )
+    entries = [
+        (i, shape.left + shape.slots[i].column, shape.slots[i].mean, 0)
+        for kind in kinds
+        for i in members[kind]
+    ]
+    firsts = accumulate([0, *counts])
+    spans = list(zip(firsts, counts, strict=False))
+    return BagPlan(
+        slots=np.array(entries, np.int32), spans=np.array(spans, np.int32), classes=classes
+    )
+
+
+def _cost(kind: _Kind, slot: Slot) -> float:
     """Steps that a task spends on a slot, about."""
-    _, split, warps, bags_at_once, rows_at_once = kind
-    turns = shape.slots[slot].expected_ids / (split * warps * rows_at_once)
-    return (1 + turns) / bags_at_once
+    turns = slot.expected_ids / (kind.split * kind.warps * kind.rows_at_once)
+    return (1 + turns) / kind.bags_at_once
 
 
-def _sample_blocks(shape: GatherShape, kind: tuple[int, ...]) -> int:
-    at_once = shape.rows[kind[0]].streams // kind[1]
-    return -(-shape.samples // at_once)
+def _sample_blocks(shape: GatherShape, kind: _Kind) -> int:
+    return -(-shape.samples // (shape.rows[kind.group].streams // kind.split))
 
 
 def _span_lengths(costs: Sequence[float], limit: float, step: int) -> list[int]:
@@ -189,7 +195,8 @@ class _BagGather(RowReader):
         simt = self.simt
         span, block = task // self.sample_blocks, task % self.sample_blocks
         sample = block * self.samples_at_once + self.stream // self.cls.split
-        first, count = simt.load_words(self.at.bag_spans + simt.wide((span + self.cls.first_span) * 8), 2)
+        entry = self.at.bag_spans + simt.wide((span + self.cls.first_span) * 8)
+        first, count = simt.load_words(entry, 2)
         live = sample < self.shape.samples
         sample = minimum(simt, sample, simt.constant(self.shape.samples - 1))
         slots = _Slots(first=first, count=count, sample=sample, live=live)
@@ -261,15 +268,15 @@ class _BagGather(RowReader):
     ) -> tuple[list[Value], list[Value]]:
         simt, size = self.simt, self.row.vector_bytes
         start = self.row_address(row_id)
-        places = [start + simt.wide(self.piece_of_vector(v) * size) for v in range(self.row.vectors)]
+        places = [
+            start + simt.wide(self.piece_of_vector(v) * size) for v in range(self.row.vectors)
+        ]
         words = [w for place in places for w in simt.load_words_if(place, size // 4, inside)]
         sources = self.factor_sources(row_id, position)
         factors = [simt.load_words_if(source, 1, inside)[0] for source in sources]
         return words, [simt.unpack(factor, "float32")[0] for factor in factors]
 
-    def _added(
-        self, rows: list[tuple[list[Value], list[Value]]], sums: list[Value]
-    ) -> list[Value]:
+    def _added(self, rows: list[tuple[list[Value], list[Value]]], sums: list[Value]) -> list[Value]:
         for words, factors in rows:
             sums = self.add(words, factors, sums)
         return sums

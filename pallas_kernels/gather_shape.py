@@ -1,9 +1,9 @@
 """What is static about one launch of the pooled gather: its configuration, rows and schedules.
 
-Each group of tables is gathered by one of two schedules. `streams`: a stream of lanes walks the ids
-of many bags, rows in flight in SMEM; best where rows are long and bags can be told ahead. `bags`: a
-stream, several of them or a warpgroup take one bag at a time, rows in flight in registers; best
-where rows are short, bags jagged, or there are too few bags for all streams.
+A launch has one of two schedules. `streams`: a stream of lanes walks the ids of many bags, rows in
+flight in SMEM; faster by 3 to 6 % where all rows are long and there are many of them. `bags`: a
+stream, several of them or a warpgroup take one bag at a time, rows in flight in registers; faster,
+up to twice, where rows are short, bags jagged, or there are too few bags for all streams.
 """
 
 import math
@@ -25,20 +25,23 @@ SHARED_BYTES = 227 * 1024
 Schedule = Literal["streams", "bags"]
 
 
+LONG_ROW_BYTES = 128
+SCARCE_TURNS = 64  # rows for each lane of a launch, on average, below which bags are split further
+
+
 @dataclass(frozen=True, kw_only=True)
 class GatherConfig:
     """How the gather is laid over the GPU.
 
     blocks: thread blocks launched, one per SM. warpgroups: 128-thread groups per block.
-    schedule: of all groups; None chooses one for each.
     Of `streams`: ring_rows: rows in flight per stream. ids_ahead: how many rows before its use an
     id is loaded. slots_per_unit: the longest span; None cuts samples so that every stream has a
     unit. Of `bags`: rows_at_once: rows that a stream has in flight.
     """
 
+    schedule: Schedule = "streams"
     blocks: int = 132
     warpgroups: int = 8
-    schedule: Schedule | None = None
     ring_rows: int = 8
     ids_ahead: int = 8
     slots_per_unit: int | None = None
@@ -49,7 +52,7 @@ class GatherConfig:
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"gather config: {name} is {getattr(self, name)}, below {limit}")
-        if self.schedule not in (None, *get_args(Schedule)):
+        if self.schedule not in get_args(Schedule):
             raise ValueError(f"gather config: schedule is {self.schedule!r}")
         self.check_ring(factors=1)
 
@@ -135,7 +138,9 @@ class RowShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GatherShape:
-    """All that is static about one launch. `left`: columns before the pooled ones."""
+    """All that is static about one launch. left: columns before the pooled ones, which it leaves
+    alone; right: columns behind them, which it makes zero.
+    """
 
     samples: int
     slots: tuple[Slot, ...]
@@ -144,18 +149,15 @@ class GatherShape:
     weighted: bool
     config: GatherConfig
     left: int = 0
+    right: int = 0
     any_mean: bool = field(init=False)
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "any_mean", any(slot.mean for slot in self.slots))
-        object.__setattr__(self, "width", self.left + width(self.slots))
-        if self.ring_bytes:
+        object.__setattr__(self, "width", self.left + width(self.slots) + self.right)
+        if self.config.schedule == "streams":
             self.config.check_ring(factors=self.factors)
-
-    def schedule_of(self, group: int) -> Schedule:
-        """The schedule by which a group is gathered."""
-        return self.config.schedule or _choose_schedule(self, group)
 
     @property
     def factors(self) -> int:
@@ -163,25 +165,40 @@ class GatherShape:
         return 2 if self.weighted and any(row.quantised for row in self.rows) else 1
 
     @property
-    def ring_bytes(self) -> int:
-        """Shared memory that the streams of a block need: none where no group has them."""
-        streamed = any(self.schedule_of(group) == "streams" for group in range(len(self.rows)))
-        return self.config.ring_bytes(self.factors) if streamed else 0
+    def scarce(self) -> bool:
+        """Whether lanes have few rows each, so that the longest bags decide how long it takes."""
+        return _turns(self.samples, self.slots, self.rows, self.config) < SCARCE_TURNS
 
     @property
     def out_item_bytes(self) -> int:
         return jnp.dtype(self.out_dtype).itemsize
 
 
-def _choose_schedule(shape: GatherShape, group: int) -> Schedule:
-    return "streams" if shape.rows[group].lanes >= 8 else "bags"
+def choose_config(
+    samples: int, slots: tuple[Slot, ...], rows: tuple[RowShape, ...]
+) -> GatherConfig:
+    """The fastest config, as measured on an H100: see docs/kernels.md."""
+    few = GatherConfig(schedule="bags")
+    if _turns(samples, slots, rows, few) < SCARCE_TURNS:
+        return few
+    if all(row.row_bytes >= LONG_ROW_BYTES for row in rows):
+        return GatherConfig()
+    return GatherConfig(schedule="bags", warpgroups=4, rows_at_once=8)
+
+
+def _turns(
+    samples: int, slots: tuple[Slot, ...], rows: tuple[RowShape, ...], config: GatherConfig
+) -> float:
+    """Rows that each lane of the launch has a part of, on average."""
+    lanes = sum(slot.expected_ids * rows[slot.group].lanes for slot in slots)
+    return samples * lanes / (WARP * config.warps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
     """Where the operands of a launch start: GMEM; `ring` and `factor_ring` in SMEM (this thread's
     first slots), `partial` too (its warpgroup's). Groups that are not quantised have no scales,
-    and no weights or means, or a schedule that no group has: None.
+    and no weights or means, or what another schedule needs: None.
     """
 
     groups: tuple[Value, ...]
@@ -289,3 +306,22 @@ class RowReader:
             self.simt.pack(values[i : i + per_word], self.shape.out_dtype)
             for i in range(0, len(values), per_word)
         ]
+
+
+def zero_right(
+    simt: Simt | WarpSimt, shape: GatherShape, at: Addresses, *, thread: Value, block: Value
+) -> None:
+    """One thread's share of the zeros behind the pooled columns, 4 items at a time."""
+    pieces = shape.right // 4
+    if not pieces:
+        return
+    item, zero = shape.out_item_bytes, simt.constant(0)
+
+    def body(piece: Value) -> list[Value]:
+        sample, column = piece // pieces, piece % pieces * 4 + (shape.width - shape.right)
+        start = simt.wide(sample) * shape.width + simt.wide(column)
+        simt.store(at.out + start * item, [zero] * item, piece < shape.samples * pieces)
+        return [piece + shape.config.blocks * shape.config.threads]
+
+    first = block * shape.config.threads + thread
+    simt.while_(lambda piece: piece < shape.samples * pieces, body, [first])

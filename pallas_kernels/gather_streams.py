@@ -29,18 +29,15 @@ BAG_COST = 2.0  # what writing a bag costs, in ids
 
 
 def stream_spans(shape: GatherShape) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
-    """int32 [spans, 4] of (first slot, slots, first column, 0), and each group's part of it; groups
-    of another schedule have none.
-    """
+    """int32 [spans, 4] of (first slot, slots, first column, 0), and each group's part of it."""
     by_group: list[list[tuple[int, int, int, int]]] = [[] for _ in shape.rows]
     for run in runs(shape.slots):
-        if shape.schedule_of(run.group) == "streams":
-            for first, last in pairwise(_cuts(shape, run)):
-                column = shape.left + shape.slots[first].column
-                by_group[run.group].append((first, last - first, column, 0))
+        for first, last in pairwise(_cuts(shape, run)):
+            column = shape.left + shape.slots[first].column
+            by_group[run.group].append((first, last - first, column, 0))
     ends = np.cumsum([len(spans) for spans in by_group])
     parts = tuple((int(end) - len(s), len(s)) for end, s in zip(ends, by_group, strict=True))
-    return np.array(sum(by_group, []), np.int32).reshape(-1, 4), parts
+    return np.array(sum(by_group, []), np.int32), parts
 
 
 def _cuts(shape: GatherShape, run: Run) -> list[int]:

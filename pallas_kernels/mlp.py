@@ -4,11 +4,15 @@ A persistent kernel: every block walks output tiles [block_m, block_n]. One warp
 copies of the operands' [block_m, block_k] and [block_k, block_n] tiles `stages` steps ahead in a
 ring in SMEM; the others each multiply 64 * k rows of the tile with wgmma, accumulate in float32
 registers, and in the epilogue add the bias, apply the activation, round, and store through SMEM.
+Where tiles are fewer than SMs and k is long, k is cut into `splits`: each tile is then computed in
+as many parts, stored as they are in float32, and XLA adds them up in one pass with the epilogue.
 
-Grid: `blocks` (one per SM). Per layer: 2 * m * n * k FLOP; (m * k + k * n + m * n) * 2 bytes.
+Grid: `blocks` (one per SM). Per layer: 2 * m * n * k FLOP; (m * k + k * n + m * n) * 2 bytes, and
+8 * splits * m * n more where splits > 1.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +29,9 @@ DTYPES = ("bfloat16", "float16")
 ROWS_PER_WGMMA = 64
 SWIZZLE = 128
 SWIZZLE_ITEMS = SWIZZLE // 2
-TMA_ITEMS = 8  # a row starts at a multiple of 16 bytes
 SHARED_BYTES = 227 * 1024
 PADDED_TO = 64
-OUT_COLUMNS = 64  # the epilogue stores a tile in pieces of so many columns, through two slots
-OUT_SLOTS = 2
+OUT_SLOTS = 2  # the epilogue stores a tile in pieces of SWIZZLE bytes a row, through so many slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class MlpConfig:
     """Tile sizes and depths of one launch.
 
     The block specs: x tiles [block_m, block_k] and kernel tiles [block_k, block_n] in SMEM, both
-    tiled (8, 64) and swizzled by 128 bytes; `warpgroups` share the rows of a tile.
+    tiled (8, 64) and swizzled by 128 bytes; `warpgroups` share the rows of a tile. splits: parts
+    that k is cut into.
     """
 
     block_m: int = 128
@@ -46,6 +49,7 @@ class MlpConfig:
     stages: int = 4
     warpgroups: int = 2
     blocks: int = 132
+    splits: int = 1
 
     def __post_init__(self) -> None:
         owner = f"mlp config {self}"
@@ -55,8 +59,10 @@ class MlpConfig:
             raise ValueError(f"{owner}: block_n is no multiple of 64 up to 256")
         if self.block_k % SWIZZLE_ITEMS:
             raise ValueError(f"{owner}: block_k is no multiple of 64")
-        if min(self.stages, self.warpgroups, self.blocks) < 1 or self.stages < 2:
-            raise ValueError(f"{owner}: needs two stages, a warpgroup and a block at least")
+        if min(self.warpgroups, self.blocks, self.splits) < 1 or self.stages < 2:
+            raise ValueError(
+                f"{owner}: needs two stages, a warpgroup, a block and a split at least"
+            )
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{owner}: {self.shared_bytes} bytes of SMEM, above {SHARED_BYTES}")
 
@@ -67,9 +73,9 @@ class MlpConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Operand ring and output slots, 16-bit items."""
+        """Operand ring of 16-bit items, and output slots."""
         operands = self.stages * self.block_k * (self.block_m + self.block_n)
-        return 2 * (operands + OUT_SLOTS * self.block_m * OUT_COLUMNS)
+        return 2 * operands + OUT_SLOTS * self.block_m * SWIZZLE
 
 
 CONFIGS = (
@@ -80,22 +86,24 @@ CONFIGS = (
     MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=6),
 )
 # Share of the matmul rate that a full wave of each config's tiles reaches: a first guess.
-_EFFICIENCY = (1.0, 0.85, 0.6, 0.55, 0.4)
+_EFFICIENCY = {(256, 2): 1.0, (128, 2): 0.85, (64, 2): 0.6, (128, 1): 0.55, (64, 1): 0.4}
+_STEPS_AROUND = 6  # what filling the ring and the epilogue take, in steps of k
+_STEPS_TO_JOIN = 12  # and what adding up the splits takes
 
 
-def choose_config(m: int, n: int) -> MlpConfig:
-    """The config whose waves of tiles take least time for an [m, n] output, by area per wave."""
+def estimated_cost(config: MlpConfig, m: int, n: int, k: int) -> float:
+    """What an [m, k] @ [k, n] costs, about, as waves of tiles: for comparing configs."""
+    tiles = config.splits * -(-m // config.block_m) * -(-n // config.block_n)
+    steps = -(-k // config.block_k // config.splits) + _STEPS_AROUND
+    joining = _STEPS_TO_JOIN if config.splits > 1 else 0
+    area = config.block_m * config.block_n / _EFFICIENCY[config.block_n, config.warpgroups]
+    return (-(-tiles // config.blocks) * steps + joining) * area
 
-    def cost(choice: tuple[MlpConfig, float]) -> float:
-        config, efficiency = choice
-        tiles = -(-m // config.block_m) * -(-n // config.block_n)
-        waves = -(-tiles // config.blocks)
-        return waves * config.block_m * config.block_n / efficiency
 
-    fitting = [
-        choice for choice in zip(CONFIGS, _EFFICIENCY, strict=True) if n % choice[0].block_n == 0
-    ]
-    return min(fitting, key=cost)[0]
+def choose_config(m: int, n: int, k: int) -> MlpConfig:
+    """The config that is estimated to take least time, without splits of k."""
+    fitting = [config for config in CONFIGS if n % config.block_n == 0]
+    return min(fitting, key=lambda config: estimated_cost(config, m, n, k))
 
 
 def leaves_card_idle(m: int, n: int, k: int) -> bool:
@@ -132,19 +140,18 @@ def dense(
     if samples == 0:
         return jnp.zeros((0, outputs), x.dtype)
     kernel = pad_kernel(kernel)
-    config = config or choose_config(samples, kernel.shape[1])
-    x = jnp.pad(x, ((0, -samples % config.block_m), (0, _missing_inputs(x, kernel))))
+    config = config or choose_config(samples, kernel.shape[1], kernel.shape[0])
+    x = jnp.pad(x, ((0, -samples % config.block_m), (0, kernel.shape[0] - x.shape[1])))
     missing_outputs = -kernel.shape[1] % config.block_n
     kernel = jnp.pad(kernel, ((0, 0), (0, missing_outputs)))
     bias = jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs))
-    return _launch(x, kernel, bias, activation, config)[:samples, :outputs]
-
-
-def _missing_inputs(x: Array, kernel: Array) -> int:
-    """Zero columns that x needs: none where its rows are whole vectors of TMA's, which fills in
-    zeros behind their ends itself.
-    """
-    return 0 if x.shape[1] % TMA_ITEMS == 0 else kernel.shape[0] - x.shape[1]
+    if config.splits > 1:
+        parts = _launch(x, kernel, jnp.zeros_like(bias), "identity", config)
+        total = parts.reshape(config.splits, *x.shape[:1], -1).sum(axis=0)
+        out = ACTIVATIONS[activation](total + bias).astype(x.dtype)
+    else:
+        out = _launch(x, kernel, bias, activation, config)
+    return out[:samples, :outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +205,18 @@ class Ring:
 
 
 def _launch(x: Array, kernel: Array, bias: Array, activation: str, config: MlpConfig) -> Array:
-    dtype = x.dtype
-    tile = functools.partial(plgpu.SMEM, dtype=dtype, transforms=swizzled())
+    """The layer, or with splits the parts of the product, one below the other, in float32."""
+    out_dtype = x.dtype if config.splits == 1 else jnp.dtype(jnp.float32)
+    columns = SWIZZLE // out_dtype.itemsize
+    tile = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=swizzled())
+    out_tile = (config.warpgroups, OUT_SLOTS, config.rows, columns)
     launch = plgpu.kernel(
         functools.partial(_body, activation=activation, config=config),
-        out_type=jax.ShapeDtypeStruct((len(x), kernel.shape[1]), dtype),
+        out_type=jax.ShapeDtypeStruct((config.splits * len(x), kernel.shape[1]), out_dtype),
         scratch_types={
             "x_smem": tile((config.stages, config.block_m, config.block_k)),
             "kernel_smem": tile((config.stages, config.block_k, config.block_n)),
-            "out_smem": tile((config.warpgroups, OUT_SLOTS, config.rows, OUT_COLUMNS)),
+            "out_smem": plgpu.SMEM(out_tile, out_dtype, transforms=swizzled(columns)),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             "consumed": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         },
@@ -219,9 +229,10 @@ def _launch(x: Array, kernel: Array, bias: Array, activation: str, config: MlpCo
     return launch(x, kernel, bias)
 
 
-def swizzled() -> tuple[Any, ...]:
+def swizzled(columns: int = SWIZZLE_ITEMS) -> tuple[Any, ...]:
+    """Tiles of 8 rows of SWIZZLE bytes, which are so many columns."""
     # Abstract to the type checker alone: JAX fills in what is missing.
-    tiling = plgpu.TilingTransform((8, SWIZZLE_ITEMS))  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(SWIZZLE)  # pyright: ignore[reportAbstractUsage]
     return tiling, swizzle
 
@@ -244,44 +255,60 @@ def _body(
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
     tile_columns = kernel_gmem.shape[1] // config.block_n
-    tiles = x_gmem.shape[0] // config.block_m * tile_columns
-    steps = kernel_gmem.shape[0] // config.block_k
-    pieces = config.block_n // OUT_COLUMNS
+    tile_rows = x_gmem.shape[0] // config.block_m
+    tiles = config.splits * tile_rows * tile_columns
+    all_steps = kernel_gmem.shape[0] // config.block_k
     own_tiles = lax.div(tiles - block + config.blocks - 1, config.blocks)
+    out_columns = out_smem.shape[-1]
+    pieces = config.block_n // out_columns
     ring = Ring(loaded=loaded, consumed=consumed, slots=config.stages)
 
-    def place(index: Array) -> tuple[Array, Array]:
+    def place(index: Array) -> _Place:
         tile = block + index * config.blocks
         row, column = lax.div(tile, tile_columns), lax.rem(tile, tile_columns)
-        return row * config.block_m, column * config.block_n
+        split = lax.div(row, tile_rows)
+        return _Place(
+            row=(row - split * tile_rows) * config.block_m,
+            out_row=row * config.block_m,
+            column=column * config.block_n,
+            first=lax.div(split * all_steps, config.splits),
+            last=lax.div((split + 1) * all_steps, config.splits),
+        )
+
+    def with_steps_before(tile: Callable[[Array, _Place, Array], None]) -> Array:
+        """Calls `tile` for each own tile with the steps of those before; returns all of them."""
+
+        def body(index: Array, before: Array) -> Array:
+            at = place(index)
+            tile(index, at, before)
+            return before + at.last - at.first
+
+        return lax.fori_loop(0, own_tiles, body, jnp.int32(0))
 
     @pl.when(warpgroup == config.warpgroups)
     def _load() -> None:
         plgpu.set_max_registers(40, action="decrease")
+        refs = (x_gmem, kernel_gmem, x_smem, kernel_smem, ring)
 
-        @pl.loop(0, own_tiles)
-        def _tile(index: Array) -> None:
-            refs = (x_gmem, kernel_gmem, x_smem, kernel_smem, ring)
-            load_tile(*refs, *place(index), index * steps, steps, config)
+        def load(index: Array, at: _Place, before: Array) -> None:
+            load_tile(*refs, at.row, at.column, before, at.last - at.first, config, at.first)
 
-        ring.drain(own_tiles * steps)
+        ring.drain(with_steps_before(load))
 
     @pl.when(warpgroup < config.warpgroups)
     def _multiply() -> None:
         plgpu.set_max_registers(232, action="increase")
+        own = warpgroup * config.rows
 
-        @pl.loop(0, own_tiles)
-        def _tile(index: Array) -> None:
-            row, column = place(index)
-            own = warpgroup * config.rows
+        def multiply(index: Array, at: _Place, before: Array) -> None:
             refs = (x_smem, kernel_smem, ring)
-            product = multiply_tile(*refs, own, index * steps, steps, config)
-            rows = pl.ds(row + own, config.rows)
+            product = multiply_tile(*refs, own, before, at.last - at.first, config)
+            rows = pl.ds(at.out_row + own, config.rows)
             for piece in range(pieces):
-                columns = pl.ds(column + piece * OUT_COLUMNS, OUT_COLUMNS)
-                start = piece * OUT_COLUMNS
+                start = piece * out_columns
+                columns = pl.ds(at.column + start, out_columns)
                 out = ACTIVATIONS[activation](
-                    product[:, start : start + OUT_COLUMNS]
+                    product[:, start : start + out_columns]
                     + load_bias(bias_gmem, columns, config.rows)
                 )
                 slot = out_smem.at[warpgroup, lax.rem(index * pieces + piece, OUT_SLOTS)]
@@ -290,7 +317,19 @@ def _body(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(slot, out_gmem.at[rows, columns])
 
+        with_steps_before(multiply)
         plgpu.wait_smem_to_gmem(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A tile: its first row of x and of the output, its first column, its steps of k."""
+
+    row: Array
+    out_row: Array
+    column: Array
+    first: Array
+    last: Array
 
 
 def load_bias(bias_gmem: Any, columns: Any, rows: int) -> Array:
@@ -309,15 +348,18 @@ def load_tile(
     row: Array,
     column: Array,
     first_step: Array,
-    steps: int,
+    steps: Array | int,
     config: MlpConfig,
+    first_k: Array | int = 0,
 ) -> None:
-    """Copies the operands of one output tile, step by step, into ring slots that are free."""
+    """Copies the operands of one output tile, step by step, into ring slots that are free; k starts
+    at step `first_k`.
+    """
 
     @pl.loop(0, steps)
     def _step(step: Array) -> None:
         slot, barrier = ring.filling(first_step + step)
-        k = pl.ds(step * config.block_k, config.block_k)
+        k = pl.ds((first_k + step) * config.block_k, config.block_k)
         x_tile = x_gmem.at[pl.ds(row, config.block_m), k]
         kernel_tile = kernel_gmem.at[k, pl.ds(column, config.block_n)]
         plgpu.copy_gmem_to_smem(x_tile, x_smem.at[slot], barrier)
@@ -330,7 +372,7 @@ def multiply_tile(
     ring: Ring,
     first_row: Array | int,
     first_step: Array,
-    steps: int,
+    steps: Array | int,
     config: MlpConfig,
 ) -> Array:
     """`config.rows` rows of one output tile, float32; frees each slot one step later."""

@@ -46,13 +46,15 @@ def pooled_gather(
     slots: tuple[Slot, ...],
     out_dtype: DTypeLike,
     left: Float[Array, "samples left"] | None = None,
-) -> Float[Array, "samples left_and_width"]:
+    right: int = 0,
+) -> Float[Array, "samples left_width_and_right"]:
     """Pools every bag of every sample: out[s, column:column + dim] = sum_i w_i * group[row_i].
 
     Bag b = s * len(slots) + slot holds rows[offsets[b]:offsets[b + 1]], rows of its slot's
     group; what lies behind offsets[-1] is padding and is not read. An empty bag gives zeros, a
     mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype; rows of
-    quantised tables are dequantised first. The columns of `left` come before the pooled ones.
+    quantised tables are dequantised first. The columns of `left` come before the pooled ones,
+    `right` zero columns behind them.
     """
     lengths = jnp.diff(offsets).reshape(-1, len(slots))
     pieces = [
@@ -60,6 +62,8 @@ def pooled_gather(
     ]
     if left is not None:
         pieces.insert(0, left)
+    if right:
+        pieces.append(jnp.zeros((len(lengths), right)))
     return jnp.concatenate([piece.astype(out_dtype) for piece in pieces], axis=1)
 
 

@@ -6,18 +6,23 @@ runs.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import cross, embedding, interaction, mlp, reference
 from recflow_jax.config import DLRMConfig
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_layer_dtype
+from recflow_jax.tiles import DenseShape, TileTable, table_of
 
 BackendName = Literal["xla", "mosaic"]
 HOPPER = "9.0"
+MOST_CONSTANT_BYTES = 64 * 2**20  # each executable has its own copy of its constants
 
 
 class BackendError(RuntimeError):
@@ -38,6 +43,19 @@ class Backend:
         since its launches one by one take the host longer than the device.
         """
         return {"xla_gpu_graph_min_graph_size": 1} if self.name == "mosaic" else {}
+
+    def bind(
+        self, function: Callable[..., Any], weights: Any
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """`function(weights, ...)` as a function to be compiled, and its first arguments.
+
+        Each argument of a call costs the host about two microseconds, so that on a GPU small
+        weights become constants of the executable; no arguments are left then.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        if self.name != "mosaic" or size > MOST_CONSTANT_BYTES:
+            return function, (weights,)
+        return partial(function, jax.tree.map(np.asarray, weights)), ()
 
     def prepare(self, params: Params, config: DLRMConfig) -> Params:
         """The parameters as the kernels want them: layers in the compute dtype, padded once."""
@@ -68,6 +86,7 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         dense=_mosaic_dense,
         cross=_mosaic_cross,
         dot=_mosaic_dot,
+        dense_columns=mlp.PADDED_TO,
     )
     return Backend(name="mosaic", reason=reason, ops=ops)
 
@@ -79,20 +98,31 @@ def _padded(layers: tuple[DenseLayer, ...]) -> tuple[DenseLayer, ...]:
 
 
 def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision: Any) -> Any:
-    """The kernel where it takes the dtype and fills the card, else XLA."""
-    (samples, _), (inputs, outputs) = x.shape, kernel.shape
-    if str(x.dtype) in mlp.DTYPES and not mlp.leaves_card_idle(samples, outputs, inputs):
-        return mlp.dense(x, kernel, bias, activation=activation)
-    unpadded = kernel[: x.shape[1], : len(bias)]
-    return reference.dense(x, unpadded, bias, activation=activation, precision=precision)
+    """The kernel with the tiles measured as fastest, or XLA: where that is faster, and for the
+    dtypes that the kernel does not take.
+    """
+    config = None
+    if str(x.dtype) in mlp.DTYPES:
+        (samples, _), (inputs, outputs) = x.shape, kernel.shape
+        config = _tiles().choose(DenseShape(m=max(1, samples), k=inputs, n=outputs))
+    if config is not None:
+        return mlp.dense(x, kernel, bias, activation=activation, config=config)
+    inputs = min(x.shape[1], len(kernel))  # either may have zeros behind
+    x, kernel = x[:, :inputs], kernel[:inputs, : len(bias)]
+    return reference.dense(x, kernel, bias, activation=activation, precision=precision)
+
+
+def _tiles() -> TileTable:
+    return table_of(jax.devices()[0].device_kind)
 
 
 def _mosaic_cross(x0: Any, x: Any, down: Any, up: Any, bias: Any, *, precision: Any) -> Any:
-    """XLA narrows (it reaches the card's rate there), the kernel widens where it has tiles."""
+    """A dense layer narrows, the kernel of `cross` widens where it has tiles."""
     rank, width = up.shape
     if not cross.CONFIG.takes(width, rank, x.dtype):
         return reference.cross(x0, x, down, up, bias, precision=precision)
-    low = jnp.dot(x, down, precision=precision)
+    no_bias = jnp.zeros(rank, jnp.float32)
+    low = _mosaic_dense(x, down, no_bias, activation="identity", precision=precision)
     return cross.widen(x0, x, low, up, bias)
 
 

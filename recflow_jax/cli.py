@@ -288,6 +288,28 @@ def bench_kernels(
     )
 
 
+@app.command(epilog=_example("recflow tune", "recflow tune --batch 256,1024 --out tables/"))
+def tune(
+    out: Annotated[
+        Path, typer.Option(help="Directory of the table; the default is where it is looked up.")
+    ] = Path(__file__).parent / "tile_tables",
+    model: Annotated[
+        str, typer.Option(help="Names or TOML files.  [default: all shipped models]")
+    ] = "",
+    batch: Batches = "256,512,1024,2048,4096,8192",
+    resume: Annotated[bool, typer.Option(help="Keep what an earlier run has measured.")] = True,
+) -> None:
+    """Measure which tiles dense layers are fastest with here.
+
+    Tries the models' layers with every promising configuration of the kernel and with XLA's matmul,
+    and writes the table that this device's engines choose by. About 3 s a shape.
+    """
+    models = [_config(name, None, None, None) for name in _list("--model", model, str)]
+    from recflow_jax.commands.tune import tune
+
+    tune(out=out, models=models, batches=_list("--batch", batch, int), resume=resume)
+
+
 @app.command(epilog=_example("recflow info", "recflow info --json"))
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,

@@ -67,12 +67,14 @@ class Ops:
     """The operations that back ends replace, signatures as in pallas_kernels.reference.
 
     What `dot` gives may be wider than the reference's, by zero columns that `dense` takes.
+    dense_columns: `dense` is fastest if its input has a multiple of so many columns.
     """
 
     pooled_gather: Callable[..., Any] = reference.pooled_gather
     dense: Callable[..., Any] = reference.dense
     cross: Callable[..., Any] = reference.cross
     dot: Callable[..., Any] = reference.dot
+    dense_columns: int = 1
 
 
 REFERENCE = Ops()
@@ -157,7 +159,7 @@ def pool(
     ops: Ops = REFERENCE,
 ) -> Float[Array, "samples left_and_pooled"]:
     """The concatenated pooled rows of all sparse features, in config.compute_dtype, behind the
-    columns of `left` (the bottom MLP's output).
+    columns of `left` (the bottom MLP's output) and before `columns_behind`.
     """
     dtype = jnp.dtype(config.compute_dtype)
     if not layout.slots:
@@ -167,7 +169,13 @@ def pool(
         slots=layout.slots,
         out_dtype=dtype,
         left=left,
+        right=columns_behind(config, ops),
     )
+
+
+def columns_behind(config: DLRMConfig, ops: Ops) -> int:
+    """Zero columns behind the pooled ones, where they go into the top MLP as they are."""
+    return -config.interaction_width % ops.dense_columns if config.interaction == "concat" else 0
 
 
 def mlp(

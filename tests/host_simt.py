@@ -88,8 +88,11 @@ class HostSimt:
 
     def store(self, address: int, words: Sequence[Any], where: bool) -> None:
         if where:
-            raw = np.concatenate([np.asarray(word).reshape(1).view(np.uint8) for word in words])
+            raw = np.concatenate([self._bits(word).reshape(1).view(np.uint8) for word in words])
             self.memory.bytes_at(address, len(raw))[:] = raw
+
+    def _bits(self, word: Any) -> np.ndarray:
+        return np.asarray(word, np.int32 if isinstance(word, int) else None)
 
     def copy_async(self, target: int, source: int, size: int, where: bool) -> None:
         if where:

@@ -67,9 +67,7 @@ class HostWarp:
     def load_words(self, address: np.ndarray, words: int) -> list[np.ndarray]:
         return self.load_words_if(address, words, self.active)
 
-    def load_words_if(
-        self, address: np.ndarray, words: int, where: np.ndarray
-    ) -> list[np.ndarray]:
+    def load_words_if(self, address: np.ndarray, words: int, where: np.ndarray) -> list[np.ndarray]:
         loaded = np.zeros((self.lanes, words), np.int32)
         for lane in np.flatnonzero(where & self.active):
             loaded[lane] = self._words(self.memory.bytes_at(int(address[lane]), 4 * words))

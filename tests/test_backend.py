@@ -89,3 +89,20 @@ def test_what_the_kernel_does_not_take_runs_on_xla(dtype: str, inputs: int) -> N
     for weights in (kernel, jnp.pad(kernel, ((0, -inputs % 64), (0, 57)))):
         out = dense(x, weights, bias, activation="relu", precision=None)
         np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize(("name", "constant"), [("mosaic", True), ("xla", False)])
+def test_small_weights_are_constants_of_the_kernels_executables(name: str, constant: bool) -> None:
+    backend = choose_backend("auto" if name == "mosaic" else "xla", gpu("9.0"))
+    weights = {"kernel": jnp.arange(6.0).reshape(2, 3)}
+    function, arguments = backend.bind(lambda w, x: x @ w["kernel"], weights)
+    assert arguments == (() if constant else (weights,))
+    x = jnp.ones((1, 2))
+    np.testing.assert_array_equal(jax.jit(function)(*arguments, x), [[3, 5, 7]])
+
+
+def test_large_weights_stay_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recflow_jax.backend.MOST_CONSTANT_BYTES", 20)
+    backend = choose_backend("auto", gpu("9.0"))
+    weights = jnp.zeros(6)
+    assert backend.bind(lambda w: w, weights)[1] == (weights,)

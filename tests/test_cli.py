@@ -15,7 +15,7 @@ from recflow_jax import cli, console
 from recflow_jax.commands import info
 from recflow_jax.measure.timing import STEADY
 
-COMMANDS = ("demo", "train", "profile", "bench", "info")
+COMMANDS = ("demo", "train", "profile", "bench", "tune", "info")
 
 TINY = """
 name = "tiny"
@@ -161,6 +161,17 @@ def test_profile_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
         "seed": 0,
         "ids": "zipf(1.05)",
     }
+
+
+def test_tune_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    call = called(monkeypatch, "tune", "--model", f"{tiny},rm1", "--batch", "8", "--out", "t")
+    assert [config.name for config in call.kwargs.pop("models")] == ["tiny", "rm1"]
+    assert call.kwargs == {"out": Path("t"), "batches": (8,), "resume": True}
+
+
+def test_nothing_is_tuned_where_no_kernels_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["tune"]) == console.MISSING
+    assert "there is nothing to tune on this device: cpu is no GPU" in capsys.readouterr().err
 
 
 def test_bench_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:

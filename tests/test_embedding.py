@@ -16,7 +16,14 @@ from host_warp import HostWarp
 from pallas_kernels import reference
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.gather_bags import bag_plan, gather_bags
-from pallas_kernels.gather_shape import Addresses, GatherConfig, GatherShape, RowShape
+from pallas_kernels.gather_shape import (
+    Addresses,
+    GatherConfig,
+    GatherShape,
+    RowShape,
+    choose_config,
+    zero_right,
+)
 from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.slots import Slot, width
 from pallas_kernels.tables import LIMITS, QuantisedTable, quantise_rows
@@ -28,12 +35,10 @@ BAGS = GatherConfig(blocks=1, warpgroups=1, schedule="bags")
 TINY = [STREAMS, BAGS]
 CONFIGS = [
     GatherConfig(),
-    GatherConfig(schedule="streams"),
+    GatherConfig(ring_rows=6, ids_ahead=4),
+    GatherConfig(warpgroups=2, ring_rows=32),
+    GatherConfig(slots_per_unit=1),
     GatherConfig(schedule="bags"),
-    GatherConfig(schedule="streams", ring_rows=6, ids_ahead=4),
-    GatherConfig(schedule="streams", warpgroups=4, ring_rows=12),
-    GatherConfig(schedule="streams", warpgroups=2, ring_rows=32),
-    GatherConfig(schedule="streams", slots_per_unit=1),
     GatherConfig(schedule="bags", warpgroups=4, rows_at_once=8),
 ]
 # |sum of bf16 roundings of the output| and float32 accumulation; see the docs of each dtype.
@@ -139,7 +144,9 @@ def row_shapes(case: Case) -> tuple[RowShape, ...]:
     return tuple(RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in values)
 
 
-def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int = 0) -> np.ndarray:
+def run_on_host(
+    case: Case, config: GatherConfig, out_dtype: str, *, left: int = 0, right: int = 0
+) -> np.ndarray:
     """Every thread of the launch, one after the other; the output starts poisoned."""
     memory = Memory()
     shape = GatherShape(
@@ -150,12 +157,13 @@ def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int =
         weighted=case.weights is not None,
         config=config,
         left=left,
+        right=right,
     )
     out = np.full((case.samples, shape.width), np.nan, jnp.dtype(out_dtype))
-    spans, _ = stream_spans(shape)
-    bags = bag_plan(shape)
+    streamed = config.schedule == "streams"
+    spans = stream_spans(shape)[0] if streamed else None
+    bags = None if streamed else bag_plan(shape)
     means = np.array([slot.mean for slot in case.slots], np.int32)
-    weights = case.weights if case.weights is not None else np.zeros(1, np.float32)
     quantised = [g if isinstance(g, QuantisedTable) else None for g in case.groups]
     at = Addresses(
         groups=tuple(
@@ -164,26 +172,27 @@ def run_on_host(case: Case, config: GatherConfig, out_dtype: str, *, left: int =
         scales=tuple(memory.place(q.scales) if q else None for q in quantised),
         ids=memory.place(case.rows),
         offsets=memory.place(case.offsets),
-        weights=memory.place(weights),
-        spans=memory.place(spans),
+        weights=None if case.weights is None else memory.place(case.weights),
+        spans=None if spans is None else memory.place(spans),
         means=memory.place(means),
-        bag_spans=memory.place(bags.spans),
-        bag_slots=memory.place(bags.slots),
+        bag_spans=bags and memory.place(bags.spans),
+        bag_slots=bags and memory.place(bags.slots),
         out=memory.place(out),
         ring=0,
         factor_ring=1 << 20,
         partial=0,
     )
-    for block, thread in itertools.product(range(config.blocks), range(config.threads)):
-        gather_streams(HostSimt(memory), shape, at, thread=thread, block=block)
+    if streamed:
+        for block, thread in itertools.product(range(config.blocks), range(config.threads)):
+            gather_streams(HostSimt(memory), shape, at, thread=thread, block=block)
+            zero_right(HostSimt(memory), shape, at, thread=thread, block=block)
+        return out
     lanes = np.arange(WARPGROUP)
     for block, warpgroup in itertools.product(range(config.blocks), range(config.warpgroups)):
         warps = HostWarp(memory, shared_bytes=2**14, lanes=WARPGROUP)
-        gather_bags(
-            *(warps, shape, per_lane(at)),
-            thread=lanes + warpgroup * WARPGROUP,
-            block=np.full(WARPGROUP, block),
-        )
+        place = {"thread": lanes + warpgroup * WARPGROUP, "block": np.full(WARPGROUP, block)}
+        gather_bags(warps, shape, per_lane(at), **place)
+        zero_right(warps, shape, per_lane(at), **place)
     return out
 
 
@@ -223,9 +232,7 @@ def test_every_dim_is_covered_by_lanes(dim: int, dtype: str, config: GatherConfi
 
 @pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
 @pytest.mark.parametrize("longest", [0, 1, 2, 3, 4, 17])
-def test_bags_shorter_and_longer_than_what_is_in_flight(
-    longest: int, config: GatherConfig
-) -> None:
+def test_bags_shorter_and_longer_than_what_is_in_flight(longest: int, config: GatherConfig) -> None:
     slots = make_slots((0, 8, False), (0, 8, True), (0, 8, False))
     case = make_case(slots, ["float32"], samples=7, longest=longest)
     assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
@@ -278,8 +285,23 @@ def test_bag_plan_has_every_slot_in_one_span(samples: int) -> None:
             assert groups == {cls.group}
 
 
+@pytest.mark.parametrize(
+    ("samples", "dims", "schedule", "rows_at_once"),
+    [(1, (128, 128), "bags", 4), (8192, (128, 128), "streams", 4), (8192, (128, 4), "bags", 8)],
+)
+def test_schedule_follows_rows_and_load(
+    samples: int, dims: tuple[int, int], schedule: str, rows_at_once: int
+) -> None:
+    slots = make_slots(*[(group, dim, False) for group, dim in enumerate(dims)])
+    slots = tuple(dataclasses.replace(slot, expected_ids=100) for slot in slots)
+    config = choose_config(samples, slots, tuple(RowShape(dim=d, dtype="bfloat16") for d in dims))
+    assert (config.schedule, config.rows_at_once) == (schedule, rows_at_once)
+
+
 def test_long_bags_are_shared_where_there_are_few() -> None:
-    case = expecting(make_case(make_slots((0, 128, False)), ["bfloat16"], samples=1, longest=1), [100])
+    case = expecting(
+        make_case(make_slots((0, 128, False)), ["bfloat16"], samples=1, longest=1), [100]
+    )
     shape = shape_of(case, GatherConfig(schedule="bags"))
     (few,) = bag_plan(shape).classes
     (many,) = bag_plan(dataclasses.replace(shape, samples=8192)).classes
@@ -301,6 +323,16 @@ def test_columns_on_the_left_are_left_alone(left: int, config: GatherConfig) -> 
     out = run_on_host(case, config, "bfloat16", left=left)
     assert np.isnan(out[:, :left].astype(np.float32)).all()
     assert relative_error(out[:, left:], case.expected()) < RELATIVE_ERROR["bfloat16"]
+
+
+@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("right", [4, 60])
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+def test_columns_on_the_right_are_zero(out_dtype: str, right: int, config: GatherConfig) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4)
+    out = run_on_host(case, config, out_dtype, left=4, right=right)
+    assert not out[:, -right:].any()
+    assert relative_error(out[:, 4:-right], case.expected()) < RELATIVE_ERROR[out_dtype]
 
 
 @pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
@@ -339,6 +371,16 @@ def test_reference_puts_the_left_columns_first() -> None:
     assert relative_error(np.asarray(out[:, 3:]), case.expected()) < 1e-6
 
 
+def test_reference_puts_zeros_on_the_right() -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=5, longest=6)
+    out = reference.pooled_gather(
+        [jnp.asarray(g) for g in case.groups], jnp.asarray(case.rows), jnp.asarray(case.offsets),
+        None, slots=case.slots, out_dtype=jnp.float32, right=7,
+    )  # fmt: skip
+    assert not np.asarray(out[:, -7:]).any()
+    assert relative_error(np.asarray(out[:, :-7]), case.expected()) < 1e-6
+
+
 def shapes_of(case: Case) -> tuple[list[jax.ShapeDtypeStruct], ...]:
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype),
@@ -366,7 +408,7 @@ def test_every_config_lowers_to_cuda(config: GatherConfig, mix: str, weighted: b
         ({"warpgroups": 8, "ring_rows": 16}, "a ring of 327680 bytes is more than 232448"),
     ],
 )
-def test_impossible_configs_are_refused(change: dict[str, int], message: str) -> None:
+def test_impossible_configs_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GatherConfig(**change)
 
@@ -412,7 +454,7 @@ def test_tables_without_their_scales_are_refused(group: Any, message: str) -> No
 
 def test_weights_and_scales_need_a_ring_each() -> None:
     """A ring that is as large as it may be with one of them does not fit with both."""
-    largest = GatherConfig(schedule="streams", warpgroups=4, ring_rows=22)
+    largest = GatherConfig(warpgroups=4, ring_rows=22)
     assert largest.ring_bytes(1) <= 227 * 1024 < largest.ring_bytes(2)
     for mix, weighted in itertools.product(MIXES, [False, True]):
         case = make_mix(mix, samples=1, longest=1, weighted=weighted)
@@ -428,7 +470,7 @@ def test_weights_and_scales_need_a_ring_each() -> None:
 
 
 def check_on_gpu(
-    case: Case, out_dtype: str, config: GatherConfig = CONFIGS[0], limit: float | None = None
+    case: Case, out_dtype: str, config: GatherConfig | None = None, limit: float | None = None
 ) -> None:
     gather = jax.jit(
         functools.partial(pooled_gather, slots=case.slots, out_dtype=out_dtype, config=config)
@@ -540,3 +582,26 @@ def test_gpu_columns_on_the_left(left: int) -> None:
     out = jax.jit(gather)(case.groups, case.rows, case.offsets, None, left=columns)
     np.testing.assert_array_equal(out[:, :left], columns)
     assert relative_error(np.asarray(out[:, left:]), case.expected()) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
+@pytest.mark.parametrize("right", [3, 4, 24])
+def test_gpu_columns_on_the_right(right: int, config: GatherConfig | None) -> None:
+    case = make_case(MIXED, MIXED_DTYPES, samples=200, longest=9)
+    gather = functools.partial(
+        pooled_gather, slots=case.slots, out_dtype=jnp.float32, right=right, config=config
+    )
+    out = np.asarray(jax.jit(gather)(case.groups, case.rows, case.offsets, None))
+    assert not out[:, -right:].any()
+    assert relative_error(out[:, :-right], case.expected()) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("expected", [(0, 1, 2), (20, 50), (1, 100, 5, 30, 400)])
+@pytest.mark.parametrize("samples", [3, 3000])
+def test_gpu_bags_of_other_lengths_than_expected(samples: int, expected: tuple[float, ...]) -> None:
+    case = expecting(make_mix("quantised", samples=samples, longest=60, weighted=True), expected)
+    for rows_at_once in (4, 8):
+        config = GatherConfig(schedule="bags", warpgroups=4, rows_at_once=rows_at_once)
+        check_on_gpu(case, "float32", config, limit=2e-6)

@@ -1,5 +1,6 @@
 """The MLP layer kernel: interpreted on the CPU, lowered for CUDA, and held to float64 on a GPU."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -15,6 +16,10 @@ from pallas_kernels.mlp import CONFIGS, MlpConfig, choose_config, dense, pad_ker
 # Rounding of the 16-bit output; sums are float32.
 RELATIVE_ERROR = {"bfloat16": 4e-3, "float16": 5e-4}
 SMALL = MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=2, blocks=2)
+WITH_SPLITS = [
+    dataclasses.replace(CONFIGS[1], splits=4),
+    dataclasses.replace(CONFIGS[4], splits=3),  # of 54 steps, but not of 4 or 8
+]
 
 
 def operands(
@@ -43,12 +48,15 @@ def interpreted() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("m", "k", "n"), [(70, 100, 70), (129, 64, 200)])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "splits"), [(70, 100, 70, 1), (129, 64, 200, 1), (70, 200, 70, 3)]
+)
 def test_interpreted_kernel_equals_the_reference(
-    m: int, k: int, n: int, capfd: pytest.CaptureFixture[str]
+    m: int, k: int, n: int, splits: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     x, kernel, bias = operands(m, k, n)
-    out = dense(x, kernel, bias, activation="relu", config=SMALL)
+    config = dataclasses.replace(SMALL, splits=splits)
+    out = dense(x, kernel, bias, activation="relu", config=config)
     expected = reference.dense(x, kernel, bias, activation="relu")
     np.testing.assert_allclose(
         np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=0.02
@@ -76,7 +84,7 @@ def test_interpreter_finds_a_planted_race(
 
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *WITH_SPLITS], ids=str)
 def test_every_config_lowers_to_cuda(config: MlpConfig, dtype: str, activation: str) -> None:
     layer = functools.partial(dense, activation=activation, config=config)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(99, 100, 130, dtype)]
@@ -94,12 +102,12 @@ def test_padding_changes_no_output() -> None:
 
 @pytest.mark.parametrize(("m", "n"), [(1, 64), (256, 1024), (8192, 1024), (300, 192), (9, 320)])
 def test_chosen_tiles_divide_the_columns(m: int, n: int) -> None:
-    assert n % choose_config(m, n).block_n == 0
+    assert n % choose_config(m, n, 512).block_n == 0
 
 
 def test_full_cards_get_large_tiles_and_small_batches_small_ones() -> None:
-    assert choose_config(32768, 1024).block_n == 256
-    small = choose_config(64, 1024)
+    assert choose_config(32768, 1024, 1024).block_n == 256
+    small = choose_config(64, 1024, 1024)
     assert small.block_m * small.block_n < 128 * 256
 
 
@@ -132,7 +140,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
+@pytest.mark.parametrize("config", [None, *CONFIGS, *WITH_SPLITS], ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "n"),
     [(1, 13, 512), (7, 64, 256), (99, 479, 130), (1000, 3456, 1024), (4096, 1024, 512)],

@@ -1,18 +1,21 @@
 """The compiled pieces of a model give the reference forward, wherever slices land."""
 
 import dataclasses
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from recflow_jax.backend import choose_backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.segments import Segments
-from recflow_jax.model import Params
+from recflow_jax.model import REFERENCE, Params, forward
 from small_models import (
     BF16,
     CONCAT,
@@ -25,6 +28,7 @@ from small_models import (
     SMALL,
     assert_same_scores,
     compiled,
+    device_batch,
     params_of,
     reference_scores,
 )
@@ -51,6 +55,25 @@ def test_scores_are_the_reference(config: DLRMConfig):
     found = run_batch(segments, batch, (0, 7), 16)
     assert found.dtype == np.float32
     assert_same_scores(config, found, reference_scores(config, params_of(config), batch))
+
+
+@pytest.mark.parametrize("config", FLOAT32_MODELS, ids=lambda c: c.name)
+def test_scores_are_the_same_with_zero_columns_for_the_kernels(config: DLRMConfig):
+    """Only where the pooled rows go into the top MLP as they are."""
+    hopper = SimpleNamespace(platform="gpu", device_kind="Test", compute_capability="9.0")
+    dense = choose_backend("auto", hopper).ops.dense  # float32 layers of which XLA computes
+    ops = dataclasses.replace(REFERENCE, dense=dense, dense_columns=64)
+    backend = dataclasses.replace(choose_backend("xla"), ops=ops)
+    params, batch = params_of(config), generate(config, 7, seed=0)
+    segments = Segments(config, params, backend, ONE_SIZE)
+    segments.compile_all(progress=False)
+    behind = segments.new_state().pooled.shape[1] - config.pooled_width
+    assert (behind > 0) == (config.interaction == "concat")
+    expected = reference_scores(config, params, batch)
+    assert_same_scores(config, run_batch(segments, batch, (0, 7), 16), expected)
+    whole = partial(forward, config=config, layout=segments.layout, ops=ops)
+    exact = jax.jit(partial(whole, precision=lax.Precision.HIGHEST))
+    assert_same_scores(config, np.asarray(exact(params, device_batch(config, batch))), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
@@ -93,7 +116,7 @@ def test_top_layers_are_shared_out_by_flop():
     segments = Segments(
         config, zeros, choose_backend("xla"), dataclasses.replace(SMALL, segments=4)
     )
-    layers = [len(weights[-1]) for weights in segments._weights]
+    layers = [len(weights[-1]) for (weights,) in segments._arguments]
     assert layers == [0, 1, 1, 2]
 
 

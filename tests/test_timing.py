@@ -4,7 +4,14 @@ import time
 
 import pytest
 
-from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure, measure_side_by_side
+from recflow_jax.measure.timing import (
+    Timed,
+    Timing,
+    TimingOptions,
+    device_us,
+    measure,
+    measure_side_by_side,
+)
 
 
 class Device:
@@ -64,3 +71,7 @@ def test_nothing_to_measure_is_an_error() -> None:
         Timing.of([])
     with pytest.raises(ValueError, match="measures nothing"):
         TimingOptions(rounds=0)
+
+
+def test_a_cpu_has_no_kernels_to_time() -> None:
+    assert device_us(None, [()]) is None

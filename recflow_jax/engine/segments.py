@@ -27,6 +27,7 @@ from recflow_jax.layout import Layout
 from recflow_jax.model import (
     DenseLayer,
     Params,
+    columns_behind,
     dense_shapes,
     interact,
     mlp,
@@ -39,8 +40,9 @@ from recflow_jax.model import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class BatchState:
-    """A batch's embeddings on the device: pooled [max_batch, pooled_width], dense [max_batch,
-    dense_width], both in the compute dtype. `landed` is ready when the last slice has landed.
+    """A batch's embeddings on the device, in the compute dtype: pooled [max_batch, pooled_width and
+    the zero columns that the back end wants behind], dense [max_batch, dense_width]. `landed` is
+    ready when the last slice has landed.
     """
 
     pooled: Any
@@ -71,7 +73,9 @@ class Segments:
         self.slice_buckets = self.options.slice_buckets(config)
         self.staging = Staging(config, self.layout)
         self._cuts = _cuts(config, self.options.segments)
-        self._weights = [self._weights_of(index) for index in range(self.count)]
+        bound = [self._bound(index) for index in range(self.count)]
+        self._functions = [function for function, _ in bound]
+        self._arguments = [arguments for _, arguments in bound]
         self._executables: dict[Any, Callable[..., Any]] = {}
 
     @property
@@ -95,14 +99,15 @@ class Segments:
 
     def start(self, state: BatchState, bucket: int) -> Float[Array, "bucket width"]:
         """Segment 0 over the first `bucket` rows of `state`, which stays as it is."""
-        run = self._executables[0, bucket]
-        return self._on_its_way(0, run(self._weights[0], state.pooled, state.dense))
+        run, weights = self._executables[0, bucket], self._arguments[0]
+        return self._on_its_way(0, run(*weights, state.pooled, state.dense))
 
     def run(
         self, index: int, bucket: int, x: Float[Array, "bucket width"]
     ) -> Float[Array, "bucket outputs"]:
         """Segment `index` > 0 of what the one before gave; the last gives float32 scores."""
-        return self._on_its_way(index, self._executables[index, bucket](self._weights[index], x))
+        run, weights = self._executables[index, bucket], self._arguments[index]
+        return self._on_its_way(index, run(*weights, x))
 
     def compile_all(self, progress: bool | None = None) -> None:
         """Compiles every bucket, and runs each once where the first run costs extra.
@@ -122,9 +127,12 @@ class Segments:
             x.copy_to_host_async()
         return x
 
-    def _weights_of(self, index: int) -> tuple[Any, ...]:
+    def _bound(self, index: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A segment's function, and the weights that it is called with (see Backend.bind)."""
         top = self.params.top[self._cuts[index]]
-        return (self.params.bottom, self.params.cross, top) if index == 0 else (top,)
+        if index == 0:
+            return self.backend.bind(self._first, (self.params.bottom, self.params.cross, top))
+        return self.backend.bind(partial(self._top, index), (top,))
 
     def _jobs(self) -> list[Job]:
         jobs = [Job("state", jax.jit(self._zero_state), ())]
@@ -142,16 +150,19 @@ class Segments:
         state = jax.eval_shape(self._zero_state)
         jobs, flowing = [], (state.pooled, state.dense)
         for index in range(self.count):
-            function = partial(self._first, bucket) if index == 0 else partial(self._top, index)
-            arguments = (self._weights[index], *flowing)
+            function = self._functions[index]
+            if index == 0:
+                function = partial(function, bucket=bucket)
+            arguments = (*self._arguments[index], *flowing)
             jobs.append(Job((index, bucket), jax.jit(function), arguments))
             flowing = (jax.eval_shape(function, *arguments),)
         return jobs
 
     def _zero_state(self) -> BatchState:
         dtype, rows = jnp.dtype(self.config.compute_dtype), self.batch_buckets[-1]
+        width = self.config.pooled_width + columns_behind(self.config, self.backend.ops)
         return BatchState(
-            pooled=jnp.zeros((rows, self.config.pooled_width), dtype),
+            pooled=jnp.zeros((rows, width), dtype),
             dense=jnp.zeros((rows, self.config.dense_width), dtype),
             landed=jnp.int32(0),
         )
@@ -168,7 +179,7 @@ class Segments:
             landed=row,
         )
 
-    def _first(self, bucket: int, weights: Any, pooled: Array, dense: Array) -> Array:
+    def _first(self, weights: Any, pooled: Array, dense: Array, *, bucket: int) -> Array:
         bottom_layers, cross, top = weights
         pooled, dense = pooled[:bucket], dense[:bucket]
         bottom = self._mlp(bottom_layers, dense)

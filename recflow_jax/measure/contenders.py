@@ -7,7 +7,7 @@ the device and everything of it is compiled, so that launches are all there is t
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
@@ -65,19 +65,19 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A JAX function with parameters and input sets, to be compiled."""
+    """A JAX function of parameters and an input, with its input sets, to be compiled."""
 
     name: str
     note: str
     function: Callable[..., Any]
-    params: Any
+    params: tuple[Any, ...]
     inputs: Sequence[Any]
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def job(self) -> "Job":
         """What is to be compiled."""
-        return Job(self.function, (self.params, self.inputs[0]), self.compiler_options)
+        return Job(self.function, (*self.params, self.inputs[0]), self.compiler_options)
 
 
 class Job(NamedTuple):
@@ -146,13 +146,17 @@ class Lineup:
             ops=self.backend.ops,
             precision=precision_of(self.config),
         )
-        inputs = device_batches(self._layout, sets)
+
+        def with_layers(layers: Params, groups: Any, batch: DeviceBatch) -> Any:
+            return forward(replace(layers, groups=groups), batch)
+
+        function, layers = self.backend.bind(with_layers, replace(self._params, groups=()))
         return Entry(
             name=RECFLOW,
             note=self.backend.name,
-            function=forward,
-            params=self._params,
-            inputs=inputs,
+            function=function,
+            params=(*layers, self._params.groups),
+            inputs=device_batches(self._layout, sets),
             compiler_options=self.backend.compiler_options,
         )
 
@@ -186,7 +190,7 @@ class Lineup:
         executables: Mapping[Any, tuple[Callable[..., Any], float]],
     ) -> PlainModel:
         timed = {
-            variant.pooler: launches(executables[samples, variant.pooler][0], tables, inputs)
+            variant.pooler: launches(executables[samples, variant.pooler][0], (tables,), inputs)
             for variant in self._variants
         }
         options = TimingOptions(rounds=3, round_s=0.005, limit_s=2)
@@ -254,7 +258,7 @@ def _plain_entry(name: str, plain: PlainModel, params: Any, sets: Sequence[Jagge
         name=name,
         note=plain.pooler.replace("_", " "),
         function=plain.forward,
-        params=params,
+        params=(params,),
         inputs=plain_batches(plain, sets),
     )
 
@@ -274,16 +278,18 @@ def compile_all(jobs: Mapping[Any, Job]) -> dict[Any, tuple[Callable[..., Any], 
         return dict(zip(jobs, threads.map(compile_one, jobs.values()), strict=True))
 
 
-def launches(executable: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Timed:
-    """Calls of `executable` that rotate among the inputs."""
-    return Timed(launch=lambda i: executable(params, inputs[i % len(inputs)]))
+def launches(
+    executable: Callable[..., Any], params: tuple[Any, ...], inputs: Sequence[Any]
+) -> Timed:
+    """Calls of `executable` that rotate among the inputs, which come after `params`."""
+    return Timed(launch=lambda i: executable(*params, inputs[i % len(inputs)]))
 
 
 def _jax_contender(entry: Entry, executable: Callable[..., Any], compile_s: float) -> Contender:
     dispatch = None
     if entry.name == RECFLOW:
-        empty = jax.jit(lambda _params, _inputs: jnp.float32(0), keep_unused=True)
-        compiled = empty.lower(entry.params, entry.inputs[0]).compile()
+        empty = jax.jit(lambda *_: jnp.float32(0), keep_unused=True)
+        compiled = empty.lower(*entry.params, entry.inputs[0]).compile()
         dispatch = launches(compiled, entry.params, entry.inputs)
     return Contender(
         dispatch=dispatch,

@@ -29,7 +29,13 @@ from recflow_jax.measure.contenders import (
     precision_of,
 )
 from recflow_jax.measure.offline import ROTATED_BYTES, input_sets
-from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure_side_by_side
+from recflow_jax.measure.timing import (
+    Timed,
+    Timing,
+    TimingOptions,
+    device_us,
+    measure_side_by_side,
+)
 from recflow_jax.model import (
     REFERENCE,
     CrossLayer,
@@ -47,6 +53,9 @@ float32 in both, so it is the rounding of the output and, in float32, the order 
 """
 
 
+MOST_PROFILED = 4  # inputs whose kernels' time is taken
+
+
 class WrongKernel(RuntimeError):
     """A kernel that does not compute what its reference does."""
 
@@ -55,7 +64,7 @@ class WrongKernel(RuntimeError):
 class GatherResult:
     """The pooled gather of one batch size. `row_bytes`: dim times item size of every id, and 4
     for a scale, which `row_bytes_per_s` counts; `moved_bytes` has whole sectors, ids, offsets and
-    the output too.
+    the output too. `device_us`: of the kernels alone.
     """
 
     batch: int
@@ -66,11 +75,27 @@ class GatherResult:
     moved_bytes: int
     copy_bytes_per_s: float
     timings: dict[str, Timing]
+    device_us: dict[str, float | None]
 
     @property
     def row_bytes_per_s(self) -> dict[str, float]:
         """Useful bytes per second."""
         return {n: 1e6 * self.row_bytes / t.median_us for n, t in self.timings.items()}
+
+    @property
+    def floor_us(self) -> float:
+        """All bytes at the copy rate of this run."""
+        return 1e6 * self.moved_bytes / self.copy_bytes_per_s
+
+    @property
+    def device_over_floor(self) -> dict[str, float | None]:
+        """The kernels' time as a multiple of the floor; below 1 where caches serve rows."""
+        return {n: us and us / self.floor_us for n, us in self.device_us.items()}
+
+    @property
+    def device_row_bytes_per_s(self) -> dict[str, float | None]:
+        """Useful bytes per second of the kernels' time."""
+        return {n: us and 1e6 * self.row_bytes / us for n, us in self.device_us.items()}
 
     @property
     def share_of_copy(self) -> dict[str, float]:
@@ -103,10 +128,10 @@ def bench_gather(
     for samples in batches:
         sets = input_sets(config, samples, ids=ids, seed=seed)
         inputs = device_batches(layout, sets)
-        timed = _compiled(gathers, dict.fromkeys(gathers, params.groups), inputs, backend)
-        _check_equal({name: t.launch(0) for name, t in timed.items()}, config.compute_dtype)
-        timings = measure_side_by_side(timed, options)
-        results.append(_gather_result(config, layout, sets, copy_rate, timings))
+        compiled = _compiled(gathers, dict.fromkeys(gathers, params.groups), inputs)
+        _check_equal({name: c.first() for name, c in compiled.items()}, config.compute_dtype)
+        measured = _measured(compiled, options)
+        results.append(_gather_result(config, layout, sets, copy_rate, measured))
         advance()
     return results
 
@@ -121,19 +146,46 @@ def _compiled(
     functions: Mapping[str, Callable[..., Any]],
     weights: Mapping[str, Any],
     inputs: Sequence[Any],
-    backend: Backend,
-) -> dict[str, Timed]:
-    """Calls of each function, with its own weights, that rotate among the inputs."""
-    jobs = {
-        name: Job(
-            function,
-            (weights[name], inputs[0]),
-            backend.compiler_options if name == backend.name else {},
-        )
-        for name, function in functions.items()
-    }
+) -> dict[str, "_Compiled"]:
+    """Each function with its own weights."""
+    jobs = {name: Job(function, (weights[name], inputs[0])) for name, function in functions.items()}
     executables = compile_all(jobs)
-    return {name: launches(executables[name][0], weights[name], inputs) for name in jobs}
+    return {
+        name: _Compiled(executable=executable, weights=weights[name], inputs=inputs)
+        for name, (executable, _) in executables.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compiled:
+    """A contestant: an executable of weights and an input, its weights, inputs to rotate among."""
+
+    executable: Any
+    weights: Any
+    inputs: Sequence[Any]
+
+    def first(self) -> Array:
+        """What it gives for the first input."""
+        return self.executable(self.weights, self.inputs[0])
+
+    @property
+    def timed(self) -> Timed:
+        """Its calls, to be timed."""
+        return launches(self.executable, (self.weights,), self.inputs)
+
+    @property
+    def device_us(self) -> float | None:
+        """What its kernels take of a call, without launches and gaps; None but on a GPU."""
+        return device_us(self.executable, [(self.weights, x) for x in self.inputs[:MOST_PROFILED]])
+
+
+def _measured(
+    compiled: Mapping[str, _Compiled], options: TimingOptions | None
+) -> dict[str, dict[str, Any]]:
+    """Both kinds of time of all contestants, as fields of a result."""
+    timed = {name: contestant.timed for name, contestant in compiled.items()}
+    on_device = {name: contestant.device_us for name, contestant in compiled.items()}
+    return {"timings": measure_side_by_side(timed, options), "device_us": on_device}
 
 
 def _check_equal(outputs: dict[str, Array], dtype: str, rounded: int = 1) -> None:
@@ -151,7 +203,7 @@ def _gather_result(
     layout: Layout,
     sets: Sequence[Any],
     copy_rate: float,
-    timings: dict[str, Timing],
+    measured: Mapping[str, Any],
 ) -> GatherResult:
     work = work_of(config, layout, sets[0])
     output_bytes = sets[0].samples * config.pooled_width * ITEM_BYTES[config.compute_dtype]
@@ -163,7 +215,7 @@ def _gather_result(
         distinct_row_bytes=work.distinct_row_bytes,
         moved_bytes=work.row_bytes + work.input_bytes - sets[0].dense.nbytes + output_bytes,
         copy_bytes_per_s=copy_rate,
-        timings=timings,
+        **measured,
     )
 
 
@@ -183,6 +235,7 @@ class DenseResult:
     outputs: int
     matmul_flop_per_s: float
     timings: dict[str, Timing]
+    device_us: dict[str, float | None]
 
     @property
     def flop_per_s(self) -> dict[str, float]:
@@ -211,7 +264,7 @@ def bench_dense(
     results = []
     for samples in batches:
         for layer in _layers(config):
-            timings = _time_layer(config, backend, prepared, layer, samples, options)
+            measured = _time_layer(config, backend, prepared, layer, samples, options)
             inputs, outputs = layer.shape
             results.append(
                 DenseResult(
@@ -220,7 +273,7 @@ def bench_dense(
                     inputs=inputs,
                     outputs=outputs,
                     matmul_flop_per_s=rate,
-                    timings=timings,
+                    **measured,
                 )
             )
         advance()
@@ -255,16 +308,16 @@ def _time_layer(
     layer: _Layer,
     samples: int,
     options: TimingOptions | None,
-) -> dict[str, Timing]:
+) -> dict[str, dict[str, Any]]:
     x = jax.random.normal(jax.random.key(0), (samples, layer.shape[0]), jnp.float32)
     x = x.astype(config.compute_dtype)
     functions = {
         name: partial(_run_layer, config, ops) for name, ops in _contestants(backend).items()
     }
     weights = {name: layer.of(params) for name, params in prepared.items()}
-    timed = _compiled(functions, weights, [x], backend)
-    _check_equal({name: t.launch(0) for name, t in timed.items()}, config.compute_dtype)
-    return measure_side_by_side(timed, options)
+    compiled = _compiled(functions, weights, [x])
+    _check_equal({name: c.first() for name, c in compiled.items()}, config.compute_dtype)
+    return _measured(compiled, options)
 
 
 def _run_layer(config: DLRMConfig, ops: Ops, layer: DenseLayer, x: Array) -> Array:
@@ -288,6 +341,7 @@ class InteractionResult:
     input_sets: int
     floor_us: float
     timings: dict[str, Timing]
+    device_us: dict[str, float | None]
 
     @property
     def share_of_floor(self) -> dict[str, float]:
@@ -320,10 +374,10 @@ def bench_interaction(
     results = []
     for samples in batches:
         inputs = _vector_sets(config, samples, seed)
-        timed = _compiled(functions, dict.fromkeys(functions, cross), inputs, backend)
+        compiled = _compiled(functions, dict.fromkeys(functions, cross), inputs)
         rounded = max(1, config.cross_layers)  # each layer rounds what the one before has rounded
         _check_equal(
-            {name: t.launch(0) for name, t in timed.items()}, config.compute_dtype, rounded
+            {name: c.first() for name, c in compiled.items()}, config.compute_dtype, rounded
         )
         moved, flop = interaction_work(config, samples)
         results.append(
@@ -333,7 +387,7 @@ def bench_interaction(
                 input_sets=len(inputs),
                 floor_us=1e6
                 * max(moved / ceilings.copy_bytes_per_s, flop / ceilings.matmul_flop_per_s),
-                timings=measure_side_by_side(timed, options),
+                **_measured(compiled, options),
             )
         )
         advance()

@@ -39,7 +39,7 @@ def header(
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["recflow", *sys.argv[1:]]),
+        "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "platform": jax.devices()[0].platform,
         "backend": {"name": backend.name, "reason": backend.reason},
@@ -56,6 +56,11 @@ def header(
         "ids": ids,
         "seed": seed,
     }
+
+
+def command_line() -> str:
+    """What was called, as one would call it again."""
+    return shlex.join(["recflow", *sys.argv[1:]])
 
 
 def as_json(value: Any) -> Any:
@@ -177,11 +182,16 @@ def online_table(result: OnlineResult) -> Table:
     return table
 
 
+def _us(us: float | None) -> str:
+    return "" if us is None else f"{us:,.1f}"
+
+
 def gather_table(results: Sequence[GatherResult]) -> Table:
     """Row bytes per second beside the copy rate."""
     table = _table(
         "pooled gather alone: bytes of the rows asked for, against the copy rate of this run",
         *("batch", "contender", "median us", "GB/s of rows", "of copy rate", "distinct rows"),
+        *("on device us", "floor us"),
     )
     for result in results:
         for name, timing in result.timings.items():
@@ -192,6 +202,8 @@ def gather_table(results: Sequence[GatherResult]) -> Table:
                 f"{result.row_bytes_per_s[name] / 1e9:,.1f}",
                 f"{result.share_of_copy[name]:.0%}",
                 f"{result.distinct_row_bytes / max(result.row_bytes, 1):.0%}",
+                _us(result.device_us[name]),
+                f"{result.floor_us:,.1f}",
             )
     return table
 
@@ -201,7 +213,7 @@ def dense_table(results: Sequence[DenseResult]) -> Table:
     table = _table(
         "dense layers alone, against jnp.dot on large square matrices in this run",
         *("batch", "layer", "inputs", "outputs", "contender"),
-        *("median us", "TFLOP/s", "of matmul rate"),
+        *("median us", "on device us", "TFLOP/s", "of matmul rate"),
     )
     for result in results:
         for name, timing in result.timings.items():
@@ -209,6 +221,7 @@ def dense_table(results: Sequence[DenseResult]) -> Table:
             table.add_row(
                 *(str(result.batch), result.layer, str(result.inputs), str(result.outputs), name),
                 f"{timing.median_us:,.0f}",
+                _us(result.device_us[name]),
                 f"{rate / 1e12:,.3g}",
                 f"{rate / result.matmul_flop_per_s:.0%}",
             )
@@ -220,6 +233,7 @@ def interaction_table(results: Sequence[InteractionResult]) -> Table:
     table = _table(
         "interaction alone, against its floor of bytes and FLOP at the rates of this run",
         *("batch", "interaction", "contender", "median us", "p10-p90", "floor us", "of floor"),
+        "on device us",
     )
     for result in results:
         for name, timing in result.timings.items():
@@ -229,5 +243,6 @@ def interaction_table(results: Sequence[InteractionResult]) -> Table:
                 f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
                 f"{result.floor_us:,.0f}",
                 f"{result.share_of_floor[name]:.0%}",
+                _us(result.device_us[name]),
             )
     return table

@@ -64,6 +64,25 @@ class Timed:
     wait: Callable[[Any], Any] = field(default=jax.block_until_ready)
 
 
+def device_us(
+    executable: Any, inputs: Sequence[tuple[Any, ...]], *, calls: int = 10
+) -> float | None:
+    """Microseconds that an executable's kernels take on a GPU, launches and gaps apart: the median
+    over `calls` with each of `inputs`. None where no kernels were seen, as on a CPU.
+
+    By CUPTI, through JAX's Mosaic GPU profiler; not beside another profiler.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    from jax.experimental.mosaic.gpu.profiler import measure
+
+    taken_us: list[float] = []
+    for arguments in inputs:
+        _, times_ms = measure(executable, iterations=calls)(*arguments)
+        taken_us += [1e3 * time_ms for time_ms in times_ms or ()]
+    return float(np.median(taken_us)) if taken_us else None
+
+
 def measure(timed: Timed, options: TimingOptions | None = None) -> Timing:
     """The timing of one thing alone."""
     return measure_side_by_side({"": timed}, options)[""]

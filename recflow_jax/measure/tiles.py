@@ -1,0 +1,98 @@
+"""Dense layers with every tile configuration that could be fastest, and with XLA's matmul."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mlp, reference
+from pallas_kernels.mlp import CONFIGS, PADDED_TO, MlpConfig, estimated_cost
+from recflow_jax.config import DLRMConfig
+from recflow_jax.measure.timing import device_us
+from recflow_jax.model import dense_shapes
+from recflow_jax.tiles import XLA, DenseShape
+
+SPLITS = (1, 2, 4, 8)
+LEAST_STEPS = 4  # of k for each split
+MARGIN = 1.4
+COMPILE_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedShape:
+    """Microseconds of device time of all that was tried for one shape, and the fastest config."""
+
+    shape: DenseShape
+    tried_us: dict[str, float]
+    config: MlpConfig
+
+
+def layer_shapes(configs: Iterable[DLRMConfig], batches: Sequence[int]) -> list[DenseShape]:
+    """The layers of these models, scores apart, at these batch sizes."""
+    layers: set[tuple[int, int]] = set()
+    for config in configs:
+        bottom, top = dense_shapes(config)
+        layers |= {*bottom, *top[:-1]} | _narrowing(config)
+    padded = {(-(-k // PADDED_TO) * PADDED_TO, -(-n // PADDED_TO) * PADDED_TO) for k, n in layers}
+    return sorted(DenseShape(m=m, k=k, n=n) for k, n in padded for m in batches)
+
+
+def _narrowing(config: DLRMConfig) -> set[tuple[int, int]]:
+    return {(config.interaction_width, config.cross_rank)} if config.cross_layers else set()
+
+
+def candidates(shape: DenseShape) -> list[MlpConfig]:
+    """Configurations that could be the fastest for a shape: those whose waves, areas and steps of k
+    come to no more than `MARGIN` times the least.
+    """
+    fitting = [replace(base, splits=s) for base in CONFIGS for s in SPLITS if _fits(base, s, shape)]
+    costs = {config: estimated_cost(config, shape.m, shape.n, shape.k) for config in fitting}
+    least = min(costs.values())
+    return [config for config, cost in costs.items() if cost <= MARGIN * least]
+
+
+def _fits(config: MlpConfig, splits: int, shape: DenseShape) -> bool:
+    deep_enough = splits == 1 or shape.k // config.block_k >= LEAST_STEPS * splits
+    return shape.n % config.block_n == 0 and deep_enough
+
+
+def name_of(config: MlpConfig) -> str:
+    """A configuration in short."""
+    split = f"/{config.splits}" if config.splits > 1 else ""
+    return f"{config.block_m}x{config.block_n}x{config.block_k}{split}"
+
+
+def try_shapes(
+    shapes: Sequence[DenseShape], advance: Callable[[], None] = lambda: None
+) -> Iterator[TriedShape]:
+    """Times each shape in bfloat16, with relu. Kernels are compiled side by side; XLA, which times
+    its own candidates on the device while it compiles, alone.
+    """
+    with ThreadPoolExecutor(COMPILE_THREADS) as threads:
+        for shape in shapes:
+            operands = _operands(shape)
+            configs = {name_of(config): config for config in candidates(shape)}
+            compiled = threads.map(partial(_compile, operands), configs.values())
+            executables = dict(zip(configs, compiled, strict=True))
+            executables[XLA] = _compile(operands, None)
+            tried = {name: device_us(run, [operands]) for name, run in executables.items()}
+            measured = {name: us for name, us in tried.items() if us is not None}
+            fastest = min(measured.keys() & configs.keys(), key=lambda name: measured[name])
+            yield TriedShape(shape=shape, tried_us=measured, config=configs[fastest])
+            advance()
+
+
+def _operands(shape: DenseShape) -> tuple[Any, ...]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (shape.m, shape.k), jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (shape.k, shape.n), jnp.bfloat16)
+    return x, kernel, jax.random.normal(keys[2], (shape.n,))
+
+
+def _compile(operands: tuple[Any, ...], config: MlpConfig | None) -> Any:
+    layer = reference.dense if config is None else partial(mlp.dense, config=config)
+    return jax.jit(partial(layer, activation="relu")).lower(*operands).compile()
