@@ -26,16 +26,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gather_bags import bag_plan, gather_bags, partial_bytes
+from pallas_kernels.gather_rows import Addresses, zero_right
 from pallas_kernels.gather_shape import (
     FACTOR_BYTES,
     VECTOR_BYTES,
     WARPGROUP,
-    Addresses,
     GatherConfig,
     GatherShape,
     RowShape,
     choose_config,
-    zero_right,
 )
 from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.simt import MosaicSimt

@@ -20,14 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.gather_shape import (
-    FACTOR_BYTES,
-    VECTOR_BYTES,
-    WARP,
-    Addresses,
-    GatherShape,
-    RowReader,
-)
+from pallas_kernels.gather_rows import Addresses, RowReader
+from pallas_kernels.gather_shape import FACTOR_BYTES, VECTOR_BYTES, WARP, GatherShape
 from pallas_kernels.simt import Value, WarpSimt, minimum
 from pallas_kernels.slots import Slot
 

@@ -14,14 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from pallas_kernels.gather_shape import (
-    FACTOR_BYTES,
-    VECTOR_BYTES,
-    WARP,
-    Addresses,
-    GatherShape,
-    RowReader,
-)
+from pallas_kernels.gather_rows import Addresses, RowReader
+from pallas_kernels.gather_shape import FACTOR_BYTES, VECTOR_BYTES, WARP, GatherShape
 from pallas_kernels.simt import Simt, Value, minimum
 from pallas_kernels.slots import Run, runs
 

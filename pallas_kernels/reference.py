@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.float8 import Kernel, product
 from pallas_kernels.slots import Run, Slot, runs
 from pallas_kernels.tables import Table, take
 
@@ -103,33 +104,34 @@ def _per_id(per_bag: Array, lengths: Array, ids: int) -> Array:
 
 def dense(
     x: Float[Array, "samples inputs"],
-    kernel: Float[Array, "inputs outputs"],
+    kernel: Kernel,
     bias: Float[Array, " outputs"],
     *,
     activation: str,
     precision: lax.Precision | None = None,
 ) -> Float[Array, "samples outputs"]:
     """activation(x @ kernel + bias), accumulated in float32, in x's dtype."""
-    product = jnp.dot(x, kernel, precision=precision, preferred_element_type=jnp.float32)
-    return ACTIVATIONS[activation](product + bias.astype(jnp.float32)).astype(x.dtype)
+    sums = product(x, kernel, precision) + bias.astype(jnp.float32)
+    return ACTIVATIONS[activation](sums).astype(x.dtype)
 
 
 def cross(
     x0: Float[Array, "samples width"],
     x: Float[Array, "samples width"],
-    down: Float[Array, "width rank"],
-    up: Float[Array, "rank width"],
+    down: Kernel,
+    up: Kernel,
     bias: Float[Array, " width"],
     *,
     precision: lax.Precision | None = None,
 ) -> Float[Array, "samples width"]:
-    """x0 * (x @ down @ up + bias) + x: a low-rank cross layer (DCN v2, arXiv 2008.13535).
+    """x0 * (x @ down @ up + bias) + x: a low-rank cross layer (DCN v2, arXiv 2008.13535); down is
+    [width, rank], up [rank, width].
 
     Matmuls accumulate in float32 and hand on x's dtype: a wide float32 array costs more time than
     it adds precision. The elementwise part is float32.
     """
-    low = jnp.dot(x, down, precision=precision)
-    high = jnp.dot(low, up, precision=precision).astype(jnp.float32)
+    low = product(x, down, precision, x.dtype)
+    high = product(low, up, precision, x.dtype).astype(jnp.float32)
     return (x0 * (high + bias) + x).astype(x.dtype)
 
 

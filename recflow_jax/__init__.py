@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recflow_jax.batch import InputError, JaggedBatch
+    from recflow_jax.calibration import calibrate
     from recflow_jax.config import (
         BagConfig,
         DLRMConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "QueueFull",
     "StepFailed",
     "TableConfig",
+    "calibrate",
     "init_params",
     "load_params",
     "save_params",
@@ -45,6 +47,7 @@ __all__ = [
 
 _MODULES = {
     "batch": ("InputError", "JaggedBatch"),
+    "calibration": ("calibrate",),
     "config": ("BagConfig", "DLRMConfig", "FeatureConfig", "TableConfig", "shipped_models"),
     "engine.engine": ("Engine",),
     "engine.errors": ("DeadlineExceeded", "EngineClosed", "EngineError", "QueueFull", "StepFailed"),

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import cross, embedding, interaction, mlp, reference
+from pallas_kernels.float8 import Float8Kernel
 from recflow_jax.config import DLRMConfig
-from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_layer_dtype
+from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_compute_dtype
 from recflow_jax.tiles import DenseShape, TileTable, table_of
 
 BackendName = Literal["xla", "mosaic"]
@@ -59,7 +60,7 @@ class Backend:
 
     def prepare(self, params: Params, config: DLRMConfig) -> Params:
         """The parameters as the kernels want them: layers in the compute dtype, padded once."""
-        params = with_layer_dtype(params, config.compute_dtype)
+        params = with_compute_dtype(params, config)
         if self.name != "mosaic" or config.compute_dtype not in mlp.DTYPES:
             return params
         *hidden, last = params.top
@@ -101,6 +102,8 @@ def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision:
     """The kernel with the tiles measured as fastest, or XLA: where that is faster, and for the
     dtypes that the kernel does not take.
     """
+    if isinstance(kernel, Float8Kernel):
+        return reference.dense(x, kernel, bias, activation=activation, precision=precision)
     config = None
     if str(x.dtype) in mlp.DTYPES:
         (samples, _), (inputs, outputs) = x.shape, kernel.shape
@@ -118,6 +121,8 @@ def _tiles() -> TileTable:
 
 def _mosaic_cross(x0: Any, x: Any, down: Any, up: Any, bias: Any, *, precision: Any) -> Any:
     """A dense layer narrows, the kernel of `cross` widens where it has tiles."""
+    if isinstance(up, Float8Kernel):
+        return reference.cross(x0, x, down, up, bias, precision=precision)
     rank, width = up.shape
     if not cross.CONFIG.takes(width, rank, x.dtype):
         return reference.cross(x0, x, down, up, bias, precision=precision)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from recflow_jax import console
-from recflow_jax.config import DLRMConfig, DType, TableDType
+from recflow_jax.config import ComputeDType, DLRMConfig, TableDType
 
 EXIT_CODES = """\b
 Exit codes:
@@ -36,7 +36,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="A shipped model's name or a TOML file.")]
 MaxRows = Annotated[int | None, typer.Option(help="Cut every table to this many rows.", min=1)]
 TableOption = Annotated[TableDType | None, typer.Option(help="Instead of the model's.")]
-ComputeOption = Annotated[DType | None, typer.Option(help="Instead of the model's.")]
+ComputeOption = Annotated[ComputeDType | None, typer.Option(help="Instead of the model's.")]
 BackendName = Annotated[
     Literal["auto", "xla", "mosaic"], typer.Option("--backend", help="Which kernels run.")
 ]
@@ -122,14 +122,28 @@ def train(
     data: Data = None,
     seed: Seed = 0,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 2,
+    compute_dtype: Annotated[
+        ComputeDType, typer.Option(help="To serve in; it is trained in float32.")
+    ] = "float32",
+    report: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
 ) -> None:
     """Train a click model on MovieLens-100K.
 
-    Prints its AUC on the interactions after those it was trained on, and saves it.
+    Prints its AUC on the interactions after those it was trained on, and saves it. For another
+    compute dtype the trained model is converted, float8 layers are calibrated, and it is tested in
+    both.
     """
     from recflow_jax.commands.train import train
 
-    train(workload, out=out, data=data, seed=seed, epochs=epochs)
+    train(
+        workload,
+        out=out,
+        data=data,
+        seed=seed,
+        epochs=epochs,
+        compute_dtype=compute_dtype,
+        report=report,
+    )
 
 
 @app.command(
@@ -324,7 +338,10 @@ def info(
 
 
 def _config(
-    model: str, max_rows: int | None, table_dtype: TableDType | None, compute_dtype: DType | None
+    model: str,
+    max_rows: int | None,
+    table_dtype: TableDType | None,
+    compute_dtype: ComputeDType | None,
 ) -> DLRMConfig:
     """The shipped model or TOML file named `model`, varied as asked."""
     is_file = model.endswith(".toml")

@@ -21,6 +21,7 @@ import tomli_w
 DType = Literal["float32", "bfloat16", "float16"]
 QuantisedDType = Literal["int8", "float8_e4m3fn"]
 TableDType = Literal[DType, QuantisedDType]
+ComputeDType = Literal[DType, Literal["float8_e4m3fn"]]
 Pooling = Literal["sum", "mean", "none"]
 Side = Literal["user", "item"]
 Activation = Literal["relu", "sigmoid", "gelu", "identity"]
@@ -168,6 +169,9 @@ class DLRMConfig:
     interaction: `concat` of both; `dot`: pairwise dots of all vectors, beside the bottom output;
     `dcn`: `cross_layers` low-rank cross layers (DCN v2, arXiv 2008.13535) over the concatenation.
     The top MLP's last width is the number of scores per sample, without activation (logits).
+    compute_dtype float8_e4m3fn: matmuls of float8 operands (pallas_kernels.float8), the last layer
+    apart, bfloat16 between them; `input_scales` are those of the matmuls' inputs, in the order in
+    which they run, as `recflow_jax.calibrate` finds them.
     """
 
     name: str
@@ -180,7 +184,8 @@ class DLRMConfig:
     cross_rank: int = 0
     top_mlp: tuple[int, ...] = (1,)
     activation: Activation = "relu"
-    compute_dtype: DType = "float32"
+    compute_dtype: ComputeDType = "float32"
+    input_scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -193,7 +198,8 @@ class DLRMConfig:
         owner = f"model {self.name!r}"
         _require_choice(owner, "interaction", self.interaction, Interaction)
         _require_choice(owner, "activation", self.activation, Activation)
-        _require_choice(owner, "compute_dtype", self.compute_dtype, DType)
+        _require_choice(owner, "compute_dtype", self.compute_dtype, ComputeDType)
+        self._check_input_scales()
         _require_whole(owner, "dense_width", self.dense_width, 0)
         _require(
             bool(self.features) or self.dense_width > 0,
@@ -203,6 +209,16 @@ class DLRMConfig:
         for field in ("bottom_mlp", "top_mlp"):
             for width in getattr(self, field):
                 _require_positive(owner, field, width)
+
+    def _check_input_scales(self) -> None:
+        owner, count = f"model {self.name!r}", len(self.input_scales)
+        for scale in self.input_scales:
+            positive = isinstance(scale, float) and 0 < scale < math.inf
+            _require(positive, f"{owner}: an input scale is {scale!r}, not a number above 0")
+        _require(
+            count in (0, self.float8_matmuls),
+            f"{owner}: {count} input scales for {self.float8_matmuls} float8 matmuls",
+        )
 
     def _check_names(self) -> None:
         for kind, items in (("table", self.tables), ("feature", self.features)):
@@ -238,6 +254,18 @@ class DLRMConfig:
         else:
             unused = self.cross_layers == 0 and self.cross_rank == 0
             _require(unused, f"{owner}: cross layers belong to interaction 'dcn' alone")
+
+    @property
+    def float8_matmuls(self) -> int:
+        """Matmuls with float8 operands: all but the last layer's; none with another dtype."""
+        if self.compute_dtype != "float8_e4m3fn":
+            return 0
+        return len(self.bottom_mlp) + 2 * self.cross_layers + len(self.top_mlp) - 1
+
+    @property
+    def carried_dtype(self) -> DType:
+        """The dtype of what layers hand on to each other."""
+        return "bfloat16" if self.compute_dtype == "float8_e4m3fn" else self.compute_dtype
 
     @cached_property
     def _tables_by_name(self) -> dict[str, TableConfig]:
@@ -297,15 +325,19 @@ class DLRMConfig:
         return dataclasses.replace(self, tables=tables)
 
     def with_dtypes(
-        self, *, tables: TableDType | None = None, compute: DType | None = None
+        self, *, tables: TableDType | None = None, compute: ComputeDType | None = None
     ) -> Self:
-        """The same model with other table and compute dtypes; None leaves one as it is. Raises
-        ConfigError for a dtype that is none of theirs.
+        """The same model with other table and compute dtypes; None leaves one as it is. Another
+        compute dtype leaves no input scales. Raises ConfigError for a dtype that is none of theirs.
         """
         changed = tuple(dataclasses.replace(t, dtype=tables or t.dtype) for t in self.tables)
-        return dataclasses.replace(
-            self, tables=changed, compute_dtype=compute or self.compute_dtype
-        )
+        compute = compute or self.compute_dtype
+        scales = self.input_scales if compute == self.compute_dtype else ()
+        return dataclasses.replace(self, tables=changed, compute_dtype=compute, input_scales=scales)
+
+    def with_input_scales(self, scales: Sequence[float]) -> Self:
+        """The same model with these scales of its float8 matmuls' inputs. Raises ConfigError."""
+        return dataclasses.replace(self, input_scales=tuple(scales))
 
     def to_toml(self) -> str:
         """The config as TOML that `from_toml` reads back to an equal one."""
@@ -325,11 +357,11 @@ class DLRMConfig:
             raise ConfigError(f"{source}: not TOML: {error}") from error
         tables, groups = _read_tables(source, _pop_entries(source, data, "tables"))
         features = _read_features(source, _pop_entries(source, data, "features"), groups)
-        for field in ("bottom_mlp", "top_mlp"):
+        for field in ("bottom_mlp", "top_mlp", "input_scales"):
             if field in data:
-                widths = data[field]
-                _require(isinstance(widths, list), f"{source}: {field} is {widths!r}, not a list")
-                data[field] = tuple(widths)
+                values = data[field]
+                _require(isinstance(values, list), f"{source}: {field} is {values!r}, not a list")
+                data[field] = tuple(values)
         return _build(cls, source, {**data, "tables": tables, "features": features})
 
     @classmethod

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import reference
+from pallas_kernels.float8 import Float8Kernel, Kernel, quantise_kernel
 from pallas_kernels.tables import QuantisedTable
 from recflow_jax.config import QUANTISED, DLRMConfig
 from recflow_jax.layout import Group, Layout
@@ -22,7 +23,7 @@ from recflow_jax.layout import Group, Layout
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DenseLayer:
-    """kernel [inputs, outputs], bias [outputs]."""
+    """kernel [inputs, outputs], an array or a Float8Kernel; bias [outputs]."""
 
     kernel: Any
     bias: Any
@@ -114,15 +115,41 @@ def _f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def with_layer_dtype(params: Params, dtype: Any) -> Params:
-    """The same parameters with kernels in `dtype`; biases stay float32, tables as they are."""
+def with_compute_dtype(params: Params, config: DLRMConfig) -> Params:
+    """The same parameters with kernels as config.compute_dtype wants them, or as they are where
+    they are that already; biases stay float32, tables as they are. Raises ValueError for a float8
+    model without input scales.
+    """
+    if len(config.input_scales) < config.float8_matmuls:
+        raise ValueError(
+            f"model {config.name!r}: its float8 layers have no input scales "
+            "(recflow_jax.calibrate finds them)"
+        )
+    scales = iter(config.input_scales)
 
-    def cast(path: Any, leaf: Any) -> Any:
-        return leaf if path[-1].name == "bias" else leaf.astype(dtype)
+    def cast(kernel: Kernel) -> Kernel:
+        scale = next(scales, None)
+        if isinstance(kernel, Float8Kernel):
+            return kernel
+        return (
+            kernel.astype(config.carried_dtype) if scale is None else quantise_kernel(kernel, scale)
+        )
 
-    layers = dataclasses.replace(params, groups=())
-    cast_layers = jax.tree_util.tree_map_with_path(cast, layers)
-    return dataclasses.replace(cast_layers, groups=params.groups)
+    def dense(layer: DenseLayer) -> DenseLayer:
+        return dataclasses.replace(layer, kernel=cast(layer.kernel))
+
+    # In the order in which they run.
+    return Params(
+        groups=params.groups,
+        bottom=tuple([dense(layer) for layer in params.bottom]),
+        cross=tuple(
+            [
+                dataclasses.replace(layer, down=cast(layer.down), up=cast(layer.up))
+                for layer in params.cross
+            ]
+        ),
+        top=tuple([dense(layer) for layer in params.top]),
+    )
 
 
 def forward(
@@ -139,9 +166,8 @@ def forward(
     With compute_dtype float32, `precision=lax.Precision.HIGHEST` and the reference ops this is
     what every back end's answers are held against.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    params = with_layer_dtype(params, dtype)
-    dense = batch.dense.astype(dtype)
+    params = with_compute_dtype(params, config)
+    dense = batch.dense.astype(config.carried_dtype)
     bottom = mlp(params.bottom, dense, config.activation, precision=precision, ops=ops)
     vectors = pool(params.groups, batch, config=config, layout=layout, left=bottom, ops=ops)
     x = interact(params.cross, vectors, config=config, precision=precision, ops=ops)
@@ -158,10 +184,10 @@ def pool(
     left: Float[Array, "samples left"] | None = None,
     ops: Ops = REFERENCE,
 ) -> Float[Array, "samples left_and_pooled"]:
-    """The concatenated pooled rows of all sparse features, in config.compute_dtype, behind the
+    """The concatenated pooled rows of all sparse features, in config.carried_dtype, behind the
     columns of `left` (the bottom MLP's output) and before `columns_behind`.
     """
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(config.carried_dtype)
     if not layout.slots:
         return jnp.zeros((len(batch.dense), 0), dtype) if left is None else left
     return ops.pooled_gather(
@@ -225,7 +251,12 @@ def interact(
 
 
 def _require_trainable(config: DLRMConfig) -> None:
-    """Raises ValueError if `config` has quantised tables."""
+    """Raises ValueError if `config` has quantised tables or layers."""
+    if config.float8_matmuls:
+        raise ValueError(
+            f"model {config.name!r}: its layers are float8, which cannot be trained: train float "
+            "ones and calibrate them"
+        )
     for table in config.tables:
         if table.dtype in QUANTISED:
             raise ValueError(

@@ -280,7 +280,7 @@ def _check_same_model(path: Path, stored: DLRMConfig, config: DLRMConfig) -> Non
 def _what_params_mean(config: DLRMConfig) -> DLRMConfig:
     """`config` without what may change after training."""
     features = tuple(dataclasses.replace(f, bag=BagConfig(), side="item") for f in config.features)
-    return dataclasses.replace(config, name="any", features=features, compute_dtype="float32")
+    return dataclasses.replace(config, name="any", features=features).with_dtypes(compute="float32")
 
 
 def _difference(found: Any, wanted: Any) -> str:

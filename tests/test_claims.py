@@ -136,5 +136,13 @@ def test_exit_codes(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tools.claims: error: claim 'gather': value is 2.8" in capsys.readouterr().err
 
 
+def test_each_command_is_printed_once(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = LEDGER.replace('id = "gather"', 'id = "gather again"')
+    (checkout / claims.LEDGER).write_text(LEDGER + again)
+    claims.write(checkout)
+    assert claims.main(["commands"], checkout) == 0
+    assert capsys.readouterr().out == "recflow bench kernels --kernel gather\n"
+
+
 def test_this_projects_own_ledger_holds() -> None:
     assert claims.check(claims.ROOT) == []

@@ -140,7 +140,14 @@ def test_errors_are_one_line_and_a_code(
 def test_train_options(monkeypatch: pytest.MonkeyPatch) -> None:
     call = called(monkeypatch, "train", "movielens", "--out", "m.safetensors", "--seed", "3")
     assert call.args == ("movielens",)
-    assert call.kwargs == {"out": Path("m.safetensors"), "data": None, "seed": 3, "epochs": 2}
+    assert call.kwargs == {
+        "out": Path("m.safetensors"),
+        "data": None,
+        "seed": 3,
+        "epochs": 2,
+        "compute_dtype": "float32",
+        "report": None,
+    }
 
 
 def test_demo_options(monkeypatch: pytest.MonkeyPatch) -> None:

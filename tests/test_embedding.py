@@ -16,14 +16,8 @@ from host_warp import HostWarp
 from pallas_kernels import reference
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.gather_bags import bag_plan, gather_bags
-from pallas_kernels.gather_shape import (
-    Addresses,
-    GatherConfig,
-    GatherShape,
-    RowShape,
-    choose_config,
-    zero_right,
-)
+from pallas_kernels.gather_rows import Addresses, zero_right
+from pallas_kernels.gather_shape import GatherConfig, GatherShape, RowShape, choose_config
 from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.slots import Slot, width
 from pallas_kernels.tables import LIMITS, QuantisedTable, quantise_rows

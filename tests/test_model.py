@@ -23,7 +23,7 @@ from recflow_jax.model import (
     Params,
     forward,
     param_shapes,
-    with_layer_dtype,
+    with_compute_dtype,
 )
 from recflow_jax.params import init_params
 
@@ -213,7 +213,7 @@ def test_param_shapes_are_those_of_the_parameters(name: str, dtype: Any):
 
 def test_layer_dtype_leaves_biases_and_tables():
     config = MODELS["dcn"]
-    params = with_layer_dtype(init_params(config), "bfloat16")
+    params = with_compute_dtype(init_params(config), config.with_dtypes(compute="bfloat16"))
     assert {group.dtype for group in params.groups} == {jnp.dtype("float32")}
     for layer in (*params.bottom, *params.top):
         assert (layer.kernel.dtype, layer.bias.dtype) == (jnp.bfloat16, jnp.float32)

@@ -32,6 +32,7 @@ PUBLIC = [
     "QueueFull",
     "StepFailed",
     "TableConfig",
+    "calibrate",
     "init_params",
     "load_params",
     "save_params",

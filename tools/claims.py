@@ -1,8 +1,9 @@
-"""The ledger of measured claims: `python -m tools.claims check` and `python -m tools.claims write`.
+"""The ledger of measured claims: `python -m tools.claims check`, `write` and `commands`.
 
 benchmarks/claims.toml says what is claimed, what was demanded and which number of which results
 file it rests on. `check` finds every claim that differs from its results and every README table
-that differs from the ledger; `write` makes the README's tables anew.
+that differs from the ledger; `write` makes the README's tables anew; `commands` prints what makes
+all results again, each command once.
 """
 
 import argparse
@@ -219,13 +220,20 @@ def write(root: Path) -> None:
     path.write_text(with_tables(path.read_text(), read_ledger(root / LEDGER)))
 
 
+def commands(root: Path) -> list[str]:
+    """The commands that made the results, in the ledger's order, each once."""
+    return list(dict.fromkeys(claim.command for claim in read_ledger(root / LEDGER)))
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Runs `check` or `write`; 1 if something is wrong."""
+    """Runs `check`, `write` or `commands`; 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tools.claims", description=__doc__)
-    parser.add_argument("action", choices=("check", "write"))
+    parser.add_argument("action", choices=("check", "write", "commands"))
     action = parser.parse_args(arguments).action
     if action == "write":
         write(root)
+    if action == "commands":
+        print(*commands(root), sep="\n")
     problems = check(root)
     for problem in problems:
         print(f"tools.claims: error: {problem}", file=sys.stderr)

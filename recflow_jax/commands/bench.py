@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 
 from recflow_jax.backend import Backend, choose_backend
+from recflow_jax.calibration import ready
 from recflow_jax.commands.info import versions
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
@@ -54,7 +55,7 @@ def bench_model(
     """
     _check(modes, batches, against)
     run = _Run(config, params, batches, ids, seed, timing or TimingOptions(), backend)
-    lineup = Lineup(config, run.params, run.backend, against)
+    lineup = Lineup(run.config, run.params, run.backend, against)
     result = run.header()
     result["skipped"] = dict(lineup.skipped)
     _print_head(result, run)
@@ -65,7 +66,7 @@ def bench_model(
         result |= _offline(lineup, run, sets)
     if "numpy" in modes or "online" in modes:
         options = engine_options(batches, run.backend)
-        with Engine(config, run.params, options=options, profile=profile) as engine:
+        with Engine(run.config, run.params, options=options, profile=profile) as engine:
             if "numpy" in modes:
                 result["numpy"] = _numpy(engine, lineup, run, sets)
             if "online" in modes:
@@ -123,9 +124,9 @@ class _Run:
         timing: TimingOptions,
         backend: str,
     ) -> None:
-        self.config = config
         self.backend = choose_backend(backend)
         self.params = params if params is not None else init_params(config, seed=seed)
+        self.config = ready(config, self.params, ids=ids, seed=seed)
         self.batches = batches
         self.ids = ids
         self.seed = seed

@@ -11,6 +11,7 @@ import jax
 from rich.table import Table
 
 from recflow_jax.backend import choose_backend
+from recflow_jax.calibration import ready
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
 from recflow_jax.engine.options import EngineOptions
@@ -59,6 +60,7 @@ def profile(
     """
     options = _engine_options(options, backend, max_batch)
     params = params if params is not None else init_params(config, seed=seed)
+    config = ready(config, params, ids=ids, seed=seed)
     segments = Segments(config, params, choose_backend(options.backend), options)
     return profile_segments(segments, out=out, resume=resume, quick=quick, seed=seed, ids=ids)
 

@@ -159,7 +159,7 @@ class Segments:
         return jobs
 
     def _zero_state(self) -> BatchState:
-        dtype, rows = jnp.dtype(self.config.compute_dtype), self.batch_buckets[-1]
+        dtype, rows = jnp.dtype(self.config.carried_dtype), self.batch_buckets[-1]
         width = self.config.pooled_width + columns_behind(self.config, self.backend.ops)
         return BatchState(
             pooled=jnp.zeros((rows, width), dtype),

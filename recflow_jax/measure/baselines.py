@@ -98,7 +98,7 @@ class PlainModel:
         permuted in the kernels that read them, once, instead of in every batch.
         """
         layers = dataclasses.replace(params, groups=())
-        layers = jax.tree.map(lambda leaf: leaf.astype(self.config.compute_dtype), layers)
+        layers = jax.tree.map(lambda leaf: leaf.astype(self.config.carried_dtype), layers)
         if self.columns is not None and self.config.interaction != "dot":
             layers = _permute_inputs(layers, self.columns, self.config.bottom_width)
         return dataclasses.replace(layers, groups=self._tables(params.groups))
@@ -134,7 +134,7 @@ class PlainModel:
         """Scores (logits, float32), as model.forward gives them."""
         dot = partial(jnp.dot, precision=self.precision)
         activate = _ACTIVATIONS[self.config.activation]
-        bottom = batch.dense.astype(self.config.compute_dtype)
+        bottom = batch.dense.astype(self.config.carried_dtype)
         for layer in params.bottom:
             bottom = activate(dot(bottom, layer.kernel) + layer.bias)
         x = self._interact(params.cross, bottom, self.pool(params.groups, batch), dot)
@@ -145,7 +145,7 @@ class PlainModel:
 
     def pool(self, tables: tuple[Any, ...], batch: PlainBatch) -> Float[Array, "samples width"]:
         """Pooled columns, in the order of `pieces`."""
-        samples, dtype = len(batch.dense), self.config.compute_dtype
+        samples, dtype = len(batch.dense), self.config.carried_dtype
         pool = plain_bags.sum_segments if self.hotness is None else plain_bags.sum_slices
         if self.pooler == "gather_per_hotness":
             pool = plain_bags.sum_per_hotness

@@ -213,6 +213,8 @@ def _why_not(rival: str, config: DLRMConfig, params: Params) -> str | None:
     quantised = sorted({table.dtype for table in config.tables} & {*QUANTISED})
     if rival == "torch" and quantised:
         return f"its EmbeddingBag takes no {' or '.join(quantised)} tables with a scale per row"
+    if rival == "torch" and config.float8_matmuls:
+        return "its Linear takes no float8 layers"
     if rival == "torch" and not torch_is_installed():
         return "torch is not installed"
     if rival != "jax-per-table":

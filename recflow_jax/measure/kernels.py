@@ -129,7 +129,7 @@ def bench_gather(
         sets = input_sets(config, samples, ids=ids, seed=seed)
         inputs = device_batches(layout, sets)
         compiled = _compiled(gathers, dict.fromkeys(gathers, params.groups), inputs)
-        _check_equal({name: c.first() for name, c in compiled.items()}, config.compute_dtype)
+        _check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
         measured = _measured(compiled, options)
         results.append(_gather_result(config, layout, sets, copy_rate, measured))
         advance()
@@ -206,7 +206,7 @@ def _gather_result(
     measured: Mapping[str, Any],
 ) -> GatherResult:
     work = work_of(config, layout, sets[0])
-    output_bytes = sets[0].samples * config.pooled_width * ITEM_BYTES[config.compute_dtype]
+    output_bytes = sets[0].samples * config.pooled_width * ITEM_BYTES[config.carried_dtype]
     return GatherResult(
         batch=sets[0].samples,
         input_sets=len(sets),
@@ -310,13 +310,13 @@ def _time_layer(
     options: TimingOptions | None,
 ) -> dict[str, dict[str, Any]]:
     x = jax.random.normal(jax.random.key(0), (samples, layer.shape[0]), jnp.float32)
-    x = x.astype(config.compute_dtype)
+    x = x.astype(config.carried_dtype)
     functions = {
         name: partial(_run_layer, config, ops) for name, ops in _contestants(backend).items()
     }
     weights = {name: layer.of(params) for name, params in prepared.items()}
     compiled = _compiled(functions, weights, [x])
-    _check_equal({name: c.first() for name, c in compiled.items()}, config.compute_dtype)
+    _check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
     return _measured(compiled, options)
 
 
@@ -377,7 +377,7 @@ def bench_interaction(
         compiled = _compiled(functions, dict.fromkeys(functions, cross), inputs)
         rounded = max(1, config.cross_layers)  # each layer rounds what the one before has rounded
         _check_equal(
-            {name: c.first() for name, c in compiled.items()}, config.compute_dtype, rounded
+            {name: c.first() for name, c in compiled.items()}, config.carried_dtype, rounded
         )
         moved, flop = interaction_work(config, samples)
         results.append(
@@ -402,9 +402,9 @@ def _interact(config: DLRMConfig, ops: Ops, cross: tuple[CrossLayer, ...], vecto
 def _vector_sets(config: DLRMConfig, samples: int, seed: int) -> list[Array]:
     """Random [bottom | pooled] vectors, as many sets as outgrow every cache."""
     width = config.bottom_width + config.pooled_width
-    set_bytes = samples * width * ITEM_BYTES[config.compute_dtype]
+    set_bytes = samples * width * ITEM_BYTES[config.carried_dtype]
     keys = jax.random.split(jax.random.key(seed), min(32, max(4, ROTATED_BYTES // set_bytes)))
-    return [jax.random.normal(key, (samples, width), config.compute_dtype) for key in keys]
+    return [jax.random.normal(key, (samples, width), config.carried_dtype) for key in keys]
 
 
 def interaction_work(config: DLRMConfig, samples: int) -> tuple[int, int]:
@@ -416,4 +416,4 @@ def interaction_work(config: DLRMConfig, samples: int) -> tuple[int, int]:
         flop = samples * (config.dot_vectors - 1) * width
     else:
         flop = 2 * samples * weights
-    return items * ITEM_BYTES[config.compute_dtype], flop
+    return items * ITEM_BYTES[config.carried_dtype], flop

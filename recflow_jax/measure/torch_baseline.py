@@ -14,7 +14,7 @@ import numpy as np
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
-from recflow_jax.model import Params, with_layer_dtype
+from recflow_jax.model import Params, with_compute_dtype
 
 
 def torch_is_installed() -> bool:
@@ -40,8 +40,8 @@ class TorchModel:
         self.config = config
         self.layout = layout = Layout.of(config)
         self.device = torch.device("cuda" if _on_gpu(params) else "cpu")
-        self.dtype = getattr(torch, config.compute_dtype)
-        params = with_layer_dtype(params, config.compute_dtype)
+        self.dtype = getattr(torch, config.carried_dtype)
+        params = with_compute_dtype(params, config)
         groups = [torch.from_dlpack(group) for group in params.groups]
         tables = [
             groups[group][base : base + table.rows]

@@ -1,0 +1,69 @@
+"""Float8 layers for a float model: what its matmuls' inputs reach, on samples of its own."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels import reference
+from pallas_kernels.float8 import FLOAT8, LARGEST, product
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import generate
+from recflow_jax.layout import Layout
+from recflow_jax.model import DeviceBatch, Ops, Params, forward
+
+RANDOM_SAMPLES = 256
+
+
+def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMConfig:
+    """`config` with float8 layers for these parameters, which stay float32 until an engine or
+    `forward` rounds them.
+
+    Each matmul's input scale is the largest magnitude that its input has over the samples of
+    `batch`, in float32, over e4m3's largest. Larger ones are cut at run time, so take samples like
+    those to be served: a few hundred or more. Raises ValueError for an empty batch.
+    """
+    if not batch.samples:
+        raise ValueError("calibrate: no samples")
+    largest: list[float] = []
+
+    def see(x: Array) -> None:
+        largest.append(float(jnp.abs(x).max()))
+
+    def dense(x, kernel, bias, *, activation, precision):
+        see(x)
+        return reference.dense(x, kernel, bias, activation=activation, precision=precision)
+
+    def cross(x0, x, down, up, bias, *, precision):
+        see(x)
+        see(product(x, down, precision))
+        return reference.cross(x0, x, down, up, bias, precision=precision)
+
+    exact = config.with_dtypes(compute="float32")
+    layout = Layout.of(exact)
+    forward(
+        *(params, _on_device(layout, batch)),
+        config=exact,
+        layout=layout,
+        precision=lax.Precision.HIGHEST,
+        ops=Ops(dense=dense, cross=cross),
+    )
+    scales = tuple(value / LARGEST if value else 1.0 for value in largest)
+    return config.with_dtypes(compute=FLOAT8).with_input_scales(scales)
+
+
+def ready(config: DLRMConfig, params: Params, *, ids: str, seed: int) -> DLRMConfig:
+    """`config` itself or, if its float8 layers are not calibrated, calibrated on random samples."""
+    if len(config.input_scales) == config.float8_matmuls:
+        return config
+    return calibrate(config, params, generate(config, RANDOM_SAMPLES, seed=seed, ids=ids))
+
+
+def _on_device(layout: Layout, batch: JaggedBatch) -> DeviceBatch:
+    rows = layout.rows(batch) if len(batch.values) else jnp.zeros(1, jnp.int32)
+    return DeviceBatch(
+        dense=jnp.asarray(batch.dense),
+        rows=jnp.asarray(rows),
+        offsets=jnp.asarray(layout.slot_offsets(batch)),
+        weights=None if batch.weights is None else jnp.asarray(batch.weights),
+    )

@@ -1,0 +1,120 @@
+"""Calibrated float8 layers: scales from inputs that were seen, in the config that a model keeps."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import recflow_jax as rf
+from pallas_kernels.float8 import LARGEST
+from recflow_jax.calibration import calibrate, ready
+from recflow_jax.config import ConfigError, DLRMConfig
+from recflow_jax.data.workloads import generate
+from recflow_jax.model import DLRM, with_compute_dtype
+from small_models import (
+    CONCAT,
+    DCN,
+    DOT,
+    NO_SPARSE,
+    SMALL,
+    params_of,
+    reference_scores,
+)
+
+MODELS = (CONCAT, DOT, DCN, NO_SPARSE)
+BATCH = {config.name: generate(config, 300, seed=3) for config in MODELS}
+
+
+@pytest.fixture(params=MODELS, ids=lambda config: config.name)
+def config(request: pytest.FixtureRequest) -> DLRMConfig:
+    return request.param
+
+
+def test_every_matmul_but_the_last_has_a_scale(config: DLRMConfig) -> None:
+    calibrated = calibrate(config, params_of(config), BATCH[config.name])
+    layers = len(config.bottom_mlp) + 2 * config.cross_layers + len(config.top_mlp) - 1
+    assert len(calibrated.input_scales) == calibrated.float8_matmuls == layers
+    assert (calibrated.compute_dtype, calibrated.carried_dtype) == ("float8_e4m3fn", "bfloat16")
+
+
+def test_the_first_scale_is_that_of_the_dense_features() -> None:
+    calibrated = calibrate(CONCAT, params_of(CONCAT), BATCH["concat"])
+    largest = np.abs(BATCH["concat"].dense).max()
+    assert calibrated.input_scales[0] == pytest.approx(largest / LARGEST)
+
+
+def test_kernels_take_the_scales_in_the_order_in_which_they_run() -> None:
+    calibrated = calibrate(DCN, params_of(DCN), BATCH["dcn"])
+    params = with_compute_dtype(params_of(DCN), calibrated)
+    kernels = [layer.kernel for layer in params.bottom]
+    kernels += [kernel for layer in params.cross for kernel in (layer.down, layer.up)]
+    kernels += [layer.kernel for layer in params.top[:-1]]
+    found = [float(kernel.input_scale) for kernel in kernels]
+    np.testing.assert_allclose(found, calibrated.input_scales, rtol=1e-6)
+    assert params.top[-1].kernel.dtype == "bfloat16"
+    again = with_compute_dtype(params, calibrated)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))
+
+
+def test_float8_scores_are_near_those_in_float32(config: DLRMConfig) -> None:
+    params, samples = params_of(config), generate(config, 50, seed=0)
+    calibrated = calibrate(config, params, BATCH[config.name])
+    exact = reference_scores(config, params, samples)
+    found = reference_scores(calibrated, params, samples)
+    error = np.sqrt(np.mean((found - exact) ** 2)) / exact.std()
+    assert 1e-4 < error < 0.2
+
+
+def test_an_engine_serves_float8_layers() -> None:
+    params, samples = params_of(DCN), generate(DCN, 20, seed=0)
+    calibrated = calibrate(DCN, params, BATCH["dcn"])
+    with rf.Engine(calibrated, params, options=SMALL) as engine:
+        found = engine.predict(samples)
+    expected = reference_scores(calibrated, params, samples)
+    np.testing.assert_allclose(found, expected, atol=2**-6 * np.abs(expected).mean(), rtol=2**-6)
+
+
+def test_a_calibrated_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    calibrated = calibrate(DOT, params_of(DOT), BATCH["dot"])
+    rf.save_params(tmp_path / "m.safetensors", calibrated, params_of(DOT))
+    config, params = rf.load_params(tmp_path / "m.safetensors")
+    assert config == calibrated
+    assert params.top[0].kernel.dtype == "float32"
+
+
+def test_layers_that_were_not_calibrated_are_refused() -> None:
+    config = DOT.with_dtypes(compute="float8_e4m3fn")
+    with pytest.raises(ValueError, match="'dot': its float8 layers have no input scales"):
+        rf.Engine(config, params_of(DOT), options=SMALL)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        DLRM(config, params_of(DOT))
+
+
+def test_random_input_calibrates_what_is_not() -> None:
+    config = DOT.with_dtypes(compute="float8_e4m3fn")
+    calibrated = ready(config, params_of(DOT), ids="uniform", seed=0)
+    assert len(calibrated.input_scales) == 2
+    assert ready(calibrated, params_of(DOT), ids="uniform", seed=0) is calibrated
+    assert ready(DOT, params_of(DOT), ids="uniform", seed=0) is DOT
+
+
+def test_no_samples_are_refused() -> None:
+    empty = BATCH["dot"].part(0, 0)
+    with pytest.raises(ValueError, match="calibrate: no samples"):
+        calibrate(DOT, params_of(DOT), empty)
+
+
+@pytest.mark.parametrize("scales", [(0.1,), (0.1, 0.0), (0.1, float("nan"))])
+def test_impossible_scales_are_refused(scales: tuple[float, ...]) -> None:
+    config = DOT.with_dtypes(compute="float8_e4m3fn")
+    with pytest.raises(ConfigError, match="input scale"):
+        config.with_input_scales(scales)
+
+
+def test_another_dtype_has_no_scales() -> None:
+    calibrated = calibrate(DOT, params_of(DOT), BATCH["dot"])
+    assert calibrated.with_dtypes(compute="float32") == DOT
+    with pytest.raises(ConfigError, match="2 input scales for 0 float8 matmuls"):
+        dataclasses.replace(calibrated, compute_dtype="bfloat16")
