@@ -323,7 +323,7 @@ def test_columns_on_the_left_are_left_alone(left: int, config: GatherConfig) -> 
 @pytest.mark.parametrize("right", [4, 60])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 def test_columns_on_the_right_are_zero(out_dtype: str, right: int, config: GatherConfig) -> None:
-    case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4)
+    case = make_case(MIXED, MIXED_DTYPES, samples=11, longest=4)
     out = run_on_host(case, config, out_dtype, left=4, right=right)
     assert not out[:, -right:].any()
     assert relative_error(out[:, 4:-right], case.expected()) < RELATIVE_ERROR[out_dtype]

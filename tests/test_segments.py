@@ -15,7 +15,7 @@ from recflow_jax.backend import choose_backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.segments import Segments
-from recflow_jax.model import REFERENCE, Params, forward
+from recflow_jax.model import REFERENCE, Params, forward, pool
 from small_models import (
     BF16,
     CONCAT,
@@ -69,6 +69,9 @@ def test_scores_are_the_same_with_zero_columns_for_the_kernels(config: DLRMConfi
     segments.compile_all(progress=False)
     behind = segments.new_state().pooled.shape[1] - config.pooled_width
     assert (behind > 0) == (config.interaction == "concat")
+    pooled = partial(pool, config=config, layout=segments.layout, ops=ops)
+    width = jax.eval_shape(pooled, params.groups, device_batch(config, batch)).shape[1]
+    assert width == config.pooled_width + (behind if config.features else 0)
     expected = reference_scores(config, params, batch)
     assert_same_scores(config, run_batch(segments, batch, (0, 7), 16), expected)
     whole = partial(forward, config=config, layout=segments.layout, ops=ops)
