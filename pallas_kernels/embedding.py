@@ -5,9 +5,8 @@
 A row of a quantised group is its values times its own float32 scale, dequantised in registers.
 
 Work is laid out by one of two schedules: `gather_streams` and `gather_bags` say how, `gather_shape`
-says which. A row is read by a *stream* of 1 to 32 lanes, one
-per 16 bytes. Groups, ids, offsets, weights, plans and the output lie in GMEM. Sums are float32 in
-registers.
+says which. A row is read by a *stream* of 1 to 32 lanes, one per 16 bytes. Groups, ids, offsets,
+weights, plans and the output lie in GMEM. Sums are float32 in registers.
 
 Per id: row bytes + 4 read (4 more for a weight, 4 for a scale: a sector of 32), 2 * dim FLOP; per
 sample: 4 bytes per bag read and the output's width written. Bound by memory everywhere.

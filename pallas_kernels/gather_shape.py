@@ -8,6 +8,7 @@ up to twice, where rows are short, bags jagged, or there are too few bags for al
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ FACTOR_BYTES = 4
 SHARED_BYTES = 227 * 1024
 
 Schedule = Literal["streams", "bags"]
-
 
 LONG_ROW_BYTES = 128
 SCARCE_TURNS = 64  # rows for each lane of a launch, on average, below which bags are split further
@@ -163,7 +163,7 @@ class GatherShape:
         """Rings of factors: the one that every launch has, and where both are needed another."""
         return 2 if self.weighted and any(row.quantised for row in self.rows) else 1
 
-    @property
+    @cached_property
     def scarce(self) -> bool:
         """Whether lanes have few rows each, so that the longest bags decide how long it takes."""
         return _turns(self.samples, self.slots, self.rows, self.config) < SCARCE_TURNS

@@ -1,5 +1,6 @@
 """Float8 layers for a float model: what its matmuls' inputs reach, on samples of its own."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -10,7 +11,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
-from recflow_jax.model import DeviceBatch, Ops, Params, forward
+from recflow_jax.model import Ops, Params, forward, to_device
 
 RANDOM_SAMPLES = 256
 
@@ -41,8 +42,9 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
 
     exact = config.with_dtypes(compute="float32")
     layout = Layout.of(exact)
+    inputs = to_device(layout, batch, ids=max(1, len(batch.values)))
     forward(
-        *(params, _on_device(layout, batch)),
+        *(params, jax.tree.map(jnp.asarray, inputs)),
         config=exact,
         layout=layout,
         precision=lax.Precision.HIGHEST,
@@ -57,13 +59,3 @@ def ready(config: DLRMConfig, params: Params, *, ids: str, seed: int) -> DLRMCon
     if len(config.input_scales) == config.float8_matmuls:
         return config
     return calibrate(config, params, generate(config, RANDOM_SAMPLES, seed=seed, ids=ids))
-
-
-def _on_device(layout: Layout, batch: JaggedBatch) -> DeviceBatch:
-    rows = layout.rows(batch) if len(batch.values) else jnp.zeros(1, jnp.int32)
-    return DeviceBatch(
-        dense=jnp.asarray(batch.dense),
-        rows=jnp.asarray(rows),
-        offsets=jnp.asarray(layout.slot_offsets(batch)),
-        weights=None if batch.weights is None else jnp.asarray(batch.weights),
-    )

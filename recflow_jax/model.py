@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from pallas_kernels.float8 import Float8Kernel, Kernel, quantise_kernel
 from pallas_kernels.tables import QuantisedTable
+from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import QUANTISED, DLRMConfig
 from recflow_jax.layout import Group, Layout
 
@@ -61,6 +63,18 @@ class DeviceBatch:
     rows: Any
     offsets: Any
     weights: Any = None
+
+
+def to_device(layout: Layout, batch: JaggedBatch, *, ids: int) -> DeviceBatch:
+    """The samples packed as the model takes them, ids padded to `ids` behind the last bag."""
+    rows = np.zeros(ids, np.int32)
+    rows[: len(batch.values)] = layout.rows(batch)
+    weights = None
+    if batch.weights is not None:
+        weights = np.zeros(ids, np.float32)
+        weights[: len(batch.values)] = batch.weights
+    offsets = layout.slot_offsets(batch)
+    return DeviceBatch(dense=batch.dense, rows=rows, offsets=offsets, weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)

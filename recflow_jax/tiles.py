@@ -11,6 +11,7 @@ m, k and n; without that, the rule `mlp.choose_config` and `mlp.leaves_card_idle
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
@@ -71,7 +72,7 @@ class TileTable:
     @classmethod
     def of_device(cls, kind: str) -> "TileTable":
         """The shipped table of devices of that name, an empty one where there is none."""
-        file = resources.files("recflow_jax") / "tile_tables" / f"{_slug(kind)}.json"
+        file = resources.files("recflow_jax") / "tile_tables" / f"{slug(kind)}.json"
         return cls.read(file) if file.is_file() else cls(device=kind, choices={})
 
     @classmethod
@@ -101,11 +102,12 @@ def entry_of(shape: DenseShape, config: MlpConfig, tried_us: Mapping[str, float]
 
 def path_of(folder: Path, kind: str) -> Path:
     """Where the table of a device goes."""
-    return folder / f"{_slug(kind)}.json"
+    return folder / f"{slug(kind)}.json"
 
 
-def _slug(kind: str) -> str:
-    return kind.lower().replace(" ", "-")
+def slug(name: str) -> str:
+    """A device's or model's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @cache

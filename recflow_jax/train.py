@@ -19,7 +19,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data import movielens
 from recflow_jax.layout import Layout
-from recflow_jax.model import DLRM, DeviceBatch, Params, forward
+from recflow_jax.model import DLRM, DeviceBatch, Params, forward, to_device
 from recflow_jax.params import init_params
 
 Labels = Float[np.ndarray, " samples"]
@@ -74,15 +74,21 @@ def train_movielens(
     train, test = data.train, data.test
     params = fit(data.config, train.batch, train.labels, options=options)
     seconds = time.perf_counter() - start
-    logits = predict(data.config, params, test.batch)
+    test_auc, test_logloss = evaluate(data.config, params, test)
     return TrainResult(
         config=data.config,
         params=params,
-        auc=auc(test.labels, logits),
-        logloss=logloss(test.labels, logits),
+        auc=test_auc,
+        logloss=test_logloss,
         epochs=options.epochs,
         seconds=seconds,
     )
+
+
+def evaluate(config: DLRMConfig, params: Params, samples: movielens.Samples) -> tuple[float, float]:
+    """AUC and log loss, in nats, on `samples`."""
+    logits = predict(config, params, samples.batch)
+    return auc(samples.labels, logits), logloss(samples.labels, logits)
 
 
 def fit(
@@ -132,18 +138,6 @@ def _id_bucket(batch: JaggedBatch, plan: Int[np.ndarray, "steps batch"]) -> int:
 
 def _rounded_up(count: int, step: int) -> int:
     return max(1, -(-count // step)) * step
-
-
-def to_device(layout: Layout, batch: JaggedBatch, *, ids: int) -> DeviceBatch:
-    """The samples packed as the model takes them, ids padded to `ids` behind the last bag."""
-    rows = np.zeros(ids, np.int32)
-    rows[: len(batch.values)] = layout.rows(batch)
-    weights = None
-    if batch.weights is not None:
-        weights = np.zeros(ids, np.float32)
-        weights[: len(batch.values)] = batch.weights
-    offsets = layout.slot_offsets(batch)
-    return DeviceBatch(dense=batch.dense, rows=rows, offsets=offsets, weights=weights)
 
 
 def _with_bar(plan: np.ndarray) -> Iterator[np.ndarray]:

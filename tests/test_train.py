@@ -16,9 +16,9 @@ from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.data import movielens
 from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
-from recflow_jax.model import forward
+from recflow_jax.model import forward, to_device
 from recflow_jax.params import init_params, load_params
-from recflow_jax.train import TrainOptions, auc, fit, logloss, minibatches, predict, to_device
+from recflow_jax.train import TrainOptions, auc, fit, logloss, minibatches, predict
 
 CONFIG = DLRMConfig(
     name="small",

@@ -1,6 +1,5 @@
 """`recflow profile`: how long slices, segments and steps take on this device, as a table."""
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from recflow_jax.measure.profiler import Profiler, segment_key, slice_key, step_
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Params
 from recflow_jax.params import init_params
+from recflow_jax.tiles import slug
 from scheduling import ProfileKey, ProfileRow, ProfileTable, ProfileTableError
 
 FULL = TimingOptions(rounds=5, round_s=0.01)
@@ -76,7 +76,7 @@ def profile_segments(
 ) -> ProfileResult:
     """`profile` of segments that an engine may use afterwards; compiles them."""
     config = segments.config
-    stem = f"{_slug(config.name)}-{_slug(jax.devices()[0].device_kind)}"
+    stem = f"{slug(config.name)}-{slug(jax.devices()[0].device_kind)}"
     path, figure = Path(out) / f"{stem}.json", Path(out) / f"{stem}.png"
     new = _new_table(config, segments.backend.name)
     table = _resumed(path, new) if resume and path.exists() else new
@@ -98,10 +98,6 @@ def _engine_options(
     if max_batch is not None:
         values["max_batch"] = max_batch
     return EngineOptions(**values)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _new_table(config: DLRMConfig, backend: str) -> ProfileTable:

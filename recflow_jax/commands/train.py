@@ -15,7 +15,7 @@ from recflow_jax.console import console
 from recflow_jax.data import movielens
 from recflow_jax.measure.report import command_line, save_json
 from recflow_jax.params import save_params
-from recflow_jax.train import TrainOptions, TrainResult, auc, logloss, predict, train_movielens
+from recflow_jax.train import TrainOptions, TrainResult, evaluate, train_movielens
 
 CALIBRATION_SAMPLES = 4096
 DATASETS = ("movielens",)
@@ -72,11 +72,8 @@ def convert(result: TrainResult, data: movielens.MovieLens, dtype: ComputeDType)
         train = data.train.batch
         last = train.part(max(0, train.samples - CALIBRATION_SAMPLES), train.samples)
         config = calibrate(config, result.params, last)
-    logits = predict(config, result.params, data.test.batch)
-    labels = data.test.labels
-    return dataclasses.replace(
-        result, config=config, auc=auc(labels, logits), logloss=logloss(labels, logits)
-    )
+    test_auc, test_logloss = evaluate(config, result.params, data.test)
+    return dataclasses.replace(result, config=config, auc=test_auc, logloss=test_logloss)
 
 
 def check_writable(path: Path) -> None:

@@ -33,7 +33,7 @@ from recflow_jax.measure.baselines import (
 )
 from recflow_jax.measure.timing import Timed, TimingOptions, measure_side_by_side
 from recflow_jax.measure.torch_baseline import TorchModel, torch_is_installed
-from recflow_jax.model import DeviceBatch, Params
+from recflow_jax.model import DeviceBatch, Params, to_device
 
 Rival = Literal["jax", "jax-per-table", "torch"]
 RIVALS: tuple[Rival, ...] = get_args(Rival)
@@ -232,17 +232,7 @@ def device_batches(
 ) -> list[DeviceBatch]:
     """The sets on the device, all padded to `ids` ids, or as many as the largest has."""
     ids = max(ids, *(len(batch.values) for batch in sets))
-    return jax.device_put([_device_batch(layout, batch, ids) for batch in sets])
-
-
-def _device_batch(layout: Layout, batch: JaggedBatch, ids: int) -> DeviceBatch:
-    padding = (0, ids - len(batch.values))
-    return DeviceBatch(
-        dense=batch.dense,
-        rows=np.pad(layout.rows(batch), padding),
-        offsets=layout.slot_offsets(batch),
-        weights=None if batch.weights is None else np.pad(batch.weights, padding),
-    )
+    return jax.device_put([to_device(layout, batch, ids=ids) for batch in sets])
 
 
 def plain_batches(plain: PlainModel, sets: Sequence[JaggedBatch]) -> list[PlainBatch]:
