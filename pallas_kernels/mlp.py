@@ -11,6 +11,7 @@ Grid: `blocks` (one per SM). Per layer: 2 * m * n * k FLOP; (m * k + k * n + m *
 8 * splits * m * n more where splits > 1.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class MlpConfig:
 
     The block specs: x tiles [block_m, block_k] and kernel tiles [block_k, block_n] in SMEM, both
     tiled (8, 64) and swizzled by 128 bytes; `warpgroups` share the rows of a tile. splits: parts
-    that k is cut into.
+    that k is cut into, at most one per block_k of it.
     """
 
     block_m: int = 128
@@ -141,9 +142,12 @@ def dense(
         return jnp.zeros((0, outputs), x.dtype)
     kernel = pad_kernel(kernel)
     config = config or choose_config(samples, kernel.shape[1], kernel.shape[0])
+    missing = (-kernel.shape[0] % config.block_k, -kernel.shape[1] % config.block_n)
+    kernel = jnp.pad(kernel, [(0, count) for count in missing])
     x = jnp.pad(x, ((0, -samples % config.block_m), (0, kernel.shape[0] - x.shape[1])))
-    missing_outputs = -kernel.shape[1] % config.block_n
-    kernel = jnp.pad(kernel, ((0, 0), (0, missing_outputs)))
+    # A split without a step would free a slot that was never filled.
+    splits = min(config.splits, kernel.shape[0] // config.block_k)
+    config = dataclasses.replace(config, splits=splits)
     bias = jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs))
     if config.splits > 1:
         parts = _launch(x, kernel, jnp.zeros_like(bias), "identity", config)

@@ -49,7 +49,8 @@ def interpreted() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("m", "k", "n", "splits"), [(70, 100, 70, 1), (129, 64, 200, 1), (70, 330, 70, 3)]
+    ("m", "k", "n", "splits"),
+    [(70, 100, 70, 1), (129, 64, 200, 1), (70, 330, 70, 3), (70, 100, 70, 3)],
 )
 def test_interpreted_kernel_equals_the_reference(
     m: int, k: int, n: int, splits: int, capfd: pytest.CaptureFixture[str]

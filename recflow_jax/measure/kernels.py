@@ -2,6 +2,7 @@
 interaction beside its floor.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,9 +138,11 @@ def bench_gather(
 
 
 def _contestants(backend: Backend) -> dict[str, Ops]:
-    """The back end's operations and, where they are others, the reference's."""
-    reference = {} if backend.ops == REFERENCE else {"reference": REFERENCE}
-    return {backend.name: backend.ops, **reference}
+    """The back end's operations and, where they are others, the reference's, as wide."""
+    reference = dataclasses.replace(REFERENCE, dense_columns=backend.ops.dense_columns)
+    return {backend.name: backend.ops} | (
+        {} if backend.ops == reference else {"reference": reference}
+    )
 
 
 def _compiled(
