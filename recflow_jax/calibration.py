@@ -44,7 +44,7 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
     layout = Layout.of(exact)
     inputs = to_device(layout, batch, ids=max(1, len(batch.values)))
     forward(
-        *(params, jax.tree.map(jnp.asarray, inputs)),
+        *(params, jax.device_put(inputs)),
         config=exact,
         layout=layout,
         precision=lax.Precision.HIGHEST,

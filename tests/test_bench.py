@@ -197,6 +197,19 @@ def test_a_wrong_gather_is_not_timed() -> None:
         )
 
 
+def test_a_gather_that_writes_zero_columns_is_held_against_one_as_wide() -> None:
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        return reference.pooled_gather(*args, **kwargs)
+
+    padding = Backend(
+        name="mosaic", reason="a test", ops=Ops(pooled_gather=gather, dense_columns=64)
+    )
+    result = bench_gather(
+        PAIR, models.params_of(PAIR), padding, (4,), ids="uniform", seed=0, options=FAST
+    )
+    assert set(result[0].timings) == {"mosaic", "reference"}
+
+
 def test_a_contender_with_wrong_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contenders.PlainModel.forward
 

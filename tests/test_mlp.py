@@ -67,6 +67,14 @@ def test_interpreted_kernel_equals_the_reference(
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_k_that_is_no_multiple_of_a_block_is_padded() -> None:
+    x, kernel, bias = operands(70, 150, 70)  # padded to 192 once, to 256 for this config
+    config = dataclasses.replace(SMALL, block_k=128)
+    out = dense(x, pad_kernel(kernel), bias, activation="relu", config=config)
+    assert relative_error(out, x, kernel, bias) < RELATIVE_ERROR["bfloat16"]
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_interpreter_finds_a_planted_race(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

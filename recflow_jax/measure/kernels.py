@@ -140,9 +140,8 @@ def bench_gather(
 def _contestants(backend: Backend) -> dict[str, Ops]:
     """The back end's operations and, where they are others, the reference's, as wide."""
     reference = dataclasses.replace(REFERENCE, dense_columns=backend.ops.dense_columns)
-    return {backend.name: backend.ops} | (
-        {} if backend.ops == reference else {"reference": reference}
-    )
+    ops = {backend.name: backend.ops}
+    return ops if backend.ops == reference else {**ops, "reference": reference}
 
 
 def _compiled(
