@@ -200,7 +200,7 @@ def _body(
             index = turn * TURNS + warpgroup
             row, column = place(index)
             refs = (low_smem, up_smem, ring)
-            product = multiply_tile(*refs, 0, index * steps, steps, tile)
+            (product,) = multiply_tile(*refs, 0, index * steps, steps, tile)
             for piece in range(pieces):
                 columns = columns_of(column, piece)
                 high = product[:, piece * PIECE : (piece + 1) * PIECE]

@@ -14,6 +14,7 @@ sample: 4 bytes per bag read and the output's width written. Bound by memory eve
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from pallas_kernels.gather_shape import (
     choose_config,
 )
 from pallas_kernels.gather_streams import gather_streams, stream_spans
-from pallas_kernels.simt import MosaicSimt
+from pallas_kernels.simt import MosaicSimt, Value
 from pallas_kernels.slots import Slot, width
 from pallas_kernels.tables import LIMITS, QuantisedTable, Table
 
@@ -66,53 +67,104 @@ def pooled_gather(
     trusted: they must be rows of their slot's group. Raises ValueError for shapes, dtypes or slots
     that the kernel cannot take.
     """
-    _check(groups, rows, offsets, slots)
-    behind = 0 if left is None or left.shape[1] % 4 else left.shape[1]
-    before = 0 if right % 4 else right
-    samples = (len(offsets) - 1) // len(slots)
-    row_shapes = tuple(RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in map(_values, groups))
-    shape = GatherShape(
-        samples=samples,
+    gather = Gather.of(
+        *(groups, rows, offsets, weights),
         slots=slots,
-        rows=row_shapes,
-        out_dtype=str(jnp.dtype(out_dtype)),
-        weighted=weights is not None,
-        config=config or choose_config(samples, slots, row_shapes),
-        left=behind,
-        right=before,
+        out_dtype=out_dtype,
+        left=left,
+        right=right,
+        config=config,
     )
-    if shape.samples == 0:
+    if gather.shape.samples == 0:
         left_width = 0 if left is None else left.shape[1]
         return jnp.zeros((0, left_width + width(slots) + right), out_dtype)
-    optional = [] if weights is None else [weights]
-    tables = [*map(_values, groups), *(g.scales for g in groups if isinstance(g, QuantisedTable))]
-    out = _launch(shape, [*tables, rows, offsets, *optional])
-    if right != before:
-        out = jnp.pad(out, ((0, 0), (0, right)))
-    if left is None:
-        return out
-    if not behind:
-        return jnp.concatenate([left.astype(out.dtype), out], axis=1)
-    return lax.dynamic_update_slice(out, left.astype(out.dtype), (0, 0))
+    return gather.finished(_launch(gather))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """A pooled gather as one launch takes it: `operands`, tables first, then the plans, in GMEM.
+
+    What the kernel leaves to be done with `left` and `right` is in `finished`.
+    """
+
+    shape: GatherShape
+    operands: tuple[Array | np.ndarray, ...]
+    plans: tuple[str, ...]
+    left: Array | None
+    right: int
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Table],
+        rows: Array,
+        offsets: Array,
+        weights: Array | None,
+        *,
+        slots: tuple[Slot, ...],
+        out_dtype: DTypeLike,
+        left: Array | None,
+        right: int,
+        config: GatherConfig | None,
+    ) -> "Gather":
+        """The launch for operands of `pooled_gather`. Raises ValueError like that."""
+        _check(groups, rows, offsets, slots)
+        samples = (len(offsets) - 1) // len(slots)
+        row_shapes = tuple(
+            RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in map(_values, groups)
+        )
+        shape = GatherShape(
+            samples=samples,
+            slots=slots,
+            rows=row_shapes,
+            out_dtype=str(jnp.dtype(out_dtype)),
+            weighted=weights is not None,
+            config=config or choose_config(samples, slots, row_shapes),
+            left=0 if left is None or left.shape[1] % 4 else left.shape[1],
+            right=0 if right % 4 else right,
+        )
+        optional = [] if weights is None else [weights]
+        scales = [group.scales for group in groups if isinstance(group, QuantisedTable)]
+        plans = _plans(shape)
+        operands = (*map(_values, groups), *scales, rows, offsets, *optional, *plans.values())
+        return cls(shape=shape, operands=operands, plans=tuple(plans), left=left, right=right)
+
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        """What the kernel writes."""
+        shape = (self.shape.samples, self.shape.width)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.shape.out_dtype))
+
+    def finished(self, out: Array) -> Array:
+        """The gather's output from what the kernel wrote."""
+        if self.right != self.shape.right:
+            out = jnp.pad(out, ((0, 0), (0, self.right)))
+        if self.left is None:
+            return out
+        left = self.left.astype(out.dtype)
+        if not self.shape.left:
+            return jnp.concatenate([left, out], axis=1)
+        return lax.dynamic_update_slice(out, left, (0, 0))
 
 
 def _values(group: Table) -> Array:
     return group.values if isinstance(group, QuantisedTable) else group
 
 
-def _launch(shape: GatherShape, operands: list[Array]) -> Array:
-    plans = _plans(shape)
+def _launch(gather: Gather) -> Array:
+    config = gather.shape.config
     kernel = plgpu.kernel(
-        functools.partial(_body, shape=shape, plans=tuple(plans)),
-        out_type=jax.ShapeDtypeStruct((shape.samples, shape.width), jnp.dtype(shape.out_dtype)),
-        scratch_types=[plgpu.SMEM((_shared_bytes(shape) // 4,), jnp.int32)],
-        grid=(shape.config.blocks,),
+        functools.partial(_body, gather=gather),
+        out_type=gather.out_type,
+        scratch_types=[plgpu.SMEM((_shared_bytes(gather.shape) // 4,), jnp.int32)],
+        grid=(config.blocks,),
         grid_names=("block",),
-        num_threads=shape.config.warpgroups,
+        num_threads=config.warpgroups,
         thread_name="warpgroup",
         kernel_name="pooled_gather",
     )
-    return kernel(*operands, *plans.values())
+    return kernel(*gather.operands)
 
 
 def _plans(shape: GatherShape) -> dict[str, np.ndarray]:
@@ -132,45 +184,69 @@ def _shared_bytes(shape: GatherShape) -> int:
     return max(partial_bytes(shape) * shape.config.warpgroups, WARPGROUP * FACTOR_BYTES)
 
 
-def _body(*refs: Any, shape: GatherShape, plans: tuple[str, ...]) -> None:
-    """Hands per-thread code its refs: groups, scales of the quantised ones, ids, offsets,
-    [weights], the schedule's plans, out, SMEM.
-    """
+def _body(*refs: Any, gather: Gather) -> None:
+    """Hands per-thread code its refs: the operands, the output, SMEM."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
     def per_thread(_, *refs):
         simt = MosaicSimt()
-        *inputs, smem = refs
-        inputs = iter([simt.global_address(ref) for ref in inputs])
-        groups = tuple(next(inputs) for _ in shape.rows)
-        scales = tuple(next(inputs) if row.quantised else None for row in shape.rows)
-        ids, offsets = next(inputs), next(inputs)
-        weights = next(inputs) if shape.weighted else None
-        plan = {name: next(inputs) for name in plans}
-        (out,) = inputs
+        *gmem, smem = refs
         thread, shared = simt.thread(), simt.shared_address(smem)
-        factor_ring = shared + shape.config.ring_slots * VECTOR_BYTES
-        at = Addresses(
-            groups=groups,
-            scales=scales,
-            ids=ids,
-            offsets=offsets,
-            weights=weights,
-            spans=plan.get("spans"),
-            means=plan.get("means"),
-            bag_spans=plan.get("bag_spans"),
-            bag_slots=plan.get("bag_slots"),
-            out=out,
-            ring=shared + thread * VECTOR_BYTES,
-            factor_ring=factor_ring + thread * FACTOR_BYTES,
-            partial=shared + thread // WARPGROUP * partial_bytes(shape),
-        )
+        partial = shared + thread // WARPGROUP * partial_bytes(gather.shape)
+        at = addresses(simt, gather, gmem, thread=thread, shared=shared, partial=partial)
         place = {"thread": thread, "block": simt.block()}
-        gather = gather_streams if shape.config.schedule == "streams" else gather_bags
-        gather(simt, shape, at, **place)
-        zero_right(simt, shape, at, **place)
+        gather_all(simt, gather.shape, at, **place)
+        zero_right(simt, gather.shape, at, **place)
 
     per_thread(*refs)
+
+
+def gather_all(
+    simt: MosaicSimt, shape: GatherShape, at: Addresses, *, thread: Value, block: Value
+) -> None:
+    """One thread's share of all bags, by the schedule of the launch."""
+    schedule = gather_streams if shape.config.schedule == "streams" else gather_bags
+    schedule(simt, shape, at, thread=thread, block=block)
+
+
+def addresses(
+    simt: MosaicSimt,
+    gather: Gather,
+    gmem: Sequence[Any],
+    *,
+    thread: Value,
+    shared: Value,
+    partial: Value = None,
+    counters: Value = None,
+) -> Addresses:
+    """Where things are for one thread: `gmem` are the refs of the operands and the output; `thread`
+    is its number among those whose ring starts at `shared`.
+    """
+    shape = gather.shape
+    inputs = iter([simt.global_address(ref) for ref in gmem])
+    groups = tuple(next(inputs) for _ in shape.rows)
+    scales = tuple(next(inputs) if row.quantised else None for row in shape.rows)
+    ids, offsets = next(inputs), next(inputs)
+    weights = next(inputs) if shape.weighted else None
+    plan = {name: next(inputs) for name in gather.plans}
+    (out,) = inputs
+    factor_ring = shared + shape.config.ring_slots * VECTOR_BYTES
+    return Addresses(
+        groups=groups,
+        scales=scales,
+        ids=ids,
+        offsets=offsets,
+        weights=weights,
+        spans=plan.get("spans"),
+        means=plan.get("means"),
+        bag_spans=plan.get("bag_spans"),
+        bag_slots=plan.get("bag_slots"),
+        out=out,
+        ring=shared + thread * VECTOR_BYTES,
+        factor_ring=factor_ring + thread * FACTOR_BYTES,
+        partial=partial,
+        counters=counters,
+    )
 
 
 def _check(groups: Sequence[Table], rows: Array, offsets: Array, slots: tuple[Slot, ...]) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from pallas_kernels.gather_rows import Addresses, RowReader
 from pallas_kernels.gather_shape import FACTOR_BYTES, VECTOR_BYTES, WARP, GatherShape
+from pallas_kernels.shares import COUNTER_BYTES, Claims, Shares, Turns
 from pallas_kernels.simt import Value, WarpSimt, minimum
 from pallas_kernels.slots import Slot
 
@@ -77,7 +78,7 @@ def _kind_of(shape: GatherShape, slot: Slot) -> _Kind:
     at_once = max(1, shape.config.rows_at_once // row.vectors)
     per_stream = at_once if shape.scarce else IDS_PER_STREAM
     split = min(row.streams, _power_of_two(expected / per_stream))
-    shared = shape.scarce and expected > 2 * per_stream * split
+    shared = shape.config.shares_bags and shape.scarce and expected > 2 * per_stream * split
     rows = min(at_once, _power_of_two(expected / split))
     return _Kind(
         group=slot.group,
@@ -150,13 +151,18 @@ def gather_bags(
     """What the warps of a block do: their shares of the tasks of every class, class after class."""
     config, taken = shape.config, 0
     warp = thread // WARP
-    for cls in bag_plan(shape).classes:
+    for index, cls in enumerate(bag_plan(shape).classes):
         gather = _BagGather(simt, shape, at, cls, thread)
+        if at.counters is not None:
+            counter = at.counters + index * COUNTER_BYTES
+            gather.tasks_of(Claims(simt=simt, counter=counter, lane=thread % WARP))
+            continue
         workers = config.warps // cls.warps
         worker = warp // cls.warps * config.blocks + block
         # Whoever had one task less in the class before is first in this one.
         turned = worker + (workers - taken % workers)
-        gather.tasks_of(simt.select(turned < workers, turned, turned - workers), workers)
+        worker = simt.select(turned < workers, turned, turned - workers)
+        gather.tasks_of(Turns(worker=worker, workers=workers))
         taken += gather.tasks if cls.warps == 1 else 0
 
 
@@ -175,14 +181,15 @@ class _BagGather(RowReader):
         self.part = self.warp * cls.split + self.stream % cls.split
         self.stride = cls.split * cls.warps
 
-    def tasks_of(self, first: Value, workers: int) -> None:
-        """Every `workers`-th task from `first`."""
+    def tasks_of(self, shares: Shares) -> None:
+        """The warp's share of the tasks."""
 
         def body(task: Value) -> list[Value]:
+            asked = shares.after(task)
             self.task(task)
-            return [task + workers]
+            return [shares.task(asked)]
 
-        self.simt.while_(lambda task: task < self.tasks, body, [first])
+        self.simt.while_(lambda task: task < self.tasks, body, [shares.task(shares.first())])
 
     def task(self, task: Value) -> None:
         """Pools the bags of one span for one block of samples."""

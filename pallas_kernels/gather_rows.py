@@ -10,8 +10,9 @@ from pallas_kernels.simt import CommonSimt, Value
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
     """Where the operands of a launch start: GMEM; `ring` and `factor_ring` in SMEM (this thread's
-    first slots), `partial` too (its warpgroup's). Groups that are not quantised have no scales,
-    and no weights or means, or what another schedule needs: None.
+    first slots), `partial` too (its warpgroup's). counters: int32, zero at first, where warps claim
+    their tasks. Groups that are not quantised have no scales, and no weights or means, or what
+    another schedule needs: None.
     """
 
     groups: tuple[Value, ...]
@@ -27,6 +28,7 @@ class Addresses:
     ring: Value
     factor_ring: Value
     partial: Value
+    counters: Value = None
 
 
 class RowReader:

@@ -33,9 +33,11 @@ class GatherConfig:
     """How the gather is laid over the GPU.
 
     blocks: thread blocks launched, one per SM. warpgroups: 128-thread groups per block.
-    Of `streams`: ring_rows: rows in flight per stream. ids_ahead: how many rows before its use an
-    id is loaded. slots_per_unit: the longest span; None cuts samples so that every stream has a
-    unit. Of `bags`: rows_at_once: rows that a stream has in flight.
+    Of `streams`: ring_rows: rows in flight per stream. rows_per_turn: rows that a turn of a
+    stream's loop adds. ids_ahead: how many rows before its use an id is loaded. units_per_stream:
+    what samples are cut for. slots_per_unit: the longest span, instead of that. Of `bags`:
+    rows_at_once: rows that a stream has in flight. shares_bags: whether the warps of a warpgroup
+    share long bags, where bags are few.
     """
 
     schedule: Schedule = "streams"
@@ -43,11 +45,15 @@ class GatherConfig:
     warpgroups: int = 8
     ring_rows: int = 8
     ids_ahead: int = 8
+    rows_per_turn: int = 1
+    units_per_stream: int = 1
     slots_per_unit: int | None = None
     rows_at_once: int = 4
+    shares_bags: bool = True
 
     def __post_init__(self) -> None:
-        least = {"blocks": 1, "warpgroups": 1, "ring_rows": 2, "ids_ahead": 1, "rows_at_once": 1}
+        least = dict.fromkeys(("blocks", "warpgroups", "ids_ahead", "rows_per_turn"), 1)
+        least |= {"units_per_stream": 1, "rows_at_once": 1, "ring_rows": 2}
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"gather config: {name} is {getattr(self, name)}, below {limit}")
@@ -160,8 +166,8 @@ class GatherShape:
 
     @property
     def factors(self) -> int:
-        """Rings of factors: the one that every launch has, and where both are needed another."""
-        return 2 if self.weighted and any(row.quantised for row in self.rows) else 1
+        """Rings of factors: of weights, of scales."""
+        return int(self.weighted) + int(any(row.quantised for row in self.rows))
 
     @cached_property
     def scarce(self) -> bool:

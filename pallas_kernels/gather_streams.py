@@ -2,7 +2,7 @@
 
 Work is cut into *units*: the bags of one sample in a *span* of consecutive slots that read one
 group. A unit's ids are contiguous. A *stream* of 1 to 32 lanes, one per 16 bytes of a row, takes
-every k-th unit and walks its ids; the streams of a warp need not agree.
+every k-th unit, or claims units, and walks their ids.
 
 Each lane owns `ring_rows` slots of 16 bytes in SMEM and fills them with cp.async that many rows
 ahead; it reads back only its own bytes, so waiting for its own copies suffices and no barrier is
@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels.gather_rows import Addresses, RowReader
 from pallas_kernels.gather_shape import FACTOR_BYTES, VECTOR_BYTES, WARP, GatherShape
+from pallas_kernels.shares import COUNTER_BYTES, Claims, Shares, Turns
 from pallas_kernels.simt import Simt, Value, minimum
 from pallas_kernels.slots import Run, runs
 
@@ -55,8 +56,9 @@ def _pieces(shape: GatherShape, run: Run) -> int:
 
 
 def _units_per_sample(shape: GatherShape, group: int) -> int:
-    """Into how many units a sample is cut: as many as give each stream one, none a second."""
-    return max(1, shape.config.warps * shape.rows[group].streams // shape.samples)
+    """Into how many units a sample is cut: as many as give each stream so many, none one more."""
+    streams = shape.config.warps * shape.rows[group].streams
+    return max(1, streams * shape.config.units_per_stream // shape.samples)
 
 
 def gather_streams(
@@ -68,7 +70,11 @@ def gather_streams(
     for group, (first_span, spans) in enumerate(parts):
         if spans:
             gather = _UnitGather(simt, shape, at, group, thread % WARP)
-            gather.units_of_warp(warp, first_span, spans)
+            shares: Shares = Turns(worker=warp, workers=shape.config.warps)
+            if at.counters is not None:
+                counter = at.counters + group * COUNTER_BYTES
+                shares = Claims(simt=simt, counter=counter, lane=thread % WARP)
+            gather.units_of_warp(shares, first_span, spans)
 
 
 class _UnitGather(RowReader):
@@ -77,19 +83,30 @@ class _UnitGather(RowReader):
     def __init__(self, simt: Simt, shape: GatherShape, at: Addresses, group: int, lane: Value):
         super().__init__(simt, shape, at, group, lane)
         self.factors = int(shape.weighted) + int(self.row.quantised)
-        self.ring_rows = max(1, shape.config.ring_rows // self.row.vectors)
+        rows = max(1, shape.config.ring_rows // self.row.vectors)
+        self.per_turn = min(rows, shape.config.rows_per_turn)
+        self.ring_rows = rows - rows % self.per_turn
+        self.ids_ahead = shape.config.ids_ahead + -shape.config.ids_ahead % self.per_turn
 
-    def units_of_warp(self, warp: Value, first_span: int, spans: int) -> None:
-        """Stream k of warp w takes unit w * streams + k, then every (warps * streams)th."""
-        units, streams = self.shape.samples * spans, self.row.streams
+    def units_of_warp(self, shares: Shares, first_span: int, spans: int) -> None:
+        """The warp's share of the units: task t has one for each stream, from t * streams on."""
+        simt, samples, streams = self.simt, self.shape.samples, self.row.streams
+        units = samples * spans
 
-        def body(unit: Value) -> list[Value]:
-            # The streams of a warp take the same span, so that few of its branches diverge.
-            sample, span = unit % self.shape.samples, unit // self.shape.samples
-            self.unit(sample, span + first_span)
-            return [unit + self.shape.config.warps * streams]
+        def body(task: Value) -> list[Value]:
+            asked = shares.after(task)
+            unit = task * streams + self.stream
 
-        self.simt.while_(lambda unit: unit < units, body, [warp * streams + self.stream])
+            def once(unit: Value) -> list[Value]:
+                # The streams of a warp take the same span, so that few of its branches diverge.
+                self.unit(unit % samples, unit // samples + first_span)
+                return [simt.constant(units)]
+
+            simt.while_(lambda unit: unit < units, once, [unit])
+            return [shares.task(asked)]
+
+        first = shares.task(shares.first())
+        simt.while_(lambda task: (task * streams) < units, body, [first])
 
     def unit(self, sample: Value, span: Value) -> None:
         """Pools the bags of one span of one sample."""
@@ -101,7 +118,8 @@ class _UnitGather(RowReader):
         last_bag = bag + count
         position, end = self.offset(bag), self.offset(last_bag)
         ids = self._fill_ring(position, end)
-        state = [bag, self.offset(bag + 1), self.output(sample, column), *self.zeros()]
+        ends = [self.offset(bag + 1), self.offset(minimum(simt, bag + 2, last_bag))]
+        state = [bag, *ends, self.output(sample, column), *self.zeros()]
         state = self._close_bags(position, last_bag, state)
         self._walk(position, end, last_bag, state, ids)
 
@@ -113,15 +131,18 @@ class _UnitGather(RowReader):
 
     def _fill_ring(self, position: Value, end: Value) -> list[Value]:
         """Asks for the first ring of rows; returns the ids of the next `ids_ahead`."""
-        ids = [
-            self._load_id(position + i, end)
-            for i in range(self.ring_rows + self.shape.config.ids_ahead)
-        ]
-        for i in range(self.ring_rows):
-            self._ask(self.simt.constant(i), ids[i], position + i, end)
+        ids = [self._load_id(position + i, end) for i in range(self.ring_rows + self.ids_ahead)]
+        for first in range(0, self.ring_rows, self.per_turn):
+            self._ask(self.simt.constant(first), ids[first:], position + first, end)
         return ids[self.ring_rows :]
 
-    def _ask(self, slot: Value, row_id: Value, position: Value, end: Value) -> None:
+    def _ask(self, slot: Value, ids: list[Value], position: Value, end: Value) -> None:
+        """Starts the copies of a turn's rows into ring slots, from `slot` on."""
+        for i in range(self.per_turn):
+            self._ask_row(slot + i, ids[i], position + i, end)
+        self.simt.commit()
+
+    def _ask_row(self, slot: Value, row_id: Value, position: Value, end: Value) -> None:
         """Starts the copy of this lane's pieces of a row and its factors into a ring slot."""
         simt, row = self.simt, self.row
         source = self.row_address(row_id)
@@ -131,7 +152,6 @@ class _UnitGather(RowReader):
             simt.copy_async(self._slot(slot, v), start, row.vector_bytes, inside)
         for factor, start in enumerate(self.factor_sources(row_id, position)):
             simt.copy_async(self._factor_slot(slot, factor), start, FACTOR_BYTES, inside)
-        simt.commit()
 
     def _slot(self, slot: Value, vector: int) -> Value:
         stride = self.shape.config.threads * VECTOR_BYTES
@@ -145,19 +165,24 @@ class _UnitGather(RowReader):
     def _walk(
         self, position: Value, end: Value, last_bag: Value, state: list[Value], ids: list[Value]
     ) -> None:
-        """Adds row after row, asks for the row a ring ahead, writes each bag that ends."""
-        simt, ahead = self.simt, len(ids)
+        """Adds a turn's rows, asks for those a ring ahead, writes each bag that ends. Behind the
+        unit's end it adds what belongs to no bag.
+        """
+        simt, ahead, step = self.simt, len(ids), self.per_turn
 
         def body(position: Value, slot: Value, *rest: Value) -> list[Value]:
             state, ids = list(rest[:-ahead]), list(rest[-ahead:])
-            simt.wait(self.ring_rows - 1)
-            state[3:] = self.add(*self._read(slot), state[3:])
+            simt.wait(self.ring_rows // step - 1)
+            rows = [self._read(slot + i) for i in range(step)]
             asked = position + self.ring_rows
-            self._ask(slot, ids[0], asked, end)
-            ids = [*ids[1:], self._load_id(asked + ahead, end)]
-            state = self._close_bags(position + 1, last_bag, state)
-            wraps = simt.equal(slot + 1, self.ring_rows)
-            return [position + 1, simt.select(wraps, simt.constant(0), slot + 1), *state, *ids]
+            self._ask(slot, ids, asked, end)
+            ids = ids[step:] + [self._load_id(asked + ahead + i, end) for i in range(step)]
+            for i, row in enumerate(rows):
+                state[4:] = self.add(*row, state[4:])
+                state = self._close_bags(position + (i + 1), last_bag, state)
+            wraps = simt.equal(slot + step, self.ring_rows)
+            slot = simt.select(wraps, simt.constant(0), slot + step)
+            return [position + step, slot, *state, *ids]
 
         carry = [position, simt.constant(0), *state, *ids]
         simt.while_(lambda position, *_: position < end, body, carry)
@@ -174,17 +199,18 @@ class _UnitGather(RowReader):
     def _close_bags(self, position: Value, last_bag: Value, state: list[Value]) -> list[Value]:
         """Writes every bag that ends at `position`, empty ones too; returns the state after.
 
-        State: the open bag, where its ids end, where it goes, and its sums so far.
+        State: the open bag, where its ids and those of the next one end, where it goes, and its
+        sums so far.
         """
         step = self.row.dim * self.shape.out_item_bytes
 
         def ends_here(bag: Value, bag_end: Value, *_: Value) -> Value:
             return (bag < last_bag) & self.simt.equal(bag_end, position)
 
-        def body(bag: Value, bag_end: Value, out: Value, *sums: Value) -> list[Value]:
+        def body(bag: Value, _: Value, next_end: Value, out: Value, *sums: Value) -> list[Value]:
             self.write(out, self._scaled(bag, list(sums)))
-            following_end = self.offset(minimum(self.simt, bag + 2, last_bag))
-            return [bag + 1, following_end, out + step, *self.zeros()]
+            following_end = self.offset(minimum(self.simt, bag + 3, last_bag))
+            return [bag + 1, next_end, following_end, out + step, *self.zeros()]
 
         return self.simt.while_(ends_here, body, state)
 

@@ -32,7 +32,6 @@ SWIZZLE = 128
 SWIZZLE_ITEMS = SWIZZLE // 2
 SHARED_BYTES = 227 * 1024
 PADDED_TO = 64
-OUT_SLOTS = 2  # the epilogue stores a tile in pieces of SWIZZLE bytes a row, through so many slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,9 @@ class MlpConfig:
 
     The block specs: x tiles [block_m, block_k] and kernel tiles [block_k, block_n] in SMEM, both
     tiled (8, 64) and swizzled by 128 bytes; `warpgroups` share the rows of a tile. splits: parts
-    that k is cut into, at most one per block_k of it.
+    that k is cut into, at most one per block_k of it. out_slots: the epilogue stores a tile in
+    pieces of SWIZZLE bytes a row, through so many slots. wgmma_columns: of one wgmma at most, whose
+    sums need half as many registers at launch.
     """
 
     block_m: int = 128
@@ -51,6 +52,8 @@ class MlpConfig:
     warpgroups: int = 2
     blocks: int = 132
     splits: int = 1
+    out_slots: int = 2
+    wgmma_columns: int = 256
 
     def __post_init__(self) -> None:
         owner = f"mlp config {self}"
@@ -58,11 +61,13 @@ class MlpConfig:
             raise ValueError(f"{owner}: block_m is no multiple of 64 per warpgroup")
         if self.block_n % SWIZZLE_ITEMS or self.block_n > 256:
             raise ValueError(f"{owner}: block_n is no multiple of 64 up to 256")
+        if self.block_n % self.wgmma_n or self.wgmma_n % SWIZZLE_ITEMS:
+            raise ValueError(f"{owner}: no whole wgmmas, of a multiple of 64, in block_n")
         if self.block_k % SWIZZLE_ITEMS:
             raise ValueError(f"{owner}: block_k is no multiple of 64")
-        if min(self.warpgroups, self.blocks, self.splits) < 1 or self.stages < 2:
+        if min(self.warpgroups, self.blocks, self.splits, self.out_slots) < 1 or self.stages < 2:
             raise ValueError(
-                f"{owner}: needs two stages, a warpgroup, a block and a split at least"
+                f"{owner}: needs two stages, a warpgroup, a block, a split and an out slot at least"
             )
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"{owner}: {self.shared_bytes} bytes of SMEM, above {SHARED_BYTES}")
@@ -73,10 +78,15 @@ class MlpConfig:
         return self.block_m // self.warpgroups
 
     @property
+    def wgmma_n(self) -> int:
+        """Columns of one wgmma."""
+        return min(self.block_n, self.wgmma_columns)
+
+    @property
     def shared_bytes(self) -> int:
         """Operand ring of 16-bit items, and output slots."""
         operands = self.stages * self.block_k * (self.block_m + self.block_n)
-        return 2 * operands + OUT_SLOTS * self.block_m * SWIZZLE
+        return 2 * operands + self.out_slots * self.block_m * SWIZZLE
 
 
 CONFIGS = (
@@ -136,26 +146,91 @@ def dense(
     samples, inputs and outputs: what is no multiple of a tile is padded inside. Raises ValueError
     for dtypes other than bfloat16 and float16, an unknown activation, or shapes that do not match.
     """
-    _check(x, kernel, bias, activation)
-    samples, outputs = len(x), len(bias)
-    if samples == 0:
-        return jnp.zeros((0, outputs), x.dtype)
-    kernel = pad_kernel(kernel)
-    config = config or choose_config(samples, kernel.shape[1], kernel.shape[0])
-    missing = (-kernel.shape[0] % config.block_k, -kernel.shape[1] % config.block_n)
-    kernel = jnp.pad(kernel, [(0, count) for count in missing])
-    x = jnp.pad(x, ((0, -samples % config.block_m), (0, kernel.shape[0] - x.shape[1])))
-    # A split without a step would free a slot that was never filled.
-    splits = min(config.splits, kernel.shape[0] // config.block_k)
-    config = dataclasses.replace(config, splits=splits)
-    bias = jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs))
-    if config.splits > 1:
-        parts = _launch(x, kernel, jnp.zeros_like(bias), "identity", config)
-        total = parts.reshape(config.splits, *x.shape[:1], -1).sum(axis=0)
-        out = ACTIVATIONS[activation](total + bias).astype(x.dtype)
-    else:
-        out = _launch(x, kernel, bias, activation, config)
-    return out[:samples, :outputs]
+    check(x, kernel, bias, activation)
+    if len(x) == 0:
+        return jnp.zeros((0, len(bias)), x.dtype)
+    layer = Layer.of(x, kernel, bias, activation, config)
+    return layer.finished(_launch(layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A dense layer in whole tiles: operands padded, the bias float32, splits capped."""
+
+    x: Array
+    kernel: Array
+    bias: Array
+    activation: str
+    config: MlpConfig
+    samples: int
+    outputs: int
+
+    @classmethod
+    def of(
+        cls, x: Array, kernel: Array, bias: Array, activation: str, config: MlpConfig | None
+    ) -> "Layer":
+        """The layer of operands that `dense` takes, of one sample at least."""
+        samples, outputs = len(x), len(bias)
+        kernel = pad_kernel(kernel)
+        config = config or choose_config(samples, kernel.shape[1], kernel.shape[0])
+        missing = (-kernel.shape[0] % config.block_k, -kernel.shape[1] % config.block_n)
+        kernel = jnp.pad(kernel, [(0, count) for count in missing])
+        x = jnp.pad(x, ((0, -samples % config.block_m), (0, kernel.shape[0] - x.shape[1])))
+        # A split without a step would free a slot that was never filled.
+        splits = min(config.splits, kernel.shape[0] // config.block_k)
+        return cls(
+            x=x,
+            kernel=kernel,
+            bias=jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs)),
+            activation=activation,
+            config=dataclasses.replace(config, splits=splits),
+            samples=samples,
+            outputs=outputs,
+        )
+
+    @property
+    def split(self) -> bool:
+        """Whether the kernel writes parts of the product, one below the other, in float32."""
+        return self.config.splits > 1
+
+    @property
+    def operands(self) -> tuple[Array, Array, Array]:
+        """What the kernel reads: x, the weights, and the bias, none where parts are added later."""
+        return self.x, self.kernel, jnp.zeros_like(self.bias) if self.split else self.bias
+
+    @property
+    def kernel_activation(self) -> str:
+        """What the kernel's epilogue applies."""
+        return "identity" if self.split else self.activation
+
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        """What the kernel writes."""
+        dtype = jnp.dtype(jnp.float32) if self.split else self.x.dtype
+        rows = self.config.splits * len(self.x)
+        return jax.ShapeDtypeStruct((rows, self.kernel.shape[1]), dtype)
+
+    @property
+    def scratch_types(self) -> dict[str, Any]:
+        """SMEM and barriers by their names in LayerRefs."""
+        config, out = self.config, self.out_type
+        tile = functools.partial(plgpu.SMEM, dtype=self.x.dtype, transforms=swizzled())
+        columns = SWIZZLE // out.dtype.itemsize
+        out_tile = (config.warpgroups, config.out_slots, config.rows, columns)
+        return {
+            "x_smem": tile((config.stages, config.block_m, config.block_k)),
+            "kernel_smem": tile((config.stages, config.block_k, config.block_n)),
+            "out_smem": plgpu.SMEM(out_tile, out.dtype, transforms=swizzled(columns)),
+            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            "consumed": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+        }
+
+    def finished(self, out: Array) -> Array:
+        """The layer's output from what the kernel wrote."""
+        if self.split:
+            total = out.reshape(self.config.splits, *self.x.shape[:1], -1).sum(axis=0)
+            out = ACTIVATIONS[self.activation](total + self.bias).astype(self.x.dtype)
+        return out[: self.samples, : self.outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,29 +283,18 @@ class Ring:
             plgpu.barrier_wait(self._barrier(self.consumed, steps - last + index))
 
 
-def _launch(x: Array, kernel: Array, bias: Array, activation: str, config: MlpConfig) -> Array:
-    """The layer, or with splits the parts of the product, one below the other, in float32."""
-    out_dtype = x.dtype if config.splits == 1 else jnp.dtype(jnp.float32)
-    columns = SWIZZLE // out_dtype.itemsize
-    tile = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=swizzled())
-    out_tile = (config.warpgroups, OUT_SLOTS, config.rows, columns)
+def _launch(layer: Layer) -> Array:
     launch = plgpu.kernel(
-        functools.partial(_body, activation=activation, config=config),
-        out_type=jax.ShapeDtypeStruct((config.splits * len(x), kernel.shape[1]), out_dtype),
-        scratch_types={
-            "x_smem": tile((config.stages, config.block_m, config.block_k)),
-            "kernel_smem": tile((config.stages, config.block_k, config.block_n)),
-            "out_smem": plgpu.SMEM(out_tile, out_dtype, transforms=swizzled(columns)),
-            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            "consumed": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
-        },
-        grid=(config.blocks,),
+        functools.partial(_body, activation=layer.kernel_activation, config=layer.config),
+        out_type=layer.out_type,
+        scratch_types=layer.scratch_types,
+        grid=(layer.config.blocks,),
         grid_names=("block",),
-        num_threads=config.warpgroups + 1,
+        num_threads=layer.config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="mlp_layer",
     )
-    return launch(x, kernel, bias)
+    return launch(*layer.operands)
 
 
 def swizzled(columns: int = SWIZZLE_ITEMS) -> tuple[Any, ...]:
@@ -241,34 +305,51 @@ def swizzled(columns: int = SWIZZLE_ITEMS) -> tuple[Any, ...]:
     return tiling, swizzle
 
 
-def _body(
-    x_gmem: Any,
-    kernel_gmem: Any,
-    bias_gmem: Any,
-    out_gmem: Any,
-    *,
-    x_smem: Any,
-    kernel_smem: Any,
-    out_smem: Any,
-    loaded: Any,
-    consumed: Any,
-    activation: str,
-    config: MlpConfig,
-) -> None:
+def _body(*gmem: Any, activation: str, config: MlpConfig, **scratch: Any) -> None:
     """Warpgroup `config.warpgroups` loads, the ones before it multiply."""
     warpgroup = lax.axis_index("warpgroup")
-    block = lax.axis_index("block")
-    tile_columns = kernel_gmem.shape[1] // config.block_n
-    tile_rows = x_gmem.shape[0] // config.block_m
-    tiles = config.splits * tile_rows * tile_columns
-    all_steps = kernel_gmem.shape[0] // config.block_k
-    own_tiles = lax.div(tiles - block + config.blocks - 1, config.blocks)
-    out_columns = out_smem.shape[-1]
-    pieces = config.block_n // out_columns
-    ring = Ring(loaded=loaded, consumed=consumed, slots=config.stages)
+    x, kernel, bias, out = gmem
+    refs = LayerRefs(x=x, kernel=kernel, bias=bias, out=out, config=config, **scratch)
 
-    def place(index: Array) -> _Place:
-        tile = block + index * config.blocks
+    @pl.when(warpgroup == config.warpgroups)
+    def _load() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        load_layer(refs)
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _multiply() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        multiply_layer(refs, warpgroup, activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRefs:
+    """What the warpgroups of a block that compute a layer share: operands and output in GMEM, then
+    the scratch of Layer.scratch_types.
+    """
+
+    x: Any
+    kernel: Any
+    bias: Any
+    out: Any
+    x_smem: Any
+    kernel_smem: Any
+    out_smem: Any
+    loaded: Any
+    consumed: Any
+    config: MlpConfig
+
+    @property
+    def ring(self) -> Ring:
+        return Ring(loaded=self.loaded, consumed=self.consumed, slots=self.config.stages)
+
+    def place(self, index: Array) -> "_Place":
+        """Where the block's tile number `index` lies."""
+        config = self.config
+        tile_columns = self.kernel.shape[1] // config.block_n
+        tile_rows = self.x.shape[0] // config.block_m
+        all_steps = self.kernel.shape[0] // config.block_k
+        tile = lax.axis_index("block") + index * config.blocks
         row, column = lax.div(tile, tile_columns), lax.rem(tile, tile_columns)
         split = lax.div(row, tile_rows)
         return _Place(
@@ -279,50 +360,60 @@ def _body(
             last=lax.div((split + 1) * all_steps, config.splits),
         )
 
-    def with_steps_before(tile: Callable[[Array, _Place, Array], None]) -> Array:
-        """Calls `tile` for each own tile with the steps of those before; returns all of them."""
+    def each_tile(self, tile: Callable[[Array, "_Place", Array], None]) -> Array:
+        """Calls `tile` for each of the block's tiles with its index, place and the steps of those
+        before; returns all of them.
+        """
+        config = self.config
+        tiles = (self.out.shape[0] // config.block_m) * (self.out.shape[1] // config.block_n)
+        block = lax.axis_index("block")
+        own_tiles = lax.div(tiles - block + config.blocks - 1, config.blocks)
 
         def body(index: Array, before: Array) -> Array:
-            at = place(index)
+            at = self.place(index)
             tile(index, at, before)
             return before + at.last - at.first
 
         return lax.fori_loop(0, own_tiles, body, jnp.int32(0))
 
-    @pl.when(warpgroup == config.warpgroups)
-    def _load() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-        refs = (x_gmem, kernel_gmem, x_smem, kernel_smem, ring)
 
-        def load(index: Array, at: _Place, before: Array) -> None:
-            load_tile(*refs, at.row, at.column, before, at.last - at.first, config, at.first)
+def load_layer(refs: LayerRefs) -> None:
+    """What the loading warpgroup does: TMA copies of the operands of all tiles of its block."""
+    memory = (refs.x, refs.kernel, refs.x_smem, refs.kernel_smem, refs.ring)
 
-        ring.drain(with_steps_before(load))
+    def load(index: Array, at: _Place, before: Array) -> None:
+        steps = at.last - at.first
+        load_tile(*memory, at.row, at.column, before, steps, refs.config, at.first)
 
-    @pl.when(warpgroup < config.warpgroups)
-    def _multiply() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        own = warpgroup * config.rows
+    refs.ring.drain(refs.each_tile(load))
 
-        def multiply(index: Array, at: _Place, before: Array) -> None:
-            refs = (x_smem, kernel_smem, ring)
-            product = multiply_tile(*refs, own, before, at.last - at.first, config)
-            rows = pl.ds(at.out_row + own, config.rows)
-            for piece in range(pieces):
-                start = piece * out_columns
-                columns = pl.ds(at.column + start, out_columns)
-                out = ACTIVATIONS[activation](
-                    product[:, start : start + out_columns]
-                    + load_bias(bias_gmem, columns, config.rows)
-                )
-                slot = out_smem.at[warpgroup, lax.rem(index * pieces + piece, OUT_SLOTS)]
-                plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
-                slot[...] = out.astype(out_gmem.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(slot, out_gmem.at[rows, columns])
 
-        with_steps_before(multiply)
-        plgpu.wait_smem_to_gmem(0)
+def multiply_layer(refs: LayerRefs, warpgroup: Array, activation: str) -> None:
+    """What a multiplying warpgroup does: its rows of every tile of its block, and the epilogue."""
+    config = refs.config
+    own = warpgroup * config.rows
+    out_columns = refs.out_smem.shape[-1]
+    pieces = config.block_n // out_columns
+
+    def multiply(index: Array, at: _Place, before: Array) -> None:
+        memory = (refs.x_smem, refs.kernel_smem, refs.ring)
+        products = multiply_tile(*memory, own, before, at.last - at.first, config)
+        rows = pl.ds(at.out_row + own, config.rows)
+        for piece in range(pieces):
+            part, start = divmod(piece * out_columns, config.wgmma_n)
+            columns = pl.ds(at.column + piece * out_columns, out_columns)
+            out = ACTIVATIONS[activation](
+                products[part][:, start : start + out_columns]
+                + load_bias(refs.bias, columns, config.rows)
+            )
+            slot = refs.out_smem.at[warpgroup, lax.rem(index * pieces + piece, config.out_slots)]
+            plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
+            slot[...] = out.astype(refs.out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slot, refs.out.at[rows, columns])
+
+    refs.each_tile(multiply)
+    plgpu.wait_smem_to_gmem(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,16 +469,21 @@ def multiply_tile(
     first_step: Array,
     steps: Array | int,
     config: MlpConfig,
-) -> Array:
-    """`config.rows` rows of one output tile, float32; frees each slot one step later."""
+) -> tuple[Array, ...]:
+    """`config.rows` rows of one output tile, float32, in parts of `config.wgmma_n` columns; frees
+    each slot one step later.
+    """
+    parts = config.block_n // config.wgmma_n
 
-    def accumulate(acc: Any) -> Array:
+    def accumulate(*sums: Any) -> tuple[Array, ...]:
         @pl.loop(0, steps)
         def _step(step: Array) -> None:
             slot = ring.filled(first_step + step)
             rows = pl.ds(first_row, config.rows)
-            plgpu.wgmma(acc, x_smem.at[slot, rows], kernel_smem.at[slot])
-            plgpu.wgmma_wait(1)
+            for part, acc in enumerate(sums):
+                columns = pl.ds(part * config.wgmma_n, config.wgmma_n)
+                plgpu.wgmma(acc, x_smem.at[slot, rows], kernel_smem.at[slot, :, columns])
+            plgpu.wgmma_wait(parts)
 
             @pl.when(step > 0)
             def _free_previous() -> None:
@@ -395,12 +491,14 @@ def multiply_tile(
 
         plgpu.wgmma_wait(0)
         ring.free(first_step + steps - 1)
-        return acc[...]
+        return tuple([acc[...] for acc in sums])
 
-    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((config.rows, config.block_n)))
+    acc = plgpu.WGMMAAccumulatorRef((config.rows, config.wgmma_n))
+    return pl.run_scoped(accumulate, *[acc] * parts)
 
 
-def _check(x: Array, kernel: Array, bias: Array, activation: str) -> None:
+def check(x: Array, kernel: Array, bias: Array, activation: str) -> None:
+    """Raises ValueError for operands that `dense` does not take."""
     if str(x.dtype) not in DTYPES or x.dtype != kernel.dtype:
         raise ValueError(f"x is {x.dtype}, kernel {kernel.dtype}: both bfloat16 or both float16")
     if activation not in ACTIVATIONS:

@@ -45,6 +45,8 @@ class CommonSimt(Protocol):
     def store(self, address: Value, words: Sequence[Value], where: Value) -> None: ...
     def unpack(self, word: Value, dtype: str) -> list[Value]: ...
     def pack(self, values: Sequence[Value], dtype: str) -> Value: ...
+    def count_up(self, address: Value, where: Value) -> Value: ...
+    def of_first_lane(self, value: Value) -> Value: ...  # all lanes of a warp come
 
 
 @runtime_checkable
@@ -275,6 +277,24 @@ class MosaicSimt:
         """A float32 of the lane whose index differs from this one's by the bits of `lanes`."""
         ptx = f"shfl.sync.bfly.b32 $0, $1, {lanes}, 0x1f, 0xffffffff;"
         moved = mgpu.utils.inline_ptx(ptx, value.value, result_types=self._f32, convergent=True)
+        return Scalar(moved)
+
+    def count_up(self, address: Scalar, where: Scalar) -> Scalar:
+        """Adds one to an integer in global memory; what it was before, anything where not
+        `where`.
+        """
+        before = mgpu.utils.inline_ptx(
+            "mov.b32 $0, 0; @$2 atom.global.add.u32 $0, [$1], 1;",
+            *(address.value, where.value),
+            result_types=self._i32,
+            has_side_effects=True,
+        )
+        return Scalar(before)
+
+    def of_first_lane(self, value: Scalar) -> Scalar:
+        """The integer that the warp's first lane has."""
+        ptx = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
+        moved = mgpu.utils.inline_ptx(ptx, value.value, result_types=self._i32, convergent=True)
         return Scalar(moved)
 
     def mma(

@@ -1,7 +1,8 @@
 """Executes one GPU thread of a tile function on the host, strictly.
 
-Loads and stores outside an operand, reads of shared memory that no finished copy wrote, and
-copies that overwrite unread data in flight are errors, as they would be races on a GPU.
+Loads and stores outside an operand, reads of shared memory while a copy is on its way there, and
+copies that overwrite unread data in flight are errors, as they would be races on a GPU. Shared
+memory that no copy wrote reads as NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,10 +33,14 @@ class Memory:
 
 
 class HostSimt:
-    """The Simt protocol on plain Python numbers."""
+    """The Simt protocol on plain Python numbers. claims: what the warp's first lane, which runs
+    first, has counted; the other lanes read it there.
+    """
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Memory, claims: list[int] | None = None):
         self.memory = memory
+        self.claims = [] if claims is None else claims
+        self.claims_read = 0
         self.shared: dict[int, np.ndarray] = {}
         self.open: list[tuple[int, np.ndarray]] = []
         self.groups: list[list[tuple[int, np.ndarray]]] = []
@@ -83,7 +88,9 @@ class HostSimt:
         flying = {target for group in [self.open, *self.groups] for target, _ in group}
         assert address not in flying, "read before the copy was waited for"
         data = self.shared.pop(address, None)
-        assert data is not None and len(data) == size, "read of shared memory nobody wrote"
+        if data is None:
+            return np.full(size // 4, np.nan, np.float32).view(np.uint8)
+        assert len(data) == size, "read of another size than what was written"
         return data
 
     def store(self, address: int, words: Sequence[Any], where: bool) -> None:
@@ -93,6 +100,18 @@ class HostSimt:
 
     def _bits(self, word: Any) -> np.ndarray:
         return np.asarray(word, np.int32 if isinstance(word, int) else None)
+
+    def count_up(self, address: int, where: bool) -> int:
+        if not where:
+            return -1
+        counter = self.memory.bytes_at(address, 4).view(np.int32)
+        self.claims.append(int(counter[0]))
+        counter += 1
+        return self.claims[-1]
+
+    def of_first_lane(self, value: int) -> int:
+        self.claims_read += 1
+        return self.claims[self.claims_read - 1]
 
     def copy_async(self, target: int, source: int, size: int, where: bool) -> None:
         if where:

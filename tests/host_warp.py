@@ -140,6 +140,18 @@ class HostWarp:
         self._together()
         return value.reshape(-1, LANES)[:, np.arange(LANES) ^ lanes].reshape(-1)
 
+    def count_up(self, address: np.ndarray, where: np.ndarray) -> np.ndarray:
+        before = np.full(self.lanes, -1, np.int64)
+        for lane in np.flatnonzero(where & self.active):
+            counter = self.memory.bytes_at(int(address[lane]), 4).view(np.int32)
+            before[lane] = counter[0]
+            counter += 1
+        return before
+
+    def of_first_lane(self, value: np.ndarray) -> np.ndarray:
+        self._together()
+        return np.repeat(value.reshape(-1, LANES)[:, 0], LANES)
+
     def mma(
         self,
         left: Sequence[np.ndarray],

@@ -17,7 +17,7 @@ from pallas_kernels import reference
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.gather_bags import bag_plan, gather_bags
 from pallas_kernels.gather_rows import Addresses, zero_right
-from pallas_kernels.gather_shape import GatherConfig, GatherShape, RowShape, choose_config
+from pallas_kernels.gather_shape import WARP, GatherConfig, GatherShape, RowShape, choose_config
 from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.slots import Slot, width
 from pallas_kernels.tables import LIMITS, QuantisedTable, quantise_rows
@@ -25,13 +25,15 @@ from pallas_kernels.tables import LIMITS, QuantisedTable, quantise_rows
 WARPGROUP = 128
 # One block of one warpgroup and a short ring: the smallest launch in which everything happens.
 STREAMS = GatherConfig(blocks=1, warpgroups=1, schedule="streams", ring_rows=3, ids_ahead=2)
+TURNS = dataclasses.replace(STREAMS, ring_rows=6, rows_per_turn=2, ids_ahead=3)
 BAGS = GatherConfig(blocks=1, warpgroups=1, schedule="bags")
-TINY = [STREAMS, BAGS]
+TINY = [STREAMS, TURNS, BAGS]
 CONFIGS = [
     GatherConfig(),
     GatherConfig(ring_rows=6, ids_ahead=4),
     GatherConfig(warpgroups=2, ring_rows=32),
     GatherConfig(slots_per_unit=1),
+    GatherConfig(rows_per_turn=4),
     GatherConfig(schedule="bags"),
     GatherConfig(schedule="bags", warpgroups=4, rows_at_once=8),
 ]
@@ -139,7 +141,13 @@ def row_shapes(case: Case) -> tuple[RowShape, ...]:
 
 
 def run_on_host(
-    case: Case, config: GatherConfig, out_dtype: str, *, left: int = 0, right: int = 0
+    case: Case,
+    config: GatherConfig,
+    out_dtype: str,
+    *,
+    left: int = 0,
+    right: int = 0,
+    claims: bool = False,
 ) -> np.ndarray:
     """Every thread of the launch, one after the other; the output starts poisoned."""
     memory = Memory()
@@ -175,10 +183,13 @@ def run_on_host(
         ring=0,
         factor_ring=1 << 20,
         partial=0,
+        counters=memory.place(np.zeros(64, np.int32)) if claims else None,
     )
     if streamed:
+        of_warp: dict[tuple[int, int], list[int]] = {}
         for block, thread in itertools.product(range(config.blocks), range(config.threads)):
-            gather_streams(HostSimt(memory), shape, at, thread=thread, block=block)
+            claimed = of_warp.setdefault((block, thread // WARP), [])
+            gather_streams(HostSimt(memory, claimed), shape, at, thread=thread, block=block)
             zero_right(HostSimt(memory), shape, at, thread=thread, block=block)
         return out
     lanes = np.arange(WARPGROUP)
@@ -204,7 +215,7 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-30))
 
 
-@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
@@ -216,7 +227,7 @@ def test_threads_pool_jagged_bags_of_mixed_tables(
     assert relative_error(out, case.expected()) < RELATIVE_ERROR[out_dtype]
 
 
-@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("dim", [4, 8, 12, 36, 64, 252, 256])
 def test_every_dim_is_covered_by_lanes(dim: int, dtype: str, config: GatherConfig) -> None:
@@ -224,7 +235,7 @@ def test_every_dim_is_covered_by_lanes(dim: int, dtype: str, config: GatherConfi
     assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
 
 
-@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("longest", [0, 1, 2, 3, 4, 17])
 def test_bags_shorter_and_longer_than_what_is_in_flight(longest: int, config: GatherConfig) -> None:
     slots = make_slots((0, 8, False), (0, 8, True), (0, 8, False))
@@ -310,7 +321,20 @@ def test_units_cover_every_bag_once(slots_per_unit: int | None) -> None:
     assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
 
 
-@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("samples", [1, 3, 40])
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
+def test_claimed_units_give_the_bits_of_units_in_turn(
+    config: GatherConfig, samples: int, mix: str
+) -> None:
+    case = expecting(make_mix(mix, samples=samples, longest=4, weighted=True), (1, 3, 2))
+    config = dataclasses.replace(config, shares_bags=False, units_per_stream=4)
+    claimed = run_on_host(case, config, "float32", claims=True)
+    np.testing.assert_array_equal(claimed, run_on_host(case, config, "float32"))
+    assert relative_error(claimed, case.expected()) < 1e-6
+
+
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("left", [4, 8, 12])
 def test_columns_on_the_left_are_left_alone(left: int, config: GatherConfig) -> None:
     case = make_case(MIXED, MIXED_DTYPES, samples=3, longest=4)
@@ -319,7 +343,7 @@ def test_columns_on_the_left_are_left_alone(left: int, config: GatherConfig) -> 
     assert relative_error(out[:, left:], case.expected()) < RELATIVE_ERROR["bfloat16"]
 
 
-@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("right", [4, 60])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 def test_columns_on_the_right_are_zero(out_dtype: str, right: int, config: GatherConfig) -> None:
@@ -329,7 +353,7 @@ def test_columns_on_the_right_are_zero(out_dtype: str, right: int, config: Gathe
     assert relative_error(out[:, 4:-right], case.expected()) < RELATIVE_ERROR[out_dtype]
 
 
-@pytest.mark.parametrize("config", TINY, ids=lambda c: c.schedule)
+@pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_every_byte_is_dequantised(dtype: str, config: GatherConfig) -> None:
     """All 256 of int8, all but the two NaNs of e4m3; subnormals and -128 among them."""
@@ -460,7 +484,7 @@ def test_weights_and_scales_need_a_ring_each() -> None:
             with pytest.raises(ValueError, match="a ring of 270336 bytes is more than 232448"):
                 make_shape()
         else:
-            assert make_shape().factors == 1
+            assert make_shape().factors == int(mix == "quantised") + int(weighted)
 
 
 def check_on_gpu(

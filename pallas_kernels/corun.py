@@ -1,0 +1,255 @@
+"""An MLP layer and a pooled gather in one launch, for Hopper GPUs: intra-SM co-running.
+
+While the tensor cores of an SM multiply, its memory pipeline fetches embedding rows. A persistent
+kernel whose blocks have the roles of `mlp`, warpgroups that multiply and one that loads their
+operands by TMA, and others that gather. Units of embedding work are claimed from a counter in
+GMEM, so that SMs with fewer tiles gather more; warpgroups that have multiplied their last tile help
+(`helps`), with the operand buffers, which nobody needs any more, as their rings.
+
+Both parts are computed by the tile functions of the serial kernels, in the same order of
+operations: outputs have the bits that `mlp.dense` and `embedding.pooled_gather` give with the same
+configs. The idea: RecFlow (BUPT and Meituan), intra-SM co-running of MLP and embedding.
+
+Grid: `blocks` (one per SM). FLOP and bytes: those of both parts.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.embedding import Gather, addresses, gather_all
+from pallas_kernels.gather_bags import bag_plan
+from pallas_kernels.gather_rows import zero_right
+from pallas_kernels.gather_shape import VECTOR_BYTES, WARPGROUP, GatherConfig, GatherShape
+from pallas_kernels.mlp import (
+    SHARED_BYTES,
+    Layer,
+    LayerRefs,
+    MlpConfig,
+    check,
+    load_layer,
+    multiply_layer,
+    swizzled,
+)
+from pallas_kernels.simt import MosaicSimt
+from pallas_kernels.slots import Slot
+from pallas_kernels.tables import Table
+
+BARRIER_BYTES = 1024  # what barriers and alignment take of SMEM, at most
+REGISTERS = 512  # of the threads at one place of all warpgroups of an SM together
+REGISTER_STEP = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorunConfig:
+    """mlp, gather: the configs of the parts, with as many blocks; the gather does not share bags
+    among warps. helps: whether warpgroups without tiles left gather too.
+    multiply_registers and the like: of a thread in these roles.
+    """
+
+    mlp: MlpConfig = MlpConfig(out_slots=1, wgmma_columns=128)
+    gather: GatherConfig = GatherConfig(
+        warpgroups=2, ring_rows=4, rows_per_turn=4, units_per_stream=16, shares_bags=False
+    )
+    helps: bool = True
+    multiply_registers: int = 160
+    gather_registers: int = 64
+    load_registers: int = 24
+
+    def __post_init__(self) -> None:
+        owner = f"co-run config {self}"
+        if self.mlp.blocks != self.gather.blocks:
+            raise ValueError(f"{owner}: as many blocks multiply as gather")
+        if self.gather.shares_bags:
+            raise ValueError(f"{owner}: warps that claim their work share no bags")
+        used = self.mlp.warpgroups * self.multiply_registers + self.load_registers
+        used += self.gather.warpgroups * self.gather_registers
+        if used > self.launch_registers * self.warpgroups:
+            raise ValueError(
+                f"{owner}: {used} registers, above {self.launch_registers * self.warpgroups}"
+            )
+        if self.shared_bytes(factors=0) > SHARED_BYTES:
+            size = self.shared_bytes(factors=0)
+            raise ValueError(f"{owner}: {size} bytes of SMEM, above {SHARED_BYTES}")
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups of a block: those that multiply, one that loads, those that gather."""
+        return self.mlp.warpgroups + 1 + self.gather.warpgroups
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers that each thread has before the roles change it."""
+        return REGISTERS // self.warpgroups // REGISTER_STEP * REGISTER_STEP
+
+    def shared_bytes(self, *, factors: int) -> int:
+        """SMEM of a block."""
+        return self.mlp.shared_bytes + self.ring_bytes(factors) + BARRIER_BYTES
+
+    def ring_bytes(self, factors: int) -> int:
+        """Of the warpgroups that gather; some, as Mosaic takes no empty buffer."""
+        streams = self.gather.schedule == "streams"
+        return self.gather.ring_bytes(factors) if streams else WARPGROUP * VECTOR_BYTES
+
+    def check_rings(self, shape: GatherShape) -> None:
+        """Raises ValueError if SMEM is too small for the rings of this gather."""
+        size = self.shared_bytes(factors=shape.factors)
+        if size > SHARED_BYTES:
+            raise ValueError(f"co-run config {self}: {size} bytes of SMEM, above {SHARED_BYTES}")
+        room = 2 * self.mlp.stages * self.mlp.block_k * self.mlp.block_n
+        rings = -(-self.mlp.warpgroups // self.gather.warpgroups)
+        needed = rings * self.ring_bytes(shape.factors)
+        if self.helps and needed > room:
+            raise ValueError(
+                f"co-run config {self}: helpers' rings of {needed} bytes, above {room}"
+            )
+
+
+CONFIG = CorunConfig()
+
+
+def dense_with_gather(
+    x: Float[Array, "samples inputs"],
+    kernel: Float[Array, "inputs_up outputs_up"],
+    bias: Float[Array, " outputs"],
+    groups: Sequence[Table],
+    rows: Int32[Array, " ids"],
+    offsets: Int32[Array, " bags_and_one"],
+    weights: Float[Array, " ids"] | None,
+    *,
+    activation: str,
+    slots: tuple[Slot, ...],
+    out_dtype: DTypeLike,
+    left: Float[Array, "others left"] | None = None,
+    right: int = 0,
+    config: CorunConfig = CONFIG,
+) -> tuple[Float[Array, "samples outputs"], Float[Array, "others left_width_and_right"]]:
+    """`mlp.dense` of one batch and `embedding.pooled_gather` of another, in one launch.
+
+    Both have samples. Raises ValueError like these two, for a batch without samples, and for rings
+    that do not fit the config.
+    """
+    check(x, kernel, bias, activation)
+    layer = Layer.of(x, kernel, bias, activation, config.mlp)
+    gather = Gather.of(
+        *(groups, rows, offsets, weights),
+        slots=slots,
+        out_dtype=out_dtype,
+        left=left,
+        right=right,
+        config=config.gather,
+    )
+    if not len(x) or not gather.shape.samples:
+        raise ValueError(f"{len(x)} samples to multiply, {gather.shape.samples} to gather: no pair")
+    config.check_rings(gather.shape)
+    out, pooled = _launch(layer, gather, config)
+    return layer.finished(out), gather.finished(pooled)
+
+
+def _launch(layer: Layer, gather: Gather, config: CorunConfig) -> tuple[Array, Array]:
+    ring_words = config.ring_bytes(gather.shape.factors) // 4
+    launch = plgpu.kernel(
+        functools.partial(_body, layer=layer, gather=gather, config=config),
+        out_type=(layer.out_type, gather.out_type),
+        scratch_types={
+            "gather_ring": plgpu.SMEM((ring_words,), jnp.int32),
+            "multiplied": plgpu.Barrier(num_arrivals=config.mlp.warpgroups),
+            **layer.scratch_types,
+        },
+        grid=(config.mlp.blocks,),
+        grid_names=("block",),
+        num_threads=config.warpgroups,
+        thread_name="warpgroup",
+        kernel_name="mlp_layer_with_gather",
+    )
+    # A reference, not an array: XLA would count on its never being written to.
+    counters = jax.new_ref(jnp.zeros(_counters(gather.shape), jnp.int32))
+    return launch(*layer.operands, counters, *gather.operands)
+
+
+def _counters(shape: GatherShape) -> int:
+    """How many counters the claims of a launch need."""
+    return len(shape.rows if shape.config.schedule == "streams" else bag_plan(shape).classes)
+
+
+def _body(
+    x: Any,
+    kernel: Any,
+    bias: Any,
+    counters: Any,
+    *refs: Any,
+    gather_ring: Any,
+    multiplied: Any,
+    layer: Layer,
+    gather: Gather,
+    config: CorunConfig,
+    **scratch: Any,
+) -> None:
+    """Warpgroups before `config.mlp.warpgroups` multiply, that one loads, the others gather."""
+    warpgroup = lax.axis_index("warpgroup")
+    multiplying = config.mlp.warpgroups
+    *operands, out, pooled = refs
+    layer_refs = LayerRefs(x=x, kernel=kernel, bias=bias, out=out, config=layer.config, **scratch)
+    gather_refs = (counters, *operands, pooled)
+
+    @pl.when(warpgroup == multiplying)
+    def _load() -> None:
+        _set_registers(config, config.load_registers)
+        load_layer(layer_refs)
+
+    @pl.when(warpgroup < multiplying)
+    def _multiply() -> None:
+        _set_registers(config, config.multiply_registers)
+        multiply_layer(layer_refs, warpgroup, layer.kernel_activation)
+        if config.helps:
+            plgpu.barrier_arrive(multiplied)
+            plgpu.barrier_wait(multiplied)
+            gather_claimed(gather, gather_refs, layer_refs.kernel_smem, swizzled(), first_role=0)
+
+    @pl.when(warpgroup > multiplying)
+    def _gather() -> None:
+        _set_registers(config, config.gather_registers)
+        gather_claimed(gather, gather_refs, gather_ring, (), first_role=multiplying + 1)
+
+
+def _set_registers(config: CorunConfig, registers: int) -> None:
+    if registers != config.launch_registers:
+        action = "increase" if registers > config.launch_registers else "decrease"
+        plgpu.set_max_registers(registers, action=action)
+
+
+def gather_claimed(
+    gather: Gather, gmem: Sequence[Any], smem: Any, transforms: tuple[Any, ...], *, first_role: int
+) -> None:
+    """What warpgroups from `first_role` on do that gather: units that they claim, with their rings
+    side by side in `smem`. Helpers, which start at warpgroup 0, leave zeros on the right to others.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(gmem), plgpu.RefType(transforms)))
+    def per_thread(_, counters, *refs):
+        simt = MosaicSimt()
+        *gmem, smem = refs
+        config = gather.shape.config
+        role_thread, block = simt.thread() - first_role * WARPGROUP, simt.block()
+        thread, owner = role_thread % config.threads, role_thread // config.threads
+        ring_bytes = config.ring_bytes(gather.shape.factors)
+        at = addresses(
+            *(simt, gather, gmem),
+            thread=thread,
+            shared=simt.shared_address(smem) + owner * ring_bytes,
+            counters=simt.global_address(counters),
+        )
+        gather_all(simt, gather.shape, at, thread=thread, block=block)
+        if first_role:
+            zero_right(simt, gather.shape, at, thread=thread, block=block)
+
+    per_thread(*gmem, smem)

@@ -1,0 +1,167 @@
+"""The co-run kernel: what it multiplies interpreted on the CPU, lowered for CUDA, and on a GPU the
+bits of the serial kernels.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import corun
+from pallas_kernels.corun import CONFIG, CorunConfig, dense_with_gather
+from pallas_kernels.embedding import pooled_gather
+from pallas_kernels.gather_shape import GatherConfig
+from pallas_kernels.mlp import MlpConfig, dense
+from test_embedding import MIXES, Case, make_case, make_mix, make_slots
+from test_mlp import RELATIVE_ERROR, operands, relative_error
+
+BAGS = GatherConfig(schedule="bags", warpgroups=1, shares_bags=False)
+BAGS_BESIDE = CorunConfig(
+    mlp=CONFIG.mlp,
+    gather=BAGS,
+    multiply_registers=168,
+    gather_registers=136,
+    load_registers=40,
+)
+SHALLOW = CorunConfig(
+    mlp=dataclasses.replace(CONFIG.mlp, stages=3),
+    gather=dataclasses.replace(CONFIG.gather, ring_rows=8),
+)
+WITHOUT_HELP = dataclasses.replace(CONFIG, helps=False)
+SMALL_TILES = CorunConfig(
+    mlp=MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=6, splits=3),
+    gather=dataclasses.replace(CONFIG.gather, warpgroups=1),
+)
+CONFIGS = [SHALLOW, WITHOUT_HELP, BAGS_BESIDE, SMALL_TILES]
+
+
+def beside(case: Case, config: CorunConfig, **options: Any) -> Any:
+    """A relu layer beside the gather, of x, kernel, bias, groups, rows, offsets and weights."""
+    return functools.partial(
+        dense_with_gather,
+        activation="relu",
+        slots=case.slots,
+        out_dtype=jnp.bfloat16,
+        config=config,
+        **options,
+    )
+
+
+def on_device(case: Case) -> tuple[Any, ...]:
+    return jax.tree.map(jnp.asarray, (case.groups, case.rows, case.offsets, case.weights))
+
+
+@pytest.mark.parametrize("helps", [False, True])
+def test_interpreted_layer_beside_a_gather_equals_the_reference(
+    helps: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The interpreter knows no per-thread code: the gather is left out, its barrier is not."""
+    calls: list[int] = []
+    monkeypatch.setattr(corun, "gather_claimed", lambda *_, first_role: calls.append(first_role))
+    monkeypatch.setattr(corun.jax, "new_ref", lambda array: array)
+    case = make_case(make_slots((0, 8, False)), ["float32"], samples=2, longest=2)
+    x, kernel, bias = operands(130, 100, 70)
+    config = CorunConfig(
+        mlp=MlpConfig(block_m=128, block_n=64, stages=2, blocks=2),
+        gather=dataclasses.replace(CONFIG.gather, blocks=2),
+        helps=helps,
+    )
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out, pooled = beside(case, config)(x, kernel, bias, *on_device(case))
+    assert relative_error(out, x, kernel, bias) < RELATIVE_ERROR["bfloat16"]
+    assert pooled.shape == (2, 8)
+    assert set(calls) == ({0, 3} if helps else {3})
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_lowers_to_cuda(config: CorunConfig, mix: str) -> None:
+    case = make_mix(mix, samples=9, longest=3)
+    if config.gather.schedule == "streams":
+        smaller = dataclasses.replace(config.mlp, stages=3)  # leaves room for scales
+        config = dataclasses.replace(config, mlp=smaller)
+    arrays = (*operands(99, 200, 130), *on_device(case))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    lowered = jax.jit(beside(case, config)).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_claims_are_counted_in_memory_that_xla_knows_to_change() -> None:
+    """A constant that the kernel counts in would still have the counts of the call before."""
+    case = make_mix("floats", samples=9, longest=3)
+    arrays = (*operands(99, 200, 130), *on_device(case))
+    lowered = jax.jit(beside(case, CONFIG)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "output_operand_alias<output_tuple_indices = [2]" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp": MlpConfig(blocks=8, stages=2)}, "as many blocks multiply as gather"),
+        ({"gather": GatherConfig(warpgroups=2, ring_rows=4)}, "share no bags"),
+        ({"multiply_registers": 232}, "616 registers, above 480"),
+        ({"gather": dataclasses.replace(CONFIG.gather, ring_rows=8)}, "bytes of SMEM"),
+    ],
+)
+def test_impossible_configs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_rings_that_do_not_fit_are_refused() -> None:
+    case = make_mix("quantised", samples=2, longest=2, weighted=True)
+    with pytest.raises(ValueError, match="bytes of SMEM, above"):
+        beside(case, CONFIG)(*operands(64, 64, 64), *on_device(case))
+    plain = make_mix("floats", samples=2, longest=2)
+    tiny = MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=2)
+    deep = dataclasses.replace(CONFIG.gather, warpgroups=1, ring_rows=32)
+    with pytest.raises(ValueError, match="helpers' rings of 65536 bytes, above 16384"):
+        beside(plain, CorunConfig(mlp=tiny, gather=deep))(*operands(9, 64, 64), *on_device(plain))
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    case = make_mix("floats", samples=2, longest=2)
+    with pytest.raises(ValueError, match="0 samples to multiply, 2 to gather"):
+        beside(case, CONFIG)(*operands(0, 64, 64), *on_device(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("m", [70, 4096])
+@pytest.mark.parametrize("config", [CONFIG, *CONFIGS], ids=str)
+def test_gpu_bits_are_those_of_the_serial_kernels(
+    config: CorunConfig, m: int, mix: str, weighted: bool
+) -> None:
+    """Call after call, with other bags each time."""
+    if config.gather.schedule == "streams":
+        config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, stages=3))
+    x, kernel, bias = operands(m, 480, 320)
+    first = make_mix(mix, samples=700, longest=40, weighted=weighted)
+    co_run = jax.jit(beside(first, config, right=4))
+    layer = jax.jit(functools.partial(dense, activation="relu", config=config.mlp))
+    gather = jax.jit(
+        functools.partial(
+            pooled_gather,
+            slots=first.slots,
+            out_dtype=jnp.bfloat16,
+            right=4,
+            config=config.gather,
+        )
+    )
+    for seed in range(3):
+        case = make_mix(mix, samples=700, longest=40, weighted=weighted, seed=seed)
+        out, pooled = co_run(x, kernel, bias, *on_device(case))
+        for ours, serial in [
+            (out, layer(x, kernel, bias)),
+            (pooled, gather(*on_device(case))),
+        ]:
+            np.testing.assert_array_equal(
+                np.asarray(ours, np.float32), np.asarray(serial, np.float32)
+            )
