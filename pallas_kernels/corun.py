@@ -15,7 +15,7 @@ Grid: `blocks` (one per SM). FLOP and bytes: those of both parts.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -115,6 +115,16 @@ class CorunConfig:
 
 
 CONFIG = CorunConfig()
+CONFIGS = {
+    "deep": CONFIG,
+    "shallow": CorunConfig(
+        mlp=replace(CONFIG.mlp, stages=3), gather=replace(CONFIG.gather, ring_rows=8)
+    ),
+    "narrow": CorunConfig(
+        mlp=replace(CONFIG.mlp, block_n=128), gather=replace(CONFIG.gather, ring_rows=8)
+    ),
+}
+"""Tiles of 128 x 256 with operands far ahead, with rows far ahead; tiles of 128 x 128 with both."""
 
 
 def dense_with_gather(

@@ -272,7 +272,11 @@ def bench_kernels(
     table_dtype: TableOption = None,
     compute_dtype: ComputeOption = None,
     kernel: Annotated[
-        str, typer.Option(help="Of gather, dense, interaction.  [default: all of the model]")
+        str,
+        typer.Option(
+            help="Of gather, dense, interaction, corun.  [default: the first three, if the model "
+            "has them]"
+        ),
     ] = "",
     batch: Batches = "256,1024,4096",
     ids: Ids = "uniform",

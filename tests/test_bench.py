@@ -22,6 +22,7 @@ from recflow_jax.measure import contenders
 from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference_scores
 from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
 from recflow_jax.measure.contenders import Lineup
+from recflow_jax.measure.corun import CorunResult
 from recflow_jax.measure.kernels import (
     WrongKernel,
     bench_gather,
@@ -30,6 +31,7 @@ from recflow_jax.measure.kernels import (
 )
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.online import OnlineOptions, request_pool
+from recflow_jax.measure.report import corun_table
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Ops
 
@@ -179,6 +181,20 @@ def test_a_wrong_interaction_is_not_timed() -> None:
 def test_unasked_all_kernels_of_the_model_are_measured() -> None:
     result = bench_kernels(PAIR, batches=(4,), timing=FAST)
     assert "gather" in result and "dense" in result and "interaction" not in result
+
+
+def test_co_runs_need_the_kernels() -> None:
+    with pytest.raises(ValueError, match="co-run kernels need back end mosaic: this is xla"):
+        bench_kernels(PAIR, kernels=["corun"], batches=(4,), backend="xla")
+
+
+def test_co_runs_stand_beside_sum_and_longer_part() -> None:
+    result = CorunResult(
+        layer="top.0", batch=8, inputs=4, outputs=2, slice_samples=4, layer_us=60.0,
+        gather_us=40.0, corun_us={"deep": 80.0, "shallow": 75.0}, floor_us=50.0,
+    )  # fmt: skip
+    assert (result.best, result.best_over_sum, result.max_us) == ("shallow", 0.75, 60.0)
+    assert corun_table([result]).row_count == 1
 
 
 def test_a_model_without_interaction_has_none_to_time() -> None:
@@ -338,7 +354,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(
-        ValueError, match="kernel 'softmax' is not one of gather, dense, interaction"
+        ValueError, match="kernel 'softmax' is not one of gather, dense, interaction, corun"
     ):
         bench_kernels(PAIR, kernels=["softmax"], batches=(4,))
 

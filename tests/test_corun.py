@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import corun
-from pallas_kernels.corun import CONFIG, CorunConfig, dense_with_gather
+from pallas_kernels.corun import CONFIG, CONFIGS, CorunConfig, dense_with_gather
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.gather_shape import GatherConfig
 from pallas_kernels.mlp import MlpConfig, dense
@@ -28,16 +28,12 @@ BAGS_BESIDE = CorunConfig(
     gather_registers=136,
     load_registers=40,
 )
-SHALLOW = CorunConfig(
-    mlp=dataclasses.replace(CONFIG.mlp, stages=3),
-    gather=dataclasses.replace(CONFIG.gather, ring_rows=8),
-)
 WITHOUT_HELP = dataclasses.replace(CONFIG, helps=False)
 SMALL_TILES = CorunConfig(
     mlp=MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=6, splits=3),
     gather=dataclasses.replace(CONFIG.gather, warpgroups=1),
 )
-CONFIGS = [SHALLOW, WITHOUT_HELP, BAGS_BESIDE, SMALL_TILES]
+TRIED = [*CONFIGS.values(), WITHOUT_HELP, BAGS_BESIDE, SMALL_TILES]
 
 
 def beside(case: Case, config: CorunConfig, **options: Any) -> Any:
@@ -80,7 +76,7 @@ def test_interpreted_layer_beside_a_gather_equals_the_reference(
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", TRIED, ids=str)
 def test_every_config_lowers_to_cuda(config: CorunConfig, mix: str) -> None:
     case = make_mix(mix, samples=9, longest=3)
     if config.gather.schedule == "streams":
@@ -135,7 +131,7 @@ def test_a_batch_without_samples_is_refused() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("m", [70, 4096])
-@pytest.mark.parametrize("config", [CONFIG, *CONFIGS], ids=str)
+@pytest.mark.parametrize("config", TRIED, ids=str)
 def test_gpu_bits_are_those_of_the_serial_kernels(
     config: CorunConfig, m: int, mix: str, weighted: bool
 ) -> None:

@@ -18,6 +18,7 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import plots, report
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
+from recflow_jax.measure.corun import bench_corun
 from recflow_jax.measure.kernels import bench_dense, bench_gather, bench_interaction
 from recflow_jax.measure.offline import bench_offline, input_sets
 from recflow_jax.measure.online import OnlineOptions, bench_online, request_pool
@@ -27,7 +28,7 @@ from recflow_jax.model import Params
 from recflow_jax.params import init_params
 
 Mode = Literal["offline", "numpy", "online"]
-Kernel = Literal["gather", "dense", "interaction"]
+Kernel = Literal["gather", "dense", "interaction", "corun"]
 
 
 def bench_model(
@@ -88,8 +89,8 @@ def bench_kernels(
     figure: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures kinds of kernels alone, of `gather`, `dense` and `interaction` (none named: those
-    that the model has); prints, writes and returns as `bench_model` does. Raises ValueError,
-    WrongKernel.
+    that the model has), or `corun`, layers with a gather in their launch; prints, writes and
+    returns as `bench_model` does. Raises ValueError, WrongKernel.
     """
     for kernel in kernels:
         if kernel not in get_args(Kernel):
@@ -107,7 +108,11 @@ def bench_kernels(
 
 
 def _kernels_of(config: DLRMConfig) -> list[str]:
-    has = {"gather": config.features, "interaction": config.interaction != "concat"}
+    has = {
+        "gather": config.features,
+        "interaction": config.interaction != "concat",
+        "corun": False,  # for GPUs alone, and not one kernel alone
+    }
     return [kernel for kernel in get_args(Kernel) if has.get(kernel, True)]
 
 
@@ -171,7 +176,23 @@ def _interaction(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
     return measured, report.interaction_table(measured)
 
 
-_MEASURE_KERNEL = {"gather": _gather, "dense": _dense, "interaction": _interaction}
+def _corun(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
+    measured = bench_corun(
+        *(run.config, run.params, run.backend, run.batches),
+        ids=run.ids,
+        seed=run.seed,
+        options=run.timing,
+        advance=advance,
+    )
+    return measured, report.corun_table(measured)
+
+
+_MEASURE_KERNEL = {
+    "gather": _gather,
+    "dense": _dense,
+    "interaction": _interaction,
+    "corun": _corun,
+}
 
 
 def _check(modes: Sequence[str], batches: Sequence[int], against: Sequence[str]) -> None:

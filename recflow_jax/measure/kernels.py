@@ -265,7 +265,7 @@ def bench_dense(
     }
     results = []
     for samples in batches:
-        for layer in _layers(config):
+        for layer in mlp_layers(config):
             measured = _time_layer(config, backend, prepared, layer, samples, options)
             inputs, outputs = layer.shape
             results.append(
@@ -283,7 +283,9 @@ def bench_dense(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
+class ModelLayer:
+    """An MLP layer of a model, by where its parameters are; shape: (inputs, outputs)."""
+
     part: str
     index: int
     shape: tuple[int, int]
@@ -296,18 +298,19 @@ class _Layer:
         return getattr(params, self.part)[self.index]
 
 
-def _layers(config: DLRMConfig) -> list[_Layer]:
+def mlp_layers(config: DLRMConfig) -> list[ModelLayer]:
+    """All MLP layers but the last, whose output is a score."""
     bottom, top = dense_shapes(config)
     named = [*(("bottom", i, s) for i, s in enumerate(bottom))]
     named += [("top", i, s) for i, s in enumerate(top[:-1])]
-    return [_Layer(part=part, index=index, shape=shape) for part, index, shape in named]
+    return [ModelLayer(part=part, index=index, shape=shape) for part, index, shape in named]
 
 
 def _time_layer(
     config: DLRMConfig,
     backend: Backend,
     prepared: Mapping[str, Params],
-    layer: _Layer,
+    layer: ModelLayer,
     samples: int,
     options: TimingOptions | None,
 ) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
+from recflow_jax.measure.corun import CorunResult
 from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
 from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
@@ -245,4 +246,22 @@ def interaction_table(results: Sequence[InteractionResult]) -> Table:
                 f"{result.share_of_floor[name]:.0%}",
                 _us(result.device_us[name]),
             )
+    return table
+
+
+def corun_table(results: Sequence[CorunResult]) -> Table:
+    """Layers with embedding work in the same launch, against both one by one."""
+    table = _table(
+        "a layer and a gather in one launch, kernel time, against one after the other",
+        *("batch", "layer", "slice", "layer us", "gather us", "floor us", "co-run us", "config"),
+        *("of sum", "of max"),
+    )
+    for result in results:
+        table.add_row(
+            *(str(result.batch), result.layer, str(result.slice_samples)),
+            *(_us(result.layer_us), _us(result.gather_us), _us(result.floor_us)),
+            *(_us(result.best_us), result.best),
+            f"{result.best_over_sum:.2f}",
+            f"{result.best_us / result.max_us:.2f}",
+        )
     return table

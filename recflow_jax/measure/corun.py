@@ -1,0 +1,180 @@
+"""MLP layers with embedding work of other requests in the same launch, beside both one by one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.corun import CONFIGS, CorunConfig, dense_with_gather
+from pallas_kernels.embedding import pooled_gather
+from pallas_kernels.mlp import DTYPES, dense
+from recflow_jax.backend import Backend
+from recflow_jax.config import ITEM_BYTES, DLRMConfig
+from recflow_jax.layout import Layout
+from recflow_jax.measure.ceilings import Ceilings, measure_ceilings, work_of
+from recflow_jax.measure.contenders import device_batches
+from recflow_jax.measure.kernels import MOST_PROFILED, WrongKernel, mlp_layers
+from recflow_jax.measure.offline import input_sets
+from recflow_jax.measure.timing import TimingOptions, device_us
+from recflow_jax.model import DeviceBatch, Params, pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorunResult:
+    """A layer of `batch` samples and the bags of `slice_samples` others: kernel microseconds.
+
+    layer_us, gather_us: the back end's own, one by one. corun_us: of each config. floor_us: all
+    bytes of both at the copy rate, or all FLOP at the matmul rate, whichever is longer.
+    """
+
+    layer: str
+    batch: int
+    inputs: int
+    outputs: int
+    slice_samples: int
+    layer_us: float
+    gather_us: float
+    corun_us: dict[str, float]
+    floor_us: float
+
+    @property
+    def best(self) -> str:
+        """The fastest config."""
+        return min(self.corun_us, key=lambda name: self.corun_us[name])
+
+    @property
+    def best_us(self) -> float:
+        """What the fastest config takes."""
+        return self.corun_us[self.best]
+
+    @property
+    def sum_us(self) -> float:
+        """Layer and gather, one after the other."""
+        return self.layer_us + self.gather_us
+
+    @property
+    def max_us(self) -> float:
+        """The longer one of layer and gather."""
+        return max(self.layer_us, self.gather_us)
+
+    @property
+    def best_over_sum(self) -> float:
+        """Below 1 where the co-run pays."""
+        return self.best_us / self.sum_us
+
+
+def bench_corun(
+    config: DLRMConfig,
+    params: Params,
+    backend: Backend,
+    batches: Sequence[int],
+    *,
+    ids: str,
+    seed: int,
+    options: TimingOptions | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[CorunResult]:
+    """Times every MLP layer with slices of as many samples, half of that and a quarter, after
+    comparing bits with those of the serial kernels of the same configs, call after call.
+
+    Raises WrongKernel; ValueError where the co-run kernels do not run, and for models without
+    features or with layers that are not 16-bit floats.
+    """
+    if backend.name != "mosaic":
+        raise ValueError(f"co-run kernels need back end mosaic: this is {backend.name}")
+    if config.compute_dtype not in DTYPES or not config.features:
+        raise ValueError(f"model {config.name!r}: co-runs are of 16-bit layers and of features")
+    ceilings = measure_ceilings(config.compute_dtype, options)
+    prepared = backend.prepare(params, config)
+    results = []
+    for samples in batches:
+        for slice_samples in [samples // part for part in (1, 2, 4) if samples >= part]:
+            slices = _Slices(config, params, backend, slice_samples, ids=ids, seed=seed)
+            for layer in mlp_layers(config):
+                weights = layer.of(prepared)
+                shape = (samples, layer.shape[0])
+                x = jax.random.normal(jax.random.key(seed), shape).astype(config.carried_dtype)
+                operands = (x, weights.kernel, weights.bias)
+                serial = partial(backend.ops.dense, activation=config.activation, precision=None)
+                results.append(
+                    CorunResult(
+                        layer=layer.name,
+                        batch=samples,
+                        inputs=layer.shape[0],
+                        outputs=layer.shape[1],
+                        slice_samples=slice_samples,
+                        layer_us=_kernel_us(jax.jit(serial), [operands]),
+                        gather_us=slices.gather_us,
+                        corun_us={
+                            name: slices.beside(operands, config.activation, corun)
+                            for name, corun in CONFIGS.items()
+                        },
+                        floor_us=_floor_us(operands, slices.moved_bytes, ceilings),
+                    )
+                )
+        advance()
+    return results
+
+
+class _Slices:
+    """Embedding work of some samples: several drawings of it, on the device."""
+
+    def __init__(
+        self,
+        config: DLRMConfig,
+        params: Params,
+        backend: Backend,
+        samples: int,
+        *,
+        ids: str,
+        seed: int,
+    ):
+        layout = Layout.of(config)
+        sets = input_sets(config, samples, ids=ids, seed=seed)[:MOST_PROFILED]
+        self.batches = device_batches(layout, sets)
+        self.groups = params.groups
+        self.options: dict[str, Any] = {"slots": layout.slots, "out_dtype": config.carried_dtype}
+        gather = jax.jit(partial(pool, config=config, layout=layout, ops=backend.ops))
+        self.gather_us = _kernel_us(gather, [(self.groups, batch) for batch in self.batches])
+        work = work_of(config, layout, sets[0])
+        pooled = samples * config.pooled_width * ITEM_BYTES[config.carried_dtype]
+        self.moved_bytes = work.row_bytes + work.input_bytes - sets[0].dense.nbytes + pooled
+
+    def _bags(self, batch: DeviceBatch) -> tuple[Any, ...]:
+        return self.groups, batch.rows, batch.offsets, batch.weights
+
+    def beside(self, operands: tuple[Array, ...], activation: str, config: CorunConfig) -> float:
+        """Microseconds of a layer with this work in its launch. Raises WrongKernel."""
+        co_run = jax.jit(
+            partial(dense_with_gather, activation=activation, config=config, **self.options)
+        )
+        layer = jax.jit(partial(dense, activation=activation, config=config.mlp))(*operands)
+        gather = jax.jit(partial(pooled_gather, config=config.gather, **self.options))
+        calls = [(*operands, *self._bags(batch)) for batch in self.batches]
+        for call, batch in zip(calls, self.batches, strict=True):
+            for ours, serial in zip(
+                co_run(*call), (layer, gather(*self._bags(batch))), strict=True
+            ):
+                if not bool(jnp.array_equal(ours, serial)):
+                    raise WrongKernel(f"co-run {config}: other bits than the serial kernels'")
+        return _kernel_us(co_run, calls)
+
+
+def _kernel_us(executable: Any, calls: Sequence[tuple[Any, ...]]) -> float:
+    taken = device_us(executable, calls)
+    if taken is None:
+        raise WrongKernel("no kernel was seen on the device")
+    return taken
+
+
+def _floor_us(operands: tuple[Array, ...], moved_bytes: int, ceilings: Ceilings) -> float:
+    x, kernel, bias = operands
+    out_bytes = len(x) * len(bias) * x.dtype.itemsize
+    moved = moved_bytes + x.nbytes + kernel.nbytes + out_bytes
+    flop = 2 * int(np.prod(x.shape)) * len(bias)
+    return 1e6 * max(moved / ceilings.copy_bytes_per_s, flop / ceilings.matmul_flop_per_s)
