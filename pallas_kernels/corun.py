@@ -115,16 +115,27 @@ class CorunConfig:
 
 
 CONFIG = CorunConfig()
+_BAGS = GatherConfig(schedule="bags", warpgroups=2, shares_bags=False)
 CONFIGS = {
     "deep": CONFIG,
-    "shallow": CorunConfig(
-        mlp=replace(CONFIG.mlp, stages=3), gather=replace(CONFIG.gather, ring_rows=8)
+    "shallow": replace(
+        CONFIG, mlp=replace(CONFIG.mlp, stages=3), gather=replace(CONFIG.gather, ring_rows=8)
     ),
-    "narrow": CorunConfig(
-        mlp=replace(CONFIG.mlp, block_n=128), gather=replace(CONFIG.gather, ring_rows=8)
+    "narrow": replace(
+        CONFIG, mlp=replace(CONFIG.mlp, block_n=128), gather=replace(CONFIG.gather, ring_rows=8)
+    ),
+    "bags": replace(CONFIG, gather=_BAGS),
+    "long bags": replace(
+        CONFIG,
+        gather=replace(_BAGS, warpgroups=1, rows_at_once=8),
+        multiply_registers=168,
+        gather_registers=136,
+        load_registers=40,
     ),
 }
-"""Tiles of 128 x 256 with operands far ahead, with rows far ahead; tiles of 128 x 128 with both."""
+"""Tiles of 128 x 256 with operands far ahead, or with rows far ahead; tiles of 128 x 128 with both;
+rows in registers, as short rows and jagged bags want it, fewer or more at once.
+"""
 
 
 def dense_with_gather(

@@ -20,20 +20,12 @@ from pallas_kernels.mlp import MlpConfig, dense
 from test_embedding import MIXES, Case, make_case, make_mix, make_slots
 from test_mlp import RELATIVE_ERROR, operands, relative_error
 
-BAGS = GatherConfig(schedule="bags", warpgroups=1, shares_bags=False)
-BAGS_BESIDE = CorunConfig(
-    mlp=CONFIG.mlp,
-    gather=BAGS,
-    multiply_registers=168,
-    gather_registers=136,
-    load_registers=40,
-)
 WITHOUT_HELP = dataclasses.replace(CONFIG, helps=False)
 SMALL_TILES = CorunConfig(
     mlp=MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=6, splits=3),
     gather=dataclasses.replace(CONFIG.gather, warpgroups=1),
 )
-TRIED = [*CONFIGS.values(), WITHOUT_HELP, BAGS_BESIDE, SMALL_TILES]
+TRIED = [*CONFIGS.values(), WITHOUT_HELP, SMALL_TILES]
 
 
 def beside(case: Case, config: CorunConfig, **options: Any) -> Any:
