@@ -77,9 +77,7 @@ class CorunConfig:
             raise ValueError(
                 f"{owner}: {used} registers, above {self.launch_registers * self.warpgroups}"
             )
-        if self.shared_bytes(factors=0) > SHARED_BYTES:
-            size = self.shared_bytes(factors=0)
-            raise ValueError(f"{owner}: {size} bytes of SMEM, above {SHARED_BYTES}")
+        self._check_shared(factors=0)
 
     @property
     def warpgroups(self) -> int:
@@ -91,9 +89,10 @@ class CorunConfig:
         """Registers that each thread has before the roles change it."""
         return REGISTERS // self.warpgroups // REGISTER_STEP * REGISTER_STEP
 
-    def shared_bytes(self, *, factors: int) -> int:
-        """SMEM of a block."""
-        return self.mlp.shared_bytes + self.ring_bytes(factors) + BARRIER_BYTES
+    def _check_shared(self, *, factors: int) -> None:
+        size = self.mlp.shared_bytes + self.ring_bytes(factors) + BARRIER_BYTES
+        if size > SHARED_BYTES:
+            raise ValueError(f"co-run config {self}: {size} bytes of SMEM, above {SHARED_BYTES}")
 
     def ring_bytes(self, factors: int) -> int:
         """Of the warpgroups that gather; some, as Mosaic takes no empty buffer."""
@@ -102,9 +101,7 @@ class CorunConfig:
 
     def check_rings(self, shape: GatherShape) -> None:
         """Raises ValueError if SMEM is too small for the rings of this gather."""
-        size = self.shared_bytes(factors=shape.factors)
-        if size > SHARED_BYTES:
-            raise ValueError(f"co-run config {self}: {size} bytes of SMEM, above {SHARED_BYTES}")
+        self._check_shared(factors=shape.factors)
         room = 2 * self.mlp.stages * self.mlp.block_k * self.mlp.block_n
         rings = -(-self.mlp.warpgroups // self.gather.warpgroups)
         needed = rings * self.ring_bytes(shape.factors)

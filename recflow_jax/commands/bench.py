@@ -3,6 +3,7 @@ inputs, in one run.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -153,15 +154,18 @@ class _Run:
         return sets
 
 
-def _gather(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
-    measured = bench_gather(
+def _of_bags(
+    run: _Run, advance: Callable[[], None], *, bench: Callable[..., Any], table: Any
+) -> tuple[Any, Table]:
+    """A measurement that draws bags, and its table."""
+    measured = bench(
         *(run.config, run.params, run.backend, run.batches),
         ids=run.ids,
         seed=run.seed,
         options=run.timing,
         advance=advance,
     )
-    return measured, report.gather_table(measured)
+    return measured, table(measured)
 
 
 def _dense(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
@@ -176,22 +180,11 @@ def _interaction(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
     return measured, report.interaction_table(measured)
 
 
-def _corun(run: _Run, advance: Callable[[], None]) -> tuple[Any, Table]:
-    measured = bench_corun(
-        *(run.config, run.params, run.backend, run.batches),
-        ids=run.ids,
-        seed=run.seed,
-        options=run.timing,
-        advance=advance,
-    )
-    return measured, report.corun_table(measured)
-
-
 _MEASURE_KERNEL = {
-    "gather": _gather,
+    "gather": partial(_of_bags, bench=bench_gather, table=report.gather_table),
     "dense": _dense,
     "interaction": _interaction,
-    "corun": _corun,
+    "corun": partial(_of_bags, bench=bench_corun, table=report.corun_table),
 }
 
 

@@ -14,11 +14,11 @@ from pallas_kernels.corun import CONFIGS, CorunConfig, dense_with_gather
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.mlp import DTYPES, dense
 from recflow_jax.backend import Backend
-from recflow_jax.config import ITEM_BYTES, DLRMConfig
+from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
-from recflow_jax.measure.ceilings import Ceilings, measure_ceilings, work_of
+from recflow_jax.measure.ceilings import Ceilings, measure_ceilings
 from recflow_jax.measure.contenders import device_batches
-from recflow_jax.measure.kernels import MOST_PROFILED, WrongKernel, mlp_layers
+from recflow_jax.measure.kernels import MOST_PROFILED, WrongKernel, gather_bytes, mlp_layers
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.timing import TimingOptions, device_us
 from recflow_jax.model import DeviceBatch, Params, pool
@@ -141,9 +141,12 @@ class _Slices:
         self.options: dict[str, Any] = {"slots": layout.slots, "out_dtype": config.carried_dtype}
         gather = jax.jit(partial(pool, config=config, layout=layout, ops=backend.ops))
         self.gather_us = _kernel_us(gather, [(self.groups, batch) for batch in self.batches])
-        work = work_of(config, layout, sets[0])
-        pooled = samples * config.pooled_width * ITEM_BYTES[config.carried_dtype]
-        self.moved_bytes = work.row_bytes + work.input_bytes - sets[0].dense.nbytes + pooled
+        self.moved_bytes = gather_bytes(config, layout, sets[0])
+        # Compiled once for all layers.
+        self.serial = {
+            corun.gather: jax.jit(partial(pooled_gather, config=corun.gather, **self.options))
+            for corun in CONFIGS.values()
+        }
 
     def _bags(self, batch: DeviceBatch) -> tuple[Any, ...]:
         return self.groups, batch.rows, batch.offsets, batch.weights
@@ -154,7 +157,7 @@ class _Slices:
             partial(dense_with_gather, activation=activation, config=config, **self.options)
         )
         layer = jax.jit(partial(dense, activation=activation, config=config.mlp))(*operands)
-        gather = jax.jit(partial(pooled_gather, config=config.gather, **self.options))
+        gather = self.serial[config.gather]
         calls = [(*operands, *self._bags(batch)) for batch in self.batches]
         for call, batch in zip(calls, self.batches, strict=True):
             for ours, serial in zip(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from recflow_jax.backend import Backend
+from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import ITEM_BYTES, DLRMConfig
 from recflow_jax.layout import Layout
 from recflow_jax.measure.ceilings import (
@@ -208,17 +209,23 @@ def _gather_result(
     measured: Mapping[str, Any],
 ) -> GatherResult:
     work = work_of(config, layout, sets[0])
-    output_bytes = sets[0].samples * config.pooled_width * ITEM_BYTES[config.carried_dtype]
     return GatherResult(
         batch=sets[0].samples,
         input_sets=len(sets),
         ids=len(sets[0].values),
         row_bytes=_useful_bytes(config, layout, sets[0]),
         distinct_row_bytes=work.distinct_row_bytes,
-        moved_bytes=work.row_bytes + work.input_bytes - sets[0].dense.nbytes + output_bytes,
+        moved_bytes=gather_bytes(config, layout, sets[0]),
         copy_bytes_per_s=copy_rate,
         **measured,
     )
+
+
+def gather_bytes(config: DLRMConfig, layout: Layout, batch: JaggedBatch) -> int:
+    """What a gather moves at least: rows in whole sectors, ids, offsets, weights, the output."""
+    work = work_of(config, layout, batch)
+    output_bytes = batch.samples * config.pooled_width * ITEM_BYTES[config.carried_dtype]
+    return work.row_bytes + work.input_bytes - batch.dense.nbytes + output_bytes
 
 
 def _useful_bytes(config: DLRMConfig, layout: Layout, batch: Any) -> int:
