@@ -1,7 +1,8 @@
 """Which work runs when: plain Python and numpy, no jax and no clock of its own.
 
 `request` has the types that flow, `buckets` the ladders of static sizes, `pipeline` the incremental
-batching, `admission` the bound on work inside, `table` the measured times.
+batching, `admission` the bound on work inside, `table` the measured times, `costs` what steps cost
+by them, `planner` the best plans.
 """
 
 from scheduling.admission import Admission
@@ -17,7 +18,17 @@ from scheduling.pipeline import (
     PipelineConfig,
     StepDone,
 )
-from scheduling.request import Part, Request, Segment, Slice, SliceBucket, Step
+from scheduling.planner import Plans, SerialPlans, TablePlans
+from scheduling.request import (
+    CoRun,
+    Part,
+    Request,
+    Segment,
+    SegmentShape,
+    Slice,
+    SliceBucket,
+    Step,
+)
 from scheduling.table import (
     MissPolicy,
     ProfileKey,
@@ -32,6 +43,7 @@ __all__ = [
     "Admission",
     "Arrive",
     "Cancel",
+    "CoRun",
     "Event",
     "Expire",
     "Launch",
@@ -39,6 +51,7 @@ __all__ = [
     "Part",
     "Pipeline",
     "PipelineConfig",
+    "Plans",
     "ProfileKey",
     "ProfileMiss",
     "ProfileRow",
@@ -46,10 +59,13 @@ __all__ = [
     "ProfileTableError",
     "Request",
     "Segment",
+    "SegmentShape",
+    "SerialPlans",
     "Slice",
     "SliceBucket",
     "Step",
     "StepDone",
+    "TablePlans",
     "ladder",
     "smallest_holding",
 ]
