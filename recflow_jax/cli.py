@@ -219,7 +219,8 @@ def bench_model(
     batch: Batches = "256,1024,4096",
     ids: Ids = "uniform",
     seed: Seed = 0,
-    mode: Annotated[str, typer.Option(help="Of offline, numpy, online.")] = "offline",
+    mode: Annotated[str, typer.Option(help="Of offline, overlap, numpy, online.")] = "offline",
+    ride: Annotated[str, typer.Option(help="Overlap: like deep/all.  [default: all]")] = "",
     load: Annotated[str, typer.Option(help="Online: shares of saturation.")] = "0.5,0.8,0.95",
     qps: Annotated[str, typer.Option(help="Online: requests per second, not shares.")] = "",
     request_samples: Annotated[
@@ -248,6 +249,7 @@ def bench_model(
         against=_list("--against", against, str),
         batches=_list("--batch", batch, int),
         modes=_list("--mode", mode, str),
+        rides=_list("--ride", ride, str),
         ids=ids,
         seed=seed,
         backend=backend,
