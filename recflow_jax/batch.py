@@ -224,7 +224,7 @@ def check_batch(config: DLRMConfig, batch: JaggedBatch) -> None:
     Checked: shapes and dtypes, NaN and infinite dense features, offsets, ids in range, finite
     weights, bags of a `none`-pooled feature no longer than its hotness.
     """
-    _check_shapes(config, batch)
+    check_shapes(config, batch)
     _check_dense(batch.dense)
     _check_all_offsets(config, batch)
     _check_ids(config, batch)
@@ -232,7 +232,8 @@ def check_batch(config: DLRMConfig, batch: JaggedBatch) -> None:
     _check_weights(config, batch)
 
 
-def _check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
+def check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
+    """The part of `check_batch` that looks at no element. Raises InputError."""
     _dense_array(config, batch.dense)
     if batch.dense.dtype != np.float32:
         raise InputError(f"dense features are {batch.dense.dtype}, not float32")
@@ -316,7 +317,7 @@ def _raise_first_outside(config: DLRMConfig, batch: JaggedBatch) -> None:
 
 
 def _check_hotness(config: DLRMConfig, batch: JaggedBatch) -> None:
-    limits = [f.hotness if f.pooling == "none" else MAX_IDS for f in config.features]
+    limits = [f.longest_bag or MAX_IDS for f in config.features]
     if min(limits, default=MAX_IDS) == MAX_IDS:
         return
     lengths = np.diff(batch.offsets).reshape(batch.samples, len(limits))

@@ -41,8 +41,9 @@ def run_batch(segments: Segments, batch, cuts, bucket: int) -> np.ndarray:
     state = segments.new_state()
     for start, stop in pairwise(cuts):
         fitting = next(b for b in segments.slice_buckets if b.samples >= stop - start)
-        packed = segments.staging.pack(fitting, start, [batch.part(start, stop)])
-        state = segments.embed(state, packed)
+        samples = segments.preparer.prepare(batch.part(start, stop))
+        packed = segments.staging.pack(fitting, start, [samples])
+        state = segments.embed(state, packed.array)
     x = segments.start(state, bucket)
     for index in range(1, segments.count):
         x = segments.run(index, bucket, x)
@@ -100,7 +101,9 @@ def test_a_state_is_used_up_by_the_next_slice():
     """The buffers are donated, so a slice writes in place."""
     segments, batch = compiled(CONCAT), generate(CONCAT, 1, seed=0)
     state = segments.new_state()
-    later = segments.embed(state, segments.staging.pack(segments.slice_buckets[0], 0, [batch]))
+    samples = segments.preparer.prepare(batch)
+    packed = segments.staging.pack(segments.slice_buckets[0], 0, [samples])
+    later = segments.embed(state, packed.array)
     assert state.pooled.is_deleted() and not later.pooled.is_deleted()
     assert later.pooled.shape == (16, CONCAT.pooled_width)
 

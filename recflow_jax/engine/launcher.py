@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.errors import EngineClosed, StepFailed
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import (
@@ -18,6 +17,7 @@ from recflow_jax.engine.messages import (
     Submitted,
     now_us,
 )
+from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.segments import BatchState, Segments
 from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import (
@@ -65,7 +65,7 @@ class Launcher:
         self._flights = flights
         self._ledger = ledger
         self._tally = tally
-        self._waiting: dict[int, JaggedBatch] = {}
+        self._waiting: dict[int, Prepared] = {}
         self._batches: dict[int, _Batch] = {}
         self._free_states: list[BatchState] = []
         self._close: Close | None = None
@@ -150,12 +150,10 @@ class Launcher:
             del self._batches[segment.batch_id]
         self._tally.launched_segment(segment)
 
-    def _embed(
-        self, piece: Slice, samples: list[JaggedBatch], batch: _Batch, flight: Flight
-    ) -> None:
+    def _embed(self, piece: Slice, samples: list[Prepared], batch: _Batch, flight: Flight) -> None:
         state = batch.state or self._take_state()
         flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, samples)
-        batch.state = self._segments.embed(state, flight.buffer)
+        batch.state = self._segments.embed(state, flight.buffer.array)
         flight.results.append(batch.state.landed)
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
@@ -173,7 +171,7 @@ class Launcher:
         """Two are in use at most: a later batch's slices run behind the segment that read it."""
         return self._free_states.pop() if self._free_states else self._segments.new_state()
 
-    def _samples_of(self, part: Part) -> JaggedBatch:
+    def _samples_of(self, part: Part) -> Prepared:
         """The part's samples; with the request's last part they are let go."""
         samples = self._waiting[part.request_id]
         if part.stop == samples.samples:

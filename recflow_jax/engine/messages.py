@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
-
-from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.prepared import Prepared
+from recflow_jax.engine.staging import Buffer
 from scheduling.pipeline import StepDone
 from scheduling.request import Part, Request
 
@@ -24,7 +23,7 @@ class Submitted:
     """A request was accepted, with these samples."""
 
     request: Request
-    samples: JaggedBatch
+    samples: Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class Flight:
     results: list[Any]
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
-    buffer: np.ndarray | None = None
+    buffer: Buffer | None = None
 
 
 class Inbox:

@@ -7,7 +7,7 @@ layers about evenly by FLOP; with one segment it is all of them. Every shape is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
 from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.staging import PackedShape, Staging
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
@@ -87,6 +88,11 @@ class Segments:
     def max_ids_per_sample(self) -> int:
         """The most ids that one sample may have."""
         return self.options.max_ids_per_sample or self.slice_buckets[-1].ids
+
+    @cached_property
+    def preparer(self) -> Preparer:
+        """What makes samples ready for `staging`."""
+        return Preparer(self.config, self.layout, max_ids=self.max_ids_per_sample)
 
     def new_state(self) -> BatchState:
         """Buffers of a batch, all zero."""
