@@ -74,7 +74,7 @@ class Launcher:
         """Until it is told to close; never ends with a request left open."""
         try:
             while not self._is_done():
-                messages = self._inbox.wait(self._patience_s())
+                messages = self._inbox.wait(self._patience_s(), can_launch=self._can_launch)
                 actions = self._pipeline.step(now_us(), [*self._events(messages)])
                 self._act(actions)
             self._give_up("the engine was closed before it came to the request")
@@ -85,6 +85,10 @@ class Launcher:
 
     def _is_done(self) -> bool:
         return self._close is not None and (not self._close.drain or self._pipeline.idle)
+
+    @property
+    def _can_launch(self) -> bool:
+        return self._pipeline.steps_in_flight < self._segments.options.max_steps_in_flight
 
     def _patience_s(self) -> float | None:
         deadline_us = self._pipeline.next_deadline_us

@@ -91,8 +91,9 @@ class Preparer:
 
     def _prepare_fixed(self, batch: JaggedBatch, bags: "_FixedBags") -> Prepared | None:
         rows = bags.rows(batch.values)
-        id_offsets = np.arange(batch.samples + 1) * bags.ids
-        return None if rows is None else self._with_floats(batch, rows, id_offsets, None)
+        if rows is None:
+            return None
+        return self._with_floats(batch, rows, bags.id_offsets(batch.samples), None)
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
         offsets, n = batch.offsets.copy(), batch.samples
@@ -142,6 +143,7 @@ class _FixedBags:
         self._features = len(lengths)
         self._samples = max(1, BLOCK_IDS // max(self.ids, 1))
         self._offsets = bag_offsets(lengths, self._samples)
+        self._id_offsets = self.ids * np.arange(1, dtype=np.int64)
         self._limits = np.tile(np.repeat(limits, lengths), self._samples)
         self._bases = np.tile(np.repeat(bases, lengths), self._samples)
 
@@ -156,6 +158,14 @@ class _FixedBags:
             if np.count_nonzero(found != (expected + start * self.ids if start else expected)):
                 return False
         return True
+
+    def id_offsets(self, samples: int) -> np.ndarray:
+        """int64 [samples + 1]: the ids before each sample; shared, not to be written to."""
+        offsets = self._id_offsets
+        if len(offsets) <= samples:
+            offsets = self._id_offsets = self.ids * np.arange(2 * samples + 1, dtype=np.int64)
+            offsets.flags.writeable = False
+        return offsets[: samples + 1]
 
     def rows(self, values: np.ndarray) -> np.ndarray | None:
         """The ids as rows of their groups; None if one is outside its table."""
