@@ -92,7 +92,7 @@ class JaggedBatch:
         n bags, (values, offsets [n + 1]) or, for a weighted feature, (values, offsets, weights);
         without them its weights are 1. Raises InputError.
         """
-        dense = _dense_array(config, dense)
+        dense = dense_array(config, dense)
         known = {feature.name for feature in config.features}
         for name in [*sorted(set(sparse) - known), *sorted(known - set(sparse))]:
             there = "is not in the model" if name in sparse else "is missing"
@@ -110,7 +110,8 @@ class _Column:
     weights: np.ndarray | None
 
 
-def _dense_array(config: DLRMConfig, dense: Any) -> np.ndarray:
+def dense_array(config: DLRMConfig, dense: Any) -> np.ndarray:
+    """float32 [n, dense_width] of what was handed over. Raises InputError."""
     try:
         array = np.asarray(dense, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -234,7 +235,7 @@ def check_batch(config: DLRMConfig, batch: JaggedBatch) -> None:
 
 def check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
     """The part of `check_batch` that looks at no element. Raises InputError."""
-    _dense_array(config, batch.dense)
+    dense_array(config, batch.dense)
     if batch.dense.dtype != np.float32:
         raise InputError(f"dense features are {batch.dense.dtype}, not float32")
     expected = batch.samples * len(config.features) + 1

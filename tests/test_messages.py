@@ -42,12 +42,15 @@ def test_messages_come_in_their_order():
 
 
 @pytest.mark.parametrize("can_launch", [True, False])
-def test_an_urgent_message_wakes(can_launch: bool):
+def test_an_urgent_message_wakes_and_keeps_awake(can_launch: bool):
     inbox = Inbox()
     with ThreadPoolExecutor(1) as pool:
         woken = pool.submit(inbox.wait, LONG_S, can_launch=can_launch)
         inbox.put(Dropped(7))
         assert woken.result(SOON_S) == [Dropped(7)]
+        inbox.put(Dropped(8))
+        awake = pool.submit(inbox.wait, LONG_S, can_launch=can_launch)
+        assert awake.result(SOON_S) == [Dropped(8)]
 
 
 def test_an_arrival_wakes_who_can_launch():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch, check_batch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig
 from recflow_jax.data.workloads import generate
-from recflow_jax.engine import prepared
+from recflow_jax.engine import fixed_bags
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.layout import Layout
+from recflow_jax.measure.host import by_name
 from small_models import CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE, device_batch
 
 MODELS = (CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE)
@@ -39,10 +41,10 @@ def assert_is(config: DLRMConfig, found: Prepared, batch: JaggedBatch) -> None:
         np.testing.assert_array_equal(found.weights, plain.weights)
 
 
-@pytest.fixture(params=[1, 25, prepared.BLOCK_IDS])
+@pytest.fixture(params=[1, 25, fixed_bags.BLOCK_IDS])
 def block_ids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Ids of a block: less than a sample has, those of two samples and some, all of a test."""
-    monkeypatch.setattr(prepared, "BLOCK_IDS", request.param)
+    monkeypatch.setattr(fixed_bags, "BLOCK_IDS", request.param)
     return request.param
 
 
@@ -82,6 +84,89 @@ def test_bags_that_are_as_expected_need_no_offsets(block_ids: int):
     found = preparer(FIXED).prepare(other)
     assert found.slot_offsets is not None
     assert_is(FIXED, found, other)
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
+@pytest.mark.parametrize("samples", [1, 7])
+def test_features_by_name_are_the_same_samples(config: DLRMConfig, samples: int):
+    batch = generate(config, samples, seed=2)
+    found = preparer(config).prepare_features(batch.dense, by_name(config, batch))
+    assert_is(config, found, batch)
+
+
+@pytest.fixture
+def fixed_features() -> dict[str, Any]:
+    """Three samples of FIXED by name, of several integer types."""
+    sparse = by_name(FIXED, generate(FIXED, 3, seed=2))
+    sparse["mean"] = tuple(array.astype(np.uint32) for array in sparse["mean"])
+    return sparse
+
+
+def test_features_of_fixed_bags_need_no_batch(
+    fixed_features: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    dense = np.ones((3, 5))
+    expected = JaggedBatch.from_features(FIXED, dense, fixed_features)
+    monkeypatch.delattr(JaggedBatch, "from_features")
+    assert_is(FIXED, preparer(FIXED).prepare_features(dense, fixed_features), expected)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mean": [[1, 2], [3, 4], [5, 6]]},
+        {"mean": [[1], [], [5, 6, 7]]},
+        {"mean": (np.arange(6), np.array([0, 1, 4, 6]))},
+        {"mean": (np.arange(3), np.array([0, 1, 2, 3]))},
+        {"mean": (np.arange(6, dtype=np.uint64), np.array([0, 2, 4, 6], np.uint8))},
+        {"items": (np.arange(12), [0, 4, 8, 12])},
+    ],
+    ids=["lists", "jagged lists", "jagged", "shorter", "other types", "listed offsets"],
+)
+def test_features_of_any_form_are_the_same_samples(
+    fixed_features: dict[str, Any], changed: dict[str, Any]
+):
+    dense, sparse = np.ones((3, 5)), fixed_features | changed
+    expected = JaggedBatch.from_features(FIXED, dense, sparse)
+    assert_is(FIXED, preparer(FIXED).prepare_features(dense, sparse), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"user": np.array([1, 2])}, "feature 'user' has 2 bags for 3 samples"),
+        ({"user": np.ones(3)}, r"feature 'user': ids are float64\[3\], not integers"),
+        ({"user": np.ones(3, bool)}, r"feature 'user': ids are bool\[3\], not integers"),
+        ({"user": np.ones((3, 1), int)}, r"ids are int64\[3, 1\]"),
+        ({"user": np.array([0, 10**6, 1])}, "feature 'user', sample 1: id 1000000 is not in"),
+        ({"user": np.array([0, 2**63, 1], np.uint64)}, "feature 'user', sample 1: id "),
+        ({"user": np.array([0, 1, -1])}, "feature 'user', sample 2: id -1 is not in"),
+        ({"mean": (np.arange(6), np.array([0, 2, 4, 5]))}, "offsets end at 5, ids at 6"),
+        ({"mean": (np.arange(6), np.array([0, 2, 4]))}, r"feature 'mean': offsets are int64\[3\]"),
+        ({"mean": (np.arange(6), np.array([0.0, 2, 4, 6]))}, "offsets are float64"),
+        ({"mean": (np.arange(6),)}, "feature 'mean': a tuple of 1"),
+        ({"mean": (np.arange(6), np.array([0, 2, 4, 6]), np.ones(6))}, "'mean' takes no weights"),
+        ({"mean": np.arange(6)}, "feature 'mean' has 6 bags for 3 samples"),
+        ({"other": np.array([1, 2, 3])}, "feature 'other' is not in the model"),
+    ],
+)
+def test_bad_features_by_name_are_named(
+    fixed_features: dict[str, Any], changed: dict[str, Any], message: str
+):
+    with pytest.raises(InputError, match=message):
+        preparer(FIXED).prepare_features(np.ones((3, 5)), fixed_features | changed)
+
+
+def test_other_bad_features_by_name_are_named(fixed_features: dict[str, Any]):
+    with pytest.raises(InputError, match="dense feature 1, sample 2: nan"):
+        dense = np.ones((3, 5))
+        dense[2, 1] = np.nan
+        preparer(FIXED).prepare_features(dense, fixed_features)
+    with pytest.raises(InputError, match=r"shape \[3, 4\], not \[n, 5\]"):
+        preparer(FIXED).prepare_features(np.ones((3, 4)), fixed_features)
+    del fixed_features["user"]
+    with pytest.raises(InputError, match="feature 'user' is missing"):
+        preparer(FIXED).prepare_features(np.ones((3, 5)), fixed_features)
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)

@@ -21,7 +21,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
-from recflow_jax.engine.intake import Sparse, Terms, as_batch, new_request
+from recflow_jax.engine.intake import Sparse, Terms, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, now_us
@@ -178,7 +178,7 @@ class Engine:
 
     def _prepared(self, dense: Any, sparse: Sparse | None, *, most: int | None = None) -> Prepared:
         try:
-            samples = self._segments.preparer.prepare(as_batch(self.config, dense, sparse))
+            samples = prepare(self._segments.preparer, dense, sparse)
             if most is not None and samples.samples > most:
                 raise InputError(
                     f"{samples.samples} samples are more than the queue ever holds, {most}; "

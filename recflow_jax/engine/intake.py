@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recflow_jax.batch import InputError, JaggedBatch
-from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.messages import Submitted
-from recflow_jax.engine.prepared import Prepared
+from recflow_jax.engine.prepared import Prepared, Preparer
 from scheduling.request import Request
 
 Sparse = Mapping[str, Any]
@@ -36,13 +35,13 @@ class Terms:
         )
 
 
-def as_batch(config: DLRMConfig, dense: Any, sparse: Sparse | None) -> JaggedBatch:
-    """What a caller handed over as a batch, not checked yet. Raises InputError."""
+def prepare(preparer: Preparer, dense: Any, sparse: Sparse | None) -> Prepared:
+    """What a caller handed over, checked. Raises InputError."""
     if not isinstance(dense, JaggedBatch):
-        return JaggedBatch.from_features(config, dense, sparse or {})
+        return preparer.prepare_features(dense, sparse or {})
     if sparse is not None:
         raise InputError("sparse features beside a JaggedBatch, which has its own")
-    return dense
+    return preparer.prepare(dense)
 
 
 def new_request(request_id: int, samples: Prepared, terms: Terms) -> Submitted:

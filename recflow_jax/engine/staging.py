@@ -18,7 +18,8 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.prepared import Prepared, bag_offsets
+from recflow_jax.engine.fixed_bags import bag_offsets
+from recflow_jax.engine.prepared import Prepared
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch
 from scheduling.request import SliceBucket
