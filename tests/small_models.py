@@ -100,6 +100,7 @@ SMALL = EngineOptions(
     slice_factor=4,
     max_queued_samples=1000,
     compilation_cache=None,
+    freeze_heap=False,
 )
 
 

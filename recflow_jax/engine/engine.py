@@ -21,6 +21,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
+from recflow_jax.engine.heap import HEAP
 from recflow_jax.engine.intake import Sparse, Terms, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
@@ -98,6 +99,7 @@ class Engine:
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
         self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
+        self._thaw = HEAP.freeze(self) if self.options.freeze_heap else None
 
     @property
     def config(self) -> DLRMConfig:
@@ -164,6 +166,8 @@ class Engine:
         In a callback of an answer it does not wait.
         """
         _close(self._ledger, self._threads, drain=drain)
+        if self._thaw is not None:
+            self._thaw()
 
     def __enter__(self) -> Self:
         return self
