@@ -110,6 +110,15 @@ def test_a_larger_bucket_after_a_smaller_one_has_offsets_of_its_own():
         assert_holds(FIXED, unpacked(packer, bucket, buffer)[1], batch)
 
 
+def test_offsets_of_as_many_fixed_bags_as_before_are_left_alone():
+    packer = staging(FIXED)
+    buffer = packer.pack(BUCKET, 0, [drawn(FIXED, 3, seed=1)])
+    buffer.offsets[:] = 7
+    packer.give_back(buffer)
+    again = packer.pack(BUCKET, 0, [drawn(FIXED, 1, seed=2), drawn(FIXED, 2, seed=3)])
+    assert again is buffer and np.all(again.offsets == 7)
+
+
 def test_a_buffer_is_reused_only_after_it_is_given_back():
     packer, few = staging(DOT), drawn(DOT, 2, seed=2)
     first = packer.pack(BUCKET, 0, [few])
