@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch, check_batch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig
 from recflow_jax.data.workloads import generate
-from recflow_jax.engine import fixed_bags
+from recflow_jax.engine import fixed_bags, prepared
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.layout import Layout
 from recflow_jax.measure.host import by_name
@@ -44,7 +44,8 @@ def assert_is(config: DLRMConfig, found: Prepared, batch: JaggedBatch) -> None:
 @pytest.fixture(params=[1, 25, fixed_bags.BLOCK_IDS])
 def block_ids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Ids of a block: less than a sample has, those of two samples and some, all of a test."""
-    monkeypatch.setattr(fixed_bags, "BLOCK_IDS", request.param)
+    for module in (fixed_bags, prepared):
+        monkeypatch.setattr(module, "BLOCK_IDS", request.param)
     return request.param
 
 

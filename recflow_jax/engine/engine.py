@@ -81,6 +81,7 @@ class Engine:
         profile: str | Path | ProfileTable | None,
     ) -> None:
         self._segments = segments
+        self._preparer = segments.preparer
         self._idle_times = None if table is None else IdleTimes(table, segments)
         self._profile = None if table is None else _profile_name(table, profile)
         self._request_ids = itertools.count()
@@ -182,7 +183,7 @@ class Engine:
 
     def _prepared(self, dense: Any, sparse: Sparse | None, *, most: int | None = None) -> Prepared:
         try:
-            samples = prepare(self._segments.preparer, dense, sparse)
+            samples = prepare(self._preparer, dense, sparse)
             if most is not None and samples.samples > most:
                 raise InputError(
                     f"{samples.samples} samples are more than the queue ever holds, {most}; "

@@ -8,6 +8,7 @@ import numpy as np
 from recflow_jax.batch import MAX_IDS, JaggedBatch
 
 BLOCK_IDS = 2**16  # checked at a time, so that the arrays in between stay in the cache
+KEPT_STEPS = 2**13
 
 
 class FixedBags:
@@ -25,10 +26,10 @@ class FixedBags:
         self._offsets = bag_offsets(per_sample, self._samples)
         self._limits = np.tile(np.repeat(limits, per_sample), self._samples)
         self._bases = np.tile(np.repeat(bases, per_sample), self._samples)
-        self._kept_steps: dict[int, np.ndarray] = {}
+        self._kept_steps = {n: n * np.arange(KEPT_STEPS) for n in {*per_sample, self.ids}}
 
     def id_offsets(self, samples: int) -> np.ndarray:
-        """int64 [samples + 1]: the ids before each sample, read-only."""
+        """int64 [samples + 1]: the ids before each sample; not to be written to."""
         return self._steps(self.ids, samples)
 
     def are_in(self, batch: JaggedBatch) -> bool:
@@ -60,6 +61,15 @@ class FixedBags:
         # Unsigned and signed integers together may have become floats.
         return joined if joined.dtype.kind in "iu" else None
 
+    def rows(self, values: np.ndarray) -> np.ndarray | None:
+        """The ids as rows of their groups; None if one is outside its table."""
+        rows, step = np.empty(len(values), np.int32), max(len(self._limits), 1)
+        for start in range(0, len(values), step):
+            ids, out = values[start : start + step], rows[start : start + step]
+            if not write_rows(ids, self._limits[: len(ids)], self._bases[: len(ids)], out=out):
+                return None
+        return rows
+
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""
         is_listed = type(entry) is tuple and len(entry) == 2
@@ -78,21 +88,9 @@ class FixedBags:
         return offsets.shape == expected.shape and not np.count_nonzero(offsets != expected)
 
     def _steps(self, step: int, samples: int) -> np.ndarray:
-        """int64 [samples + 1]: 0, step, 2 * step, ...; kept for the next time."""
-        steps = self._kept_steps.get(step)
-        if steps is None or len(steps) <= samples:
-            steps = self._kept_steps[step] = step * np.arange(2 * samples + 1)
-            steps.flags.writeable = False
-        return steps[: samples + 1]
-
-    def rows(self, values: np.ndarray) -> np.ndarray | None:
-        """The ids as rows of their groups; None if one is outside its table."""
-        rows, step = np.empty(len(values), np.int32), max(len(self._limits), 1)
-        for start in range(0, len(values), step):
-            ids, out = values[start : start + step], rows[start : start + step]
-            if not write_rows(ids, self._limits[: len(ids)], self._bases[: len(ids)], out=out):
-                return None
-        return rows
+        """int64 [samples + 1]: 0, step, 2 * step, ...; not to be written to."""
+        kept = self._kept_steps[step]
+        return kept[: samples + 1] if samples < len(kept) else step * np.arange(samples + 1)
 
 
 def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.fixed_bags import FixedBags, write_rows
+from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, write_rows
 from recflow_jax.layout import Layout
 
 
@@ -98,15 +98,18 @@ class Preparer:
         return prepared
 
     def prepare_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared:
-        """`prepare` of what JaggedBatch.from_features takes, which is not made of fixed bags."""
-        if self._fixed is not None and not self._config.weighted:
-            floats = dense_array(self._config, dense)
-            values = self._fixed.join(sparse, len(floats))
-            if values is not None:
-                prepared = self._prepare_fixed(self._fixed, floats, values, None)
-                if prepared is not None:
-                    return prepared
-        return self.prepare(JaggedBatch.from_features(self._config, dense, sparse))
+        """`prepare` of what JaggedBatch.from_features takes; fixed bags do without the batch."""
+        prepared = self._prepare_fixed_features(dense, sparse)
+        if prepared is None:
+            return self.prepare(JaggedBatch.from_features(self._config, dense, sparse))
+        return prepared
+
+    def _prepare_fixed_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared | None:
+        if self._fixed is None or self._config.weighted:
+            return None
+        dense = dense_array(self._config, dense)
+        values = self._fixed.join(sparse, len(dense))
+        return None if values is None else self._prepare_fixed(self._fixed, dense, values, None)
 
     def _prepare_fixed(
         self,
@@ -125,15 +128,29 @@ class Preparer:
         lengths = offsets[1:] - offsets[:-1]
         if not self._bags_are_well(batch, offsets, lengths):
             return None
-        rows = np.empty(len(batch.values), np.int32)
-        limits = np.repeat(np.tile(self._limits, n), lengths)
-        bases = np.repeat(np.tile(self._bases, n), lengths)
-        if not write_rows(batch.values, limits, bases, out=rows):
-            return None
         id_offsets = offsets[:: batch.features].copy() if batch.features else np.zeros(n + 1, int)
+        rows = self._jagged_rows(batch.values, id_offsets, lengths)
+        if rows is None:
+            return None
         _check_ids_per_sample(id_offsets, self._max_ids)
         slots = self._layout.slots_of(offsets)
         return _with_floats(batch.dense, batch.weights, rows, id_offsets, slots)
+
+    def _jagged_rows(
+        self, values: np.ndarray, id_offsets: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray | None:
+        """Block by block of samples: about BLOCK_IDS ids."""
+        samples, features = len(id_offsets) - 1, len(self._limits)
+        rows = np.empty(len(values), np.int32)
+        step = min(max(BLOCK_IDS * samples // max(len(values), 1), 1), samples)
+        limits, bases = np.tile(self._limits, step), np.tile(self._bases, step)
+        for start in range(0, samples, max(step, 1)):
+            ids = slice(id_offsets[start], id_offsets[min(start + step, samples)])
+            counts = lengths[start * features : (start + step) * features]
+            of_ids = [np.repeat(each[: len(counts)], counts) for each in (limits, bases)]
+            if not write_rows(values[ids], *of_ids, out=rows[ids]):
+                return None
+        return rows
 
     def _bags_are_well(self, batch: JaggedBatch, offsets: np.ndarray, lengths: np.ndarray) -> bool:
         if offsets[0] != 0 or offsets[-1] != len(batch.values) or np.count_nonzero(lengths < 0):
