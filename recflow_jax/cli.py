@@ -190,6 +190,7 @@ bench = typer.Typer(
     epilog=_example(
         "recflow bench model --model dlrm-kaggle --against jax,torch --batch 256,4096",
         "recflow bench kernels --model dlrm-kaggle --batch 4096",
+        "recflow bench host --model dlrm-kaggle",
     ),
     rich_markup_mode=None,
 )
@@ -305,6 +306,39 @@ def bench_kernels(
         timing=_timing(steady),
         out=out,
         figure=figure,
+    )
+
+
+@bench.command(
+    "host",
+    epilog=_example(
+        "recflow bench host --model dlrm-kaggle",
+        "recflow bench host --model dlrm-v2 --request 1,64,512 --out host.json",
+    ),
+)
+def bench_host(
+    model: Model,
+    request: Annotated[str, typer.Option(help="Samples per request.")] = "1,64,512",
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    steady: Steady = False,
+    out: Out = None,
+) -> None:
+    """Measure what a request costs on the host.
+
+    The engine runs on a device that is done at once, and has no tables. Microseconds per request
+    and per sample, and of processor time in each stage. Lists are separated by commas.
+    """
+    config = _config(model, None, None, None)
+    from recflow_jax.commands.bench import bench_host
+
+    bench_host(
+        config,
+        request_sizes=_list("--request", request, int),
+        ids=ids,
+        seed=seed,
+        timing=_timing(steady) if steady else None,
+        out=out,
     )
 
 

@@ -34,6 +34,7 @@ OPTIONS = EngineOptions(
     max_queued_samples=64,
     max_ids_per_sample=600,
     segments=2,
+    freeze_heap=False,
 )
 
 

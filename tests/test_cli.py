@@ -71,7 +71,7 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
     return function.call_args
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench model", "bench kernels"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench model", "bench kernels", "bench host"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
@@ -101,6 +101,7 @@ def test_help_names_commands_and_exit_codes(
         (["profile", "--model", "rm1", "--max-batch", "0"], "--max-batch"),
         (["bench", "model", "--model", "rm1", "--batch", "256,many"], "'256,many'"),
         (["bench", "kernels", "--model", "rm1", "--backend", "triton"], "triton"),
+        (["bench", "host", "--model", "rm1", "--request", "0"], "[0]"),
         (["train", "netflix", "--out", "x"], "netflix"),
         (["info", "--jsn"], "--jsn"),
     ],
@@ -220,6 +221,18 @@ def test_bench_kernels_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> No
     assert call.kwargs["batches"] == (8,)
     assert call.kwargs["out"] == Path("g.json")
     assert call.kwargs["timing"] == STEADY
+
+
+def test_bench_host_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    call = called(monkeypatch, "bench host", "--model", tiny, "--request", "1,8", "--steady")
+    assert call.args[0].name == "tiny"
+    assert call.kwargs == {
+        "request_sizes": (1, 8),
+        "ids": "uniform",
+        "seed": 0,
+        "timing": STEADY,
+        "out": None,
+    }
 
 
 def test_a_missing_gpu_and_missing_data_are_missing() -> None:

@@ -45,7 +45,7 @@ class Completion:
             self._fail(flight, error)
         self._inbox.put(StepDone(step_id=flight.step_id))
         if scores is not None:
-            self._answer(flight, scores)
+            self._ledger.add(flight.parts, scores)
 
     def _wait(self, flight: Flight) -> np.ndarray | None:
         """The scores on the host, once the step has ended; None if it makes none."""
@@ -54,10 +54,6 @@ class Completion:
         if flight.buffer is not None:
             self._staging.give_back(flight.buffer)
         return None if flight.scores is None else np.asarray(flight.scores)
-
-    def _answer(self, flight: Flight, scores: np.ndarray) -> None:
-        for row, part in flight.parts:
-            self._ledger.add(part, scores[row : row + part.samples])
 
     def _fail(self, flight: Flight, fault: Exception) -> None:
         fail_step(self._ledger, (part.request_id for _, part in flight.parts), fault)

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,9 +77,9 @@ class Tally:
     def accepted(self, samples: int) -> None:
         self._add(requests_accepted=1, samples_accepted=samples)
 
-    def answered(self, samples: int, latency_us: int) -> None:
-        self._add(requests_answered=1, samples_answered=samples)
-        self._latencies_us.append(latency_us)
+    def answered(self, samples: int, latencies_us: Sequence[int]) -> None:
+        self._add(requests_answered=len(latencies_us), samples_answered=samples)
+        self._latencies_us.extend(latencies_us)
 
     def rejected(self, reason: str) -> None:
         with self._lock:

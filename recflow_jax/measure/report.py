@@ -20,6 +20,7 @@ from recflow_jax.console import console
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.corun import CorunResult
+from recflow_jax.measure.host import HostResult
 from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
 from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
@@ -107,7 +108,7 @@ def show(table: Table) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
-        text = column in ("contender", "how", "layer")
+        text = column in ("contender", "how", "layer", "given as")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 
@@ -285,5 +286,24 @@ def corun_table(results: Sequence[CorunResult]) -> Table:
             *(_us(result.best_us), result.best),
             f"{result.best_over_sum:.2f}",
             f"{result.best_us / result.max_us:.2f}",
+        )
+    return table
+
+
+def host_table(results: Sequence[HostResult]) -> Table:
+    """Time per request and per sample, and where it goes."""
+    table = _table(
+        "host: requests at saturation, on a device that is done at once; processor time by stage",
+        *("samples", "given as", "us each", "p10-p90", "us/sample", "submit", "pack", "launch"),
+        *("resolve", "sum", "batch"),
+    )
+    for result in results:
+        timing, stages = result.timing, result.stages
+        table.add_row(
+            *(str(result.request_samples), result.given_as, _us(timing.median_us)),
+            f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+            f"{result.us_per_sample:,.3f}",
+            *(_us(stages.submit_us), _us(stages.pack_us), _us(stages.launch_us)),
+            *(_us(stages.resolve_us), _us(stages.sum_us), f"{result.mean_batch:,.0f}"),
         )
     return table
