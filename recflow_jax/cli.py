@@ -306,6 +306,95 @@ def bench_kernels(
     )
 
 
+@app.command(
+    epilog=_example(
+        "recflow serve --params demo/movielens.safetensors",
+        "recflow serve --model dlrm-kaggle --max-rows-per-table 100000 --random-params",
+    )
+)
+def serve(
+    params: Annotated[Path | None, typer.Option(help="The model (safetensors).")] = None,
+    model: Annotated[
+        str, typer.Option(help="A name or TOML file.  [default: the one inside --params]")
+    ] = "",
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    random_params: Annotated[
+        bool, typer.Option("--random-params", help="Draw parameters of --model, to try things.")
+    ] = False,
+    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    backend: BackendName = "auto",
+    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
+    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_queued_samples: Annotated[
+        int, typer.Option(help="Samples inside, beyond which requests get 429.", min=1)
+    ] = 65536,
+    name: Annotated[str | None, typer.Option(help="Its name in URLs.  [default: its own]")] = None,
+    model_version: Annotated[str, typer.Option(help="Its version in URLs.")] = "1",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8001,
+    grpc: Annotated[bool, typer.Option(help="Serve gRPC beside HTTP.")] = True,
+    max_body_mib: Annotated[int, typer.Option(help="Of one request.", min=1)] = 64,
+    max_requests: Annotated[int, typer.Option(help="Inside at once.", min=1)] = 1024,
+    timeout_s: Annotated[float, typer.Option(help="Of requests that bring none.")] = 10,
+    drain_s: Annotated[float, typer.Option(help="For those inside, after SIGTERM.")] = 30,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; with --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Holds the token that clients must send.")
+    ] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Least to log.")
+    ] = "info",
+    log_format: Annotated[
+        Literal["json", "text"] | None, typer.Option(help="[default: text on a terminal]")
+    ] = None,
+) -> None:
+    """Serve a model over HTTP and gRPC.
+
+    Speaks the Open Inference Protocol v2 until SIGTERM; then it answers what it has accepted, and
+    ends. See docs/serving.md.
+    """
+    varied = any((max_rows_per_table, table_dtype, compute_dtype))
+    if varied and not model:
+        raise ValueError("serve: --max-rows-per-table and dtypes vary --model, which is missing")
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype) if model else None
+    from recflow_jax.commands.serve import serve
+    from recflow_jax.engine.options import EngineOptions
+    from recflow_jax.serving.options import ServerOptions
+
+    serve(
+        config,
+        params=params,
+        random=random_params,
+        profile=profile,
+        engine=EngineOptions(
+            backend=backend,
+            max_batch=max_batch,
+            segments=segments,
+            max_queued_samples=max_queued_samples,
+        ),
+        server=ServerOptions(
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port if grpc else None,
+            max_body_bytes=max_body_mib * 2**20,
+            max_requests=max_requests,
+            default_timeout_s=timeout_s,
+            drain_s=drain_s,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            token=token_file.read_text().strip() if token_file else None,
+        ),
+        name=name,
+        version=model_version,
+        log_level=log_level,
+        log_format=log_format,
+    )
+
+
 @app.command(epilog=_example("recflow tune", "recflow tune --batch 256,1024 --out tables/"))
 def tune(
     out: Annotated[

@@ -15,7 +15,7 @@ from recflow_jax import cli, console
 from recflow_jax.commands import info
 from recflow_jax.measure.timing import STEADY
 
-COMMANDS = ("demo", "train", "profile", "bench", "tune", "info")
+COMMANDS = ("demo", "train", "profile", "bench", "serve", "tune", "info")
 
 TINY = """
 name = "tiny"
@@ -92,7 +92,7 @@ def test_help_names_commands_and_exit_codes(
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
-        (["serv"], "serv"),
+        (["serf"], "serf"),
         (["profile"], "--model"),
         (["profile", "--model", "no-such-model"], "no-such-model"),
         (["profile", "--model", "no-such.toml"], "no-such.toml"),
