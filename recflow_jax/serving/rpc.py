@@ -17,7 +17,7 @@ from recflow_jax.serving.service import Service
 
 log = logging.getLogger("recflow.serving")
 
-Context = grpc.aio.ServicerContext
+Context = Any  # a grpc.aio.ServicerContext, whose C twin is no subclass of it
 Answer = Callable[[Any, Context], Awaitable[Any]]
 
 

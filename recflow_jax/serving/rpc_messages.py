@@ -50,8 +50,10 @@ _MESSAGES = {
     "ModelStatisticsRequest": "name:1 string, version:2 string",
     "StatisticDuration": "count:1 uint64, ns:2 uint64",
     "InferStatistics": "success:1 StatisticDuration, fail:2 StatisticDuration",
+    "InferBatchStatistics": "batch_size:1 uint64",
     "ModelStatistics": "name:1 string, version:2 string, last_inference:3 uint64, "
-    "inference_count:4 uint64, execution_count:5 uint64, inference_stats:6 InferStatistics",
+    "inference_count:4 uint64, execution_count:5 uint64, inference_stats:6 InferStatistics, "
+    "batch_stats:7 *InferBatchStatistics",
     "ModelStatisticsResponse": "model_stats:1 *ModelStatistics",
     "RepositoryIndexRequest": "repository_name:1 string, ready:2 bool",
     "ModelIndex": "name:1 string, version:2 string, state:3 string, reason:4 string",
