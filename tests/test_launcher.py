@@ -540,7 +540,8 @@ def test_counts_are_those_done_by_hand(engine: Engine):
     assert (stats.batches, stats.slices, stats.steps) == (2, 2, 6)
     assert (stats.mean_batch, stats.mean_slice) == (3, 3)
     assert (stats.sample_padding, stats.id_padding) == (1 / 4, 1 - 6 / 640)
-    assert stats.batch_buckets == {4: 2}
+    assert stats.batch_buckets == stats.slice_buckets == {4: 2}
+    assert sum(stats.step_times.values()) == 6 and stats.steps_us > 0
     assert stats.rejected == {"input": 1}
     assert 0 < stats.latency_p50_ms <= stats.latency_p95_ms <= stats.latency_p99_ms < 10_000
     assert (stats.backend, stats.backend_reason, stats.profile) == ("xla", "asked for", None)

@@ -119,7 +119,7 @@ class Launcher:
 
     def _launch(self, step: Step) -> Flight:
         """The older batch's segment first, then the younger one's slice."""
-        flight = Flight(step_id=step.id, results=[])
+        flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
         if step.segment is not None:
             self._launch_segment(step.segment, flight)
         if step.slice is not None:

@@ -1,5 +1,6 @@
 """What an engine has done so far, counted as it happens."""
 
+import math
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 from scheduling.request import Segment, Slice
 
 PERCENTILES = (50, 95, 99)
+STEP_BOUNDS_US = (50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6, math.inf)
 COUNTED = (
     "requests_accepted",
     "samples_accepted",
@@ -28,7 +30,9 @@ class EngineStats:
 
     Reasons: `input`, `queue_full` and `closed` (raised by submit), `deadline` (could not be
     answered in time, or was answered too late). Batch and slice sizes are samples on average;
-    `batch_buckets` counts batches by the bucket that they were padded to.
+    `batch_buckets` and `slice_buckets` count batches and slices by the bucket that they were padded
+    to, `step_times` steps by the first of STEP_BOUNDS_US that their time did not exceed, from
+    launch to end, behind whatever was in flight; `steps_us` is their sum.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first.
@@ -46,6 +50,9 @@ class EngineStats:
     slices: int
     steps: int
     batch_buckets: dict[int, int]
+    slice_buckets: dict[int, int]
+    step_times: dict[float, int]
+    steps_us: int
     mean_batch: float
     mean_slice: float
     sample_padding: float
@@ -66,6 +73,8 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._batch_buckets: Counter[int] = Counter()
+        self._slice_buckets: Counter[int] = Counter()
+        self._step_times: Counter[float] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
 
     def accepted(self, samples: int) -> None:
@@ -87,6 +96,8 @@ class Tally:
 
     def launched_slice(self, piece: Slice) -> None:
         self._add(slices=1, slice_samples=piece.samples, ids=piece.ids, id_room=piece.bucket.ids)
+        with self._lock:
+            self._slice_buckets[piece.bucket.samples] += 1
 
     def launched_segment(self, segment: Segment) -> None:
         if segment.last:
@@ -96,6 +107,12 @@ class Tally:
 
     def launched_step(self) -> None:
         self._add(steps=1)
+
+    def ended_step(self, took_us: int) -> None:
+        self._add(steps_us=took_us)
+        bound = next(bound for bound in STEP_BOUNDS_US if took_us <= bound)
+        with self._lock:
+            self._step_times[bound] += 1
 
     def _add(self, **counts: int) -> None:
         with self._lock:
@@ -109,6 +126,8 @@ class Tally:
         with self._lock:
             n, rejected = Counter(self._counts), dict(self._rejected)
             batch_buckets = dict(self._batch_buckets)
+            slice_buckets = dict(self._slice_buckets)
+            step_times = dict(self._step_times)
             latencies_ms = np.array(self._latencies_us) / 1000
         p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
         return EngineStats(
@@ -116,6 +135,9 @@ class Tally:
             rejected=rejected,
             queued_samples=queued_samples,
             batch_buckets=batch_buckets,
+            slice_buckets=slice_buckets,
+            step_times=step_times,
+            steps_us=n["steps_us"],
             mean_batch=n["batch_samples"] / max(n["batches"], 1),
             mean_slice=n["slice_samples"] / max(n["slices"], 1),
             sample_padding=_padding(n["batch_samples"], n["batch_room"]),
