@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from recflow_jax.serving.door import Visit
 from recflow_jax.serving.failures import ClientGone, TooLarge, TooSlow, failure_of, message_of
 
 Receive = Callable[[], Awaitable[Any]]
@@ -16,29 +17,30 @@ JSON: Headers = [(b"content-type", b"application/json")]
 
 
 async def read_body(
-    receive: Receive, headers: dict[bytes, bytes], *, most: int, within_s: float
+    receive: Receive, headers: dict[bytes, bytes], visit: Visit, *, most: int, within_s: float
 ) -> bytes:
-    """The whole body. Raises TooLarge, TooSlow, ClientGone."""
+    """The whole body, which `visit` carries in. Raises TooLarge, TooSlow, Busy, ClientGone."""
     announced = int(headers.get(b"content-length", b"0"))  # the HTTP parser lets nothing else by
     if announced > most:
         raise TooLarge(f"the request has {announced} bytes, at most {most} are allowed")
     try:
         async with asyncio.timeout(within_s):
-            return await _joined(receive, most)
+            return await _joined(receive, visit, most)
     except TimeoutError:
         raise TooSlow(f"the request did not come within {within_s:g} s") from None
 
 
-async def _joined(receive: Receive, most: int) -> bytes:
+async def _joined(receive: Receive, visit: Visit, most: int) -> bytes:
     chunks: list[bytes] = []
-    size, more = 0, True
+    more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone("the client left before its request was complete")
         chunks.append(message["body"])
-        size, more = size + len(chunks[-1]), message["more_body"]
-        if size > most:
+        more = message["more_body"]
+        visit.carry_in(len(chunks[-1]))
+        if visit.bytes > most:
             raise TooLarge(f"the request has more than the {most} bytes that are allowed")
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 

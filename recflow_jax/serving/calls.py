@@ -17,7 +17,8 @@ _INT64 = range(-(2**63), 2**63)
 class InferCall:
     """What a client asks: scores of the samples in `tensors`.
 
-    timeout_s: the client's deadline, None if it has none. priority: lower ones run first.
+    timeout_s: the client's deadline, from the request's arrival; None if it has none. priority:
+    lower ones run first.
     """
 
     model: str

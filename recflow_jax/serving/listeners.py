@@ -1,9 +1,8 @@
 """The two listening ends, HTTP and gRPC, each started and stopped as one thing."""
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -11,20 +10,13 @@ import grpc.aio
 import uvicorn
 
 from recflow_jax.serving import rest, rpc
+from recflow_jax.serving.connections import Connection, UvicornServer
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.service import Service
 
 STOPPING_S = 1  # for connections that have nothing accepted on them
 BACKLOG = 2048
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the one who runs both ends."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
+BESIDE_INFERENCE = 64  # calls of gRPC for health, metadata and the like
 
 
 @asynccontextmanager
@@ -34,7 +26,7 @@ async def http(service: Service) -> AsyncIterator[int]:
     config = _uvicorn_config(service)
     config.load()
     listening = _socket(options.host, options.http_port)
-    server = _Uvicorn(config)
+    server = UvicornServer(config)
     task = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         while not server.started and not task.done():
@@ -52,7 +44,10 @@ async def grpc_aio(service: Service) -> AsyncIterator[int | None]:
     if options.grpc_port is None:
         yield None
         return
-    server = grpc.aio.server(options=_grpc_options(options))
+    server = grpc.aio.server(
+        options=_grpc_options(options),
+        maximum_concurrent_rpcs=options.max_requests + BESIDE_INFERENCE,
+    )
     server.add_generic_rpc_handlers((rpc.handlers(service),))
     port = _bind(server, options, options.grpc_port)
     await server.start()
@@ -66,7 +61,7 @@ def _uvicorn_config(service: Service) -> uvicorn.Config:
     options = service.options
     return uvicorn.Config(
         rest.application(service),
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -24,6 +24,9 @@ class Metrics:
             ("protocol", "outcome"),
             registry=self._registry,
         )
+        self._arrivals = Counter(
+            "recflow_arrivals", "Requests as they come.", ("protocol",), registry=self._registry
+        )
         self._latency = Histogram(
             "recflow_request_seconds",
             "From a request's first byte to its end.",
@@ -48,6 +51,10 @@ class Metrics:
         self._registry.register(
             EngineCollector(model.engine, model=model.name, version=model.version)
         )
+
+    def arrived(self, protocol: str) -> None:
+        """A request has come."""
+        self._arrivals.labels(protocol).inc()
 
     def answered(self, samples: int) -> None:
         """A request of so many samples has its scores."""

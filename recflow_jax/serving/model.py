@@ -31,9 +31,10 @@ class ServedModel:
             engine.config, max_samples=options.max_queued_samples, max_ids=self._max_ids
         )
 
-    def submit(self, call: InferCall, timeout_s: float) -> Pending:
-        """Lets the request in. Raises InputError and what `Engine.submit` raises."""
-        due_s = time.monotonic() + timeout_s
+    def submit(self, call: InferCall, *, due_s: float) -> Pending:
+        """Lets the request in; due_s: its deadline, of time.monotonic. Raises InputError and what
+        `Engine.submit` raises.
+        """
         batch = self._inputs.batch(call.tensors)
         left_s = due_s - time.monotonic()
         answer = self.engine.submit(batch, deadline_ms=1000 * left_s, priority=call.priority)

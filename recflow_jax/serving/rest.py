@@ -15,7 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from recflow_jax.batch import InputError
+from recflow_jax.serving import tracing
 from recflow_jax.serving.asgi import JSON, Headers, Receive, Send, read_body, respond, respond_error
+from recflow_jax.serving.door import Visit
 from recflow_jax.serving.failures import ClientGone, ServingError, Unsupported, is_internal
 from recflow_jax.serving.pending import Pending
 from recflow_jax.serving.rest_body import DecodedBody, decode, encode
@@ -108,8 +110,9 @@ class InferEndpoint:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
-            with self._service.request("http"):
-                body, headers = await self._answer(scope, receive)
+            headers = dict(scope["headers"])
+            with self._service.request("http", _traced(headers)) as visit:
+                content, about = await self._answer(visit, scope["path_params"], headers, receive)
         except ClientGone:
             return
         except Exception as error:
@@ -118,19 +121,19 @@ class InferEndpoint:
             retry_after_s = self._service.options.retry_after_s
             await respond_error(send, error, retry_after_s=retry_after_s)
         else:
-            await respond(send, 200, body, headers)
+            await respond(send, 200, content, about)
 
-    async def _answer(self, scope: Any, receive: Receive) -> tuple[bytes, Headers]:
-        headers = dict(scope["headers"])
+    async def _answer(
+        self, visit: Visit, path: dict[str, str], headers: dict[bytes, bytes], receive: Receive
+    ) -> tuple[bytes, Headers]:
         self._service.check_token(headers.get(b"authorization", b"").decode("latin-1"))
         options = self._service.options
         body = await read_body(
-            receive, headers, most=options.max_body_bytes, within_s=options.body_timeout_s
+            receive, headers, visit, most=options.max_body_bytes, within_s=options.body_timeout_s
         )
-        asked = _decoded(body, headers, scope["path_params"])
-        model = self._service.model(asked.call.model, asked.call.version)
-        pending = self._service.submit(model, asked.call)
-        answer = self._service.answer(model, asked.call, await _scores(pending, receive))
+        asked = _decoded(body, headers, path)
+        pending = self._service.submit(visit, asked.call)
+        answer = self._service.answer(asked.call, await _scores(pending, receive))
         content, header_length = encode(answer, binary=asked.binary)
         if header_length is None:
             return content, JSON
@@ -160,6 +163,11 @@ def _decoded(body: bytes, headers: dict[bytes, bytes], path: dict[str, str]) -> 
         version=version,
         timeout_s=_timeout_s(headers),
     )
+
+
+def _traced(headers: dict[bytes, bytes]) -> dict[str, str]:
+    found = ((name, headers.get(name.encode())) for name in tracing.PARENT)
+    return {name: value.decode("latin-1") for name, value in found if value}
 
 
 def _header_length(headers: dict[bytes, bytes]) -> int | None:

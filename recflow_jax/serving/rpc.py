@@ -88,16 +88,15 @@ class _Rpc:
 
     async def infer(self, message: Any, context: Context) -> Any:
         """Scores. A client that leaves or runs out of time cancels this coroutine."""
-        with self._service.request("grpc"):
+        with self._service.request("grpc", _metadata(context)) as visit:
             self._check_token(context)
+            visit.carry_in(message.ByteSize())
             call = decode(message, timeout_s=context.time_remaining())
-            model = self._service.model(call.model, call.version)
-            pending = self._service.submit(model, call)
-            return encode(self._service.answer(model, call, await pending.scores()))
+            pending = self._service.submit(visit, call)
+            return encode(self._service.answer(call, await pending.scores()))
 
     def _check_token(self, context: Context) -> None:
-        metadata = dict(context.invocation_metadata() or ())
-        self._service.check_token(str(metadata.get("authorization", "")))
+        self._service.check_token(_metadata(context).get("authorization", ""))
 
     async def _abort(self, context: Context, error: Exception) -> Any:
         failure = failure_of(error)
@@ -108,6 +107,11 @@ class _Rpc:
             else ()
         )
         await context.abort(failure.grpc, message_of(error), trailing)
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    pairs = context.invocation_metadata() or ()
+    return {name: value for name, value in pairs if isinstance(value, str)}
 
 
 def _parsed(message: Any, data: bytes) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from recflow_jax.engine.engine import Engine
@@ -17,6 +18,8 @@ from recflow_jax.serving.pending import Landing
 from recflow_jax.serving.service import Service
 
 log = logging.getLogger("recflow.serving")
+
+CLOSING_S = 2  # the engine is idle by then, or its device hangs
 
 Load = Callable[[], Engine]
 
@@ -67,11 +70,12 @@ class Server:
                 on_listening(Ports(http=http, grpc=grpc))
             loading = _in_thread(self._load, "recflow-load")
             engine = await self._serve(loading, stop)
-            log.info("draining", extra={"inside": self._service.inside})
-            drained = await self._service.drain(drain_s)
-        closed = engine is not None and await _close(engine, drain_s if drained else 0)
+            door = self._service.door
+            log.info("draining", extra={"inside": door.requests})
+            drained = await door.drain(drain_s)
+            quiet = engine is not None and await _close(engine, drain=drained)
         log.info("ended", extra={"drained": drained})
-        return Ending(drained=drained, quiet=closed)
+        return Ending(drained=drained, quiet=quiet)
 
     async def _serve(self, loading: "asyncio.Future[Engine]", stop: asyncio.Event) -> Engine | None:
         """Until the stop; the engine, unless that came first."""
@@ -91,10 +95,13 @@ class Server:
         return engine
 
 
-async def _close(engine: Engine, within_s: float) -> bool:
-    """Whether the engine's threads have ended in time: not if its device hangs."""
-    closing = _in_thread(engine.close, "recflow-close")
-    done, _ = await asyncio.wait([closing], timeout=within_s)
+async def _close(engine: Engine, *, drain: bool) -> bool:
+    """Whether the engine's threads have ended in time: not if its device hangs.
+
+    What is still inside then fails, so that its clients are told.
+    """
+    closing = _in_thread(partial(engine.close, drain=drain), "recflow-close")
+    done, _ = await asyncio.wait([closing], timeout=CLOSING_S)
     return bool(done)
 
 

@@ -4,17 +4,18 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
+from recflow_jax.serving import tracing
 from recflow_jax.serving.calls import InferAnswer, InferCall
+from recflow_jax.serving.door import Door, Visit
 from recflow_jax.serving.failures import (
     INTERNAL,
-    Busy,
     NoSuchModel,
     NotReady,
     Unauthorized,
@@ -38,18 +39,16 @@ class Service:
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.metrics = Metrics()
-        self.inside = 0
-        self.draining = False
+        self.door = Door(max_requests=options.max_requests, max_bytes=options.max_buffered_bytes)
         self.healthy = True
         self._model: ServedModel | None = None
         self.metrics.ready.set_function(lambda: self.ready)
-        self.metrics.inside.set_function(lambda: self.inside)
-        self._empty = asyncio.Event()
+        self.metrics.inside.set_function(lambda: self.door.requests)
 
     @property
     def ready(self) -> bool:
         """Whether requests will be answered: all is compiled, the engine works, nothing ends."""
-        return self._model is not None and self.healthy and not self.draining
+        return self._model is not None and self.healthy and not self.door.shut
 
     def serve(self, model: ServedModel) -> None:
         """Takes requests for `model` from now on."""
@@ -66,40 +65,50 @@ class Service:
             raise Unauthorized("the request needs the header Authorization: Bearer <token>")
 
     @contextmanager
-    def request(self, protocol: str) -> Iterator[None]:
-        """One request from its first byte to its end, let in and counted. Raises Busy, NotReady."""
-        started = time.perf_counter()
+    def request(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Visit]:
+        """One request from its first byte to its end: let in, counted and told of.
+
+        headers: those that tracing looks for. Raises Busy, NotReady.
+        """
+        arrived_s = time.monotonic()
+        self.metrics.arrived(protocol)
         outcome = INTERNAL.reason
-        self._enter()
-        try:
-            yield
-            outcome = "ok"
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except Exception as error:
-            outcome = failure_of(error).reason
-            raise
-        finally:
-            self._leave()
-            self.metrics.ended(protocol, outcome, time.perf_counter() - started)
+        with tracing.span("infer", headers) as span:
+            try:
+                with self.door.visit(arrived_s, span) as visit:
+                    yield visit
+                outcome = "ok"
+            except asyncio.CancelledError:
+                outcome = "cancelled"
+                raise
+            except Exception as error:
+                outcome = failure_of(error).reason
+                raise
+            finally:
+                seconds = time.monotonic() - arrived_s
+                span.tell(protocol=protocol, outcome=outcome)
+                self.metrics.ended(protocol, outcome, seconds)
+                log.debug("request", extra={"protocol": protocol, "outcome": outcome, "s": seconds})
 
-    def submit(self, model: ServedModel, call: InferCall) -> Pending:
-        """Hands the request to the model's engine. Raises InputError, EngineError."""
-        timeout_s = call.timeout_s
-        if timeout_s is None:
-            timeout_s = self.options.default_timeout_s
-        return model.submit(call, timeout_s)
+    def submit(self, visit: Visit, call: InferCall) -> Pending:
+        """Hands a request to its model's engine. Raises NotReady, NoSuchModel, InputError, and
+        what `Engine.submit` raises.
+        """
+        model = self.model(call.model, call.version)
+        timeout_s = self.options.default_timeout_s if call.timeout_s is None else call.timeout_s
+        pending = model.submit(call, due_s=visit.arrived_s + timeout_s)
+        visit.span.tell(model=model.name, version=model.version)
+        visit.span.event("submitted")
+        return pending
 
-    def answer(self, model: ServedModel, call: InferCall, scores: np.ndarray) -> InferAnswer:
+    def answer(self, call: InferCall, scores: np.ndarray) -> InferAnswer:
         """The scores as an answer to `call`."""
+        model = self.model(call.model, call.version)
         self.metrics.answered(len(scores))
         return InferAnswer(model=model.name, version=model.version, id=call.id, scores=scores)
 
     def model(self, name: str, version: str = "") -> ServedModel:
         """The model of that name and version ("": any). Raises NotReady, NoSuchModel."""
-        if self.draining:
-            raise NotReady("the server is about to end")
         if self._model is None:
             raise NotReady("the model is not loaded yet")
         if name != self._model.name or version not in ("", self._model.version):
@@ -124,30 +133,6 @@ class Service:
             name = self._model.name
         model = self.model(name, version)
         return {"model_stats": [self.metrics.statistics(model)]}
-
-    async def drain(self, timeout_s: float) -> bool:
-        """Turns new requests away; whether those inside have all ended in time."""
-        self.draining = True
-        self._empty.clear()
-        if not self.inside:
-            return True
-        try:
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
-
-    def _enter(self) -> None:
-        if self.draining:
-            raise NotReady("the server is about to end")
-        if self.inside >= self.options.max_requests:
-            raise Busy(f"{self.inside} requests are inside, as many as are allowed")
-        self.inside += 1
-
-    def _leave(self) -> None:
-        self.inside -= 1
-        if not self.inside:
-            self._empty.set()
 
 
 def _version() -> str:

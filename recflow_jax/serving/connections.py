@@ -1,0 +1,52 @@
+"""uvicorn as this server needs it: no signals taken, no connection that waits for ever."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADERS_S = 10  # for a new connection, and from a request's first byte to its last header
+
+
+class UvicornServer(uvicorn.Server):
+    """Leaves signals to the one who runs both listening ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+class Connection(HttpToolsProtocol):
+    """Closed if headers do not come in time; uvicorn itself waits for ever."""
+
+    _due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """The first request is awaited."""
+        super().connection_made(transport)
+        self._due = self.loop.call_later(HEADERS_S, transport.close)
+
+    def on_message_begin(self) -> None:
+        """A later request has begun."""
+        super().on_message_begin()
+        if self._due is None:
+            self._due = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        """The request's body has its own limit."""
+        self._forget()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more is awaited."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
