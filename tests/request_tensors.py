@@ -1,6 +1,7 @@
 """Samples as clients send them, made bag by bag: what the server's own decoding is held against."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from recflow_jax.data.workloads import generate
 from small_models import CONCAT
 
 Tensors = dict[str, np.ndarray]
+DATATYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64"}
 
 # Weighted bags, bags laid out, and two features of the user's side.
 BOTH_SIDES = dataclasses.replace(
@@ -49,6 +51,30 @@ def packed(config: DLRMConfig, batch: JaggedBatch, *, one_user: bool = False) ->
     if one_user:
         tensors |= _part(batch, "user_", user, 1)
     return tensors | ({"dense": batch.dense} if config.dense_width else {})
+
+
+def as_json(tensors: Tensors, **parameters: Any) -> dict[str, Any]:
+    """The body of a request in JSON."""
+    inputs = [
+        {
+            "name": name,
+            "datatype": DATATYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data": array.ravel().tolist(),
+        }
+        for name, array in tensors.items()
+    ]
+    return {"inputs": inputs, "parameters": parameters}
+
+
+def as_inputs(module: Any, tensors: Tensors, **how: bool) -> list[Any]:
+    """The same for a client of tritonclient's; module: its http or grpc."""
+    made = []
+    for name, array in tensors.items():
+        tensor = module.InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
+        tensor.set_data_from_numpy(array, **how)
+        made.append(tensor)
+    return made
 
 
 def _part(batch: JaggedBatch, prefix: str, features: list[int], samples: int) -> Tensors:

@@ -94,6 +94,7 @@ class ServedModel:
         ]
         return {
             "features": json.dumps(features),
+            "optional_inputs": json.dumps([s.name for s in self._inputs.specs if s.optional]),
             "max_samples": str(self.engine.options.max_queued_samples),
             "max_ids_per_sample": str(self._max_ids),
             "backend": self.engine.backend.name,
