@@ -15,19 +15,20 @@ from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.server import Ending, Ports, Server
 
 SOON_S = 60
+FREE_PORTS: dict[str, Any] = {"http_port": 0, "grpc_port": 0}
 
 
 class RunningServer:
     """What a test needs of it: addresses, a way to stop it, and how it ended."""
 
-    def __init__(self, load: Callable[[], Engine], options: ServerOptions) -> None:
+    def __init__(self, load: Callable[[], Engine], **options: Any) -> None:
         self._ports: Future[Ports] = Future()
         self._ending: Future[Ending] = Future()
-        self._server = Server(load, options=options)
+        self._server = Server(load, options=ServerOptions(**FREE_PORTS | options))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         ports = self._ports.result(SOON_S)
-        scheme = "https" if options.tls_certificate else "http"
+        scheme = "https" if "tls_certificate" in options else "http"
         self.http = f"{scheme}://127.0.0.1:{ports.http}"
         self.http_address = f"127.0.0.1:{ports.http}"
         self.grpc_address = f"127.0.0.1:{ports.grpc}"
@@ -37,7 +38,8 @@ class RunningServer:
             wait_for(lambda: client.get("/v2/health/ready").status_code == 200)
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        if not self._ending.done():
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     def ending(self) -> Ending:
         return self._ending.result(SOON_S)
@@ -68,7 +70,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
 @contextmanager
 def serving(load: Callable[[], Engine], **options: Any) -> Iterator[RunningServer]:
     """A server that is ready, and stopped at the end if the test has not done so."""
-    server = RunningServer(load, ServerOptions(http_port=0, grpc_port=0, **options))
+    server = RunningServer(load, **options)
     try:
         server.wait_until_ready()
         yield server
