@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from recflow_jax import cli, console
 from recflow_jax.params import init_params, save_params
 from request_tensors import as_json, packed, request
 from running_server import SOON_S
@@ -83,3 +84,14 @@ def test_it_serves_a_model_until_sigterm(process: Process) -> None:
     assert answer.json()["outputs"][0]["data"] == pytest.approx(expected.ravel().tolist(), rel=1e-4)
     assert process.end() == 0
     assert process.wait_for("ended")["drained"] is True
+
+
+def test_it_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.run(["serve"]) == console.BAD_INPUT
+    assert "serve takes --params FILE, or --model with --random-params" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "recflow_jax.commands.serve")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert cli.run(["serve"]) == console.MISSING
+    assert "pip install 'recflow-jax[serve]'" in capsys.readouterr().err
