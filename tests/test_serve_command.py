@@ -1,5 +1,6 @@
 """`recflow serve` as a process: what it says, what it answers, how it ends."""
 
+import importlib
 import json
 import queue
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 from recflow_jax import cli, console
 from recflow_jax.params import init_params, save_params
+from recflow_jax.serving.server import Ending
 from request_tensors import as_json, packed, request
 from running_server import SOON_S
 from small_models import NO_DENSE, reference_scores
@@ -95,3 +98,18 @@ def test_it_says_what_it_needs(
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert cli.run(["serve"]) == console.MISSING
     assert "pip install 'recflow-jax[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("drained", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_says_whether_all_was_answered(
+    drained: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    command = importlib.import_module("recflow_jax.commands.serve")
+    with pytest.raises(SystemExit) if code else nullcontext():
+        command._leave(Ending(drained=drained, quiet=True))
+    assert exits == []
+    with suppress(SystemExit):  # the real one does not come back
+        command._leave(Ending(drained=drained, quiet=False))
+    assert exits == [code]

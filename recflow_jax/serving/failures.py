@@ -56,7 +56,7 @@ class Failure:
 
 INTERNAL = Failure(reason="internal", http=500, grpc=grpc.StatusCode.INTERNAL)
 
-_KINDS: dict[type[Exception], Failure] = {
+KINDS: dict[type[Exception], Failure] = {
     InputError: Failure(reason="input", http=400, grpc=grpc.StatusCode.INVALID_ARGUMENT),
     Unauthorized: Failure(reason="token", http=401, grpc=grpc.StatusCode.UNAUTHENTICATED),
     NoSuchModel: Failure(reason="model", http=404, grpc=grpc.StatusCode.NOT_FOUND),
@@ -79,12 +79,12 @@ _KINDS: dict[type[Exception], Failure] = {
 
 def failure_of(error: Exception) -> Failure:
     """What `error` is to a client; INTERNAL for what nobody foresaw."""
-    return _KINDS.get(type(error), INTERNAL)
+    return KINDS.get(type(error), INTERNAL)
 
 
 def message_of(error: Exception) -> str:
     """What a client is told: nothing of the inside for an error that nobody foresaw."""
-    return str(error) if type(error) in _KINDS else "internal error"
+    return str(error) if type(error) in KINDS else "internal error"
 
 
 def is_internal(error: Exception) -> bool:
