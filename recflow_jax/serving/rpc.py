@@ -54,7 +54,7 @@ class _Rpc:
 
         async def handle(data: bytes, context: Context) -> bytes:
             try:
-                return (await answer(_parsed(request, data), context)).SerializeToString()
+                return (await answer(parsed(request, data), context)).SerializeToString()
             except Exception as error:
                 if is_internal(error):
                     log.exception("request failed", extra={"method": method})
@@ -114,7 +114,8 @@ def _metadata(context: Context) -> dict[str, str]:
     return {name: value for name, value in pairs if isinstance(value, str)}
 
 
-def _parsed(message: Any, data: bytes) -> Any:
+def parsed(message: Any, data: bytes) -> Any:
+    """The message that the bytes are. Raises InputError if they are none."""
     try:
         return message.FromString(data)
     except DecodeError as error:
