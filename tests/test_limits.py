@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import wait
+from unittest.mock import Mock
 
 import grpc
 import httpx
@@ -90,6 +91,20 @@ def test_deadlines_reach_the_engine(start: Start) -> None:
     assert fake.outcome(3, deadline_s=SOON_S, timeout=10**9).scores == scores(3)
 
 
+@pytest.mark.parametrize("terms", [{"deadline_s": 20, "timeout": 10**9}, {"deadline_s": 999}])
+def test_the_engine_is_told_the_earliest(
+    start: Start, terms: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = start(default_timeout_s=1)
+    submit = Mock(side_effect=fake.engine.submit)
+    monkeypatch.setattr(fake.engine, "submit", submit)
+    asked_ms = 1000 * terms["deadline_s"]
+    for more in ({}, {"timeout": 15_000_000}):
+        assert fake.outcome(1, **terms | more).status in OK
+        least_ms = min([asked_ms, *(us / 1000 for us in more.values())])
+        assert 0.5 * least_ms < submit.call_args.kwargs["deadline_ms"] <= least_ms
+
+
 def test_requests_without_a_deadline_get_one(start: Start) -> None:
     fake = start(default_timeout_s=0.05)
     fake.device.hold()
@@ -101,8 +116,10 @@ def test_lower_priorities_run_first(start: Start) -> None:
     fake.device.hold()
     first = fake.ask(*range(16))
     wait_for(lambda: fake.engine.stats().steps == fake.device.options.max_steps_in_flight)
-    later = [fake.ask(float(p), priority=p) for p in (2, 1)]
-    fake.wait_until_accepted(3)
+    later = []
+    for accepted, priority in ((2, 2), (3, 1)):
+        later.append(fake.ask(float(priority), priority=priority))
+        fake.wait_until_accepted(accepted)
     fake.device.go_on()
     wait([first, *later], SOON_S)
     seen = [value for batch in fake.device.batches_seen for value in batch]
@@ -176,6 +193,15 @@ def test_half_a_head_is_not_waited_for(start_http: Start, monkeypatch: pytest.Mo
         with _connected(fake) as client:
             client.sendall(said)
             assert client.recv(1) == b""
+
+
+def test_a_request_may_take_longer_than_its_headers(
+    start_http: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADERS_S", 0.05)
+    fake = start_http()
+    fake.device.hold()
+    assert fake.outcome(1, deadline_s=0.3).status == 504
 
 
 def test_bodies_of_unknown_length_are_bounded(start_http: Start) -> None:

@@ -61,6 +61,8 @@ def test_the_engine_is_counted(told: dict[str, float]) -> None:
     assert batches[0] >= 2 and batches[1] - batches[0] >= 1
     assert told["recflow_engine_batch_samples_sum fake 1"] == 13
     assert told["recflow_engine_slice_samples_sum fake 1"] == 13
+    slices = told["recflow_engine_slices_total fake 1"]
+    assert told["recflow_engine_slice_samples_bucket +Inf fake 1"] == slices
     steps = told["recflow_engine_steps_total fake 1"]
     assert told["recflow_engine_step_seconds_bucket +Inf fake 1"] == steps
     assert told["recflow_engine_step_seconds_sum fake 1"] > 0

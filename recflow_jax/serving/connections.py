@@ -9,6 +9,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS_S = 10  # for a new connection, and from a request's first byte to its last header
+HEADERS_BYTES = 2**16
 
 
 class UvicornServer(uvicorn.Server):
@@ -21,14 +22,23 @@ class UvicornServer(uvicorn.Server):
 
 
 class Connection(HttpToolsProtocol):
-    """Closed if headers do not come in time; uvicorn itself waits for ever."""
+    """Closed if headers do not come in time, or never end; uvicorn itself waits for ever."""
 
     _due: asyncio.TimerHandle | None = None
+    _bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         """The first request is awaited."""
         super().connection_made(transport)
         self._due = self.loop.call_later(HEADERS_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Counts what comes before the last header."""
+        super().data_received(data)
+        if self._due is not None:
+            self._bytes += len(data)
+            if self._bytes > HEADERS_BYTES:
+                self.transport.close()
 
     def on_message_begin(self) -> None:
         """A later request has begun."""
@@ -49,4 +59,4 @@ class Connection(HttpToolsProtocol):
     def _forget(self) -> None:
         if self._due is not None:
             self._due.cancel()
-            self._due = None
+            self._due, self._bytes = None, 0
