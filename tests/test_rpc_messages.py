@@ -15,8 +15,9 @@ TRITONS = {m.name: m for outer in OUTER for m in (*outer.nested_types, outer)}
 
 def on_the_wire(field: Any) -> tuple[Any, ...]:
     """What of a field counts there."""
-    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-    inner = [on_the_wire(entry) for entry in field.message_type.fields] if is_map else []
+    kind: Any = field.message_type
+    is_map = kind is not None and kind.GetOptions().map_entry
+    inner = [on_the_wire(entry) for entry in kind.fields] if is_map else []
     return field.number, field.type, field.is_repeated, *inner
 
 
