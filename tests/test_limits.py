@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import wait
+from contextlib import suppress
 from unittest.mock import Mock
 
 import grpc
@@ -118,12 +119,12 @@ def test_lower_priorities_run_first(start: Start) -> None:
     wait_for(lambda: fake.engine.stats().steps == fake.device.options.max_steps_in_flight)
     later = []
     for accepted, priority in ((2, 2), (3, 1)):
-        later.append(fake.ask(float(priority), priority=priority))
+        later.append(fake.ask(100.0 * priority, priority=priority))
         fake.wait_until_accepted(accepted)
     fake.device.go_on()
     wait([first, *later], SOON_S)
     seen = [value for batch in fake.device.batches_seen for value in batch]
-    assert seen.index(11.0) < seen.index(12.0)
+    assert seen.index(110.0) < seen.index(210.0)
 
 
 def test_a_client_that_leaves_cancels_over_http(start_http: Start) -> None:
@@ -193,6 +194,16 @@ def test_half_a_head_is_not_waited_for(start_http: Start, monkeypatch: pytest.Mo
         with _connected(fake) as client:
             client.sendall(said)
             assert client.recv(1) == b""
+
+
+def test_headers_without_an_end_are_not_kept(
+    start_http: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADERS_S", 10 * SOON_S)
+    fake = start_http()
+    with _connected(fake) as client, suppress(ConnectionError):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: " + b"h" * 2**18)
+        assert client.recv(1) == b""
 
 
 def test_a_request_may_take_longer_than_its_headers(
