@@ -15,10 +15,9 @@ TRITONS = {m.name: m for outer in OUTER for m in (*outer.nested_types, outer)}
 
 def on_the_wire(field: Any) -> tuple[Any, ...]:
     """What of a field counts there."""
-    kind: Any = field.message_type
-    is_map = kind is not None and kind.GetOptions().map_entry
-    inner = [on_the_wire(entry) for entry in kind.fields] if is_map else []
-    return field.number, field.type, field.is_repeated, *inner
+    kind = field.message_type
+    entry = kind.fields if kind is not None and kind.GetOptions().map_entry else ()
+    return field.number, field.type, field.is_repeated, *(on_the_wire(part) for part in entry)
 
 
 @pytest.mark.parametrize("name", MESSAGES)
