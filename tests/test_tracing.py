@@ -27,8 +27,9 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     return exporter
 
 
-@pytest.fixture(scope="module")
-def fake() -> Iterator[FakeServer]:
+@pytest.fixture
+def fake(spans: InMemorySpanExporter) -> Iterator[FakeServer]:
+    """Started when a provider is set up."""
     with starting("grpc") as start:
         yield start()
 
@@ -72,7 +73,7 @@ def test_a_span_tells_of_a_failure(spans: InMemorySpanExporter, fake: FakeServer
 
 
 def test_without_a_provider_nothing_is_recorded() -> None:
-    with tracing.span("infer", PARENT) as span:
+    with tracing.tracer().span("infer", PARENT) as span:
         assert not trace.get_current_span().is_recording()
         span.tell(outcome="ok")
         span.event("submitted")
@@ -80,5 +81,5 @@ def test_without_a_provider_nothing_is_recorded() -> None:
 
 def test_without_opentelemetry_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "trace", None)
-    with tracing.span("infer", PARENT) as span:
+    with tracing.tracer().span("infer", PARENT) as span:
         span.tell(outcome="ok")

@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from recflow_jax.serving.door import Visit
 from recflow_jax.serving.failures import ClientGone, TooLarge, TooSlow, failure_of, message_of
+from recflow_jax.serving.visit import Visit
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]

@@ -76,9 +76,8 @@ def check_lengths(lengths: np.ndarray, ids: int, *, names: Sequence[str], ids_na
 
     names: the features'. ids_name: the name of the tensor of ids.
     """
-    negative = np.argwhere(lengths < 0)
-    if len(negative):
-        feature, sample = negative[0].tolist()
+    if lengths.min(initial=0) < 0:
+        feature, sample = np.argwhere(lengths < 0)[0].tolist()
         raise InputError(
             f"feature {names[feature]!r}, sample {sample}: length {lengths[feature, sample]} is "
             "below 0"

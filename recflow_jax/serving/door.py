@@ -1,12 +1,8 @@
 """Who is inside: so many requests at most, with so many bytes at most, and none that come late."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 from recflow_jax.serving.failures import Busy, NotReady
-from recflow_jax.serving.tracing import Span
 
 
 class Door:
@@ -20,17 +16,8 @@ class Door:
         self.shut = False
         self._empty = asyncio.Event()
 
-    @contextmanager
-    def visit(self, arrived_s: float, span: Span) -> Iterator["Visit"]:
-        """One request from its way in to its end. Raises Busy, NotReady."""
-        self._enter()
-        visit = Visit(door=self, arrived_s=arrived_s, span=span)
-        try:
-            yield visit
-        finally:
-            self._leave(visit.bytes)
-
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Lets a request in. Raises Busy, NotReady."""
         if self.shut:
             raise NotReady("the server is about to end")
         if self.requests >= self._max_requests:
@@ -46,7 +33,8 @@ class Door:
             )
         self.bytes += size
 
-    def _leave(self, size: int) -> None:
+    def leave(self, size: int) -> None:
+        """A request goes, with its bytes."""
         self.requests -= 1
         self.bytes -= size
         if not self.requests:
@@ -63,18 +51,3 @@ class Door:
         except TimeoutError:
             return False
         return True
-
-
-@dataclass(slots=True, kw_only=True)
-class Visit:
-    """One request while it is inside: since when, with how many bytes, and what is told of it."""
-
-    door: Door
-    arrived_s: float
-    span: Span
-    bytes: int = 0
-
-    def carry_in(self, size: int) -> None:
-        """So many bytes more, until it leaves. Raises Busy."""
-        self.door.carry_in(size)
-        self.bytes += size

@@ -79,9 +79,8 @@ class ModelInputs:
     def _check_ids_per_sample(self, bags: PackedBags) -> None:
         """Before the ids are laid out: a user's long bag, given to all, could fill the memory."""
         ids = bags.lengths.sum(axis=0)
-        too_many = np.flatnonzero(ids > self._max_ids)
-        if len(too_many):
-            s = too_many[0]
+        if ids.max(initial=0) > self._max_ids:
+            s = int(ids.argmax())
             raise InputError(f"sample {s} has {ids[s]} ids in all, more than {self._max_ids}")
 
 

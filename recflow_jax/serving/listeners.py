@@ -60,7 +60,7 @@ async def grpc_aio(service: Service) -> AsyncIterator[int | None]:
 def _uvicorn_config(service: Service) -> uvicorn.Config:
     options = service.options
     return uvicorn.Config(
-        rest.application(service),
+        rest.Application(service),
         http=Connection,
         ws="none",
         lifespan="off",

@@ -54,7 +54,6 @@ class Pending:
 
     def cancel(self) -> None:
         """Nobody wants the answer any more."""
-        self._answer.cancel()
         self._fail(ClientGone("the client has gone"))
 
     def settle(self) -> None:
@@ -69,7 +68,6 @@ class Pending:
             self._future.set_result(self._answer.result())
 
     def _expire(self, timeout_s: float) -> None:
-        self._answer.cancel()
         self._fail(DeadlineExceeded(f"no answer came within {1000 * timeout_s:.3f} ms"))
 
     def _fail(self, error: BaseException) -> None:

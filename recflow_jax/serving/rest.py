@@ -1,8 +1,8 @@
 """Open Inference Protocol v2 over HTTP, as a Starlette application."""
 
-import asyncio
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,28 +15,44 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from recflow_jax.batch import InputError
-from recflow_jax.serving import tracing
 from recflow_jax.serving.asgi import JSON, Headers, Receive, Send, read_body, respond, respond_error
-from recflow_jax.serving.door import Visit
+from recflow_jax.serving.connections import CALL, LOST
 from recflow_jax.serving.failures import ClientGone, ServingError, Unsupported, is_internal
 from recflow_jax.serving.pending import Pending
 from recflow_jax.serving.rest_body import DecodedBody, decode, encode
 from recflow_jax.serving.service import Service
+from recflow_jax.serving.tracing import Tracer
+from recflow_jax.serving.visit import Visit
 
 HEADER_LENGTH = b"inference-header-content-length"
 TIMEOUT = b"inference-timeout-ms"
+INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?/infer")
+MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger("recflow.serving")
 
 
-def application(service: Service) -> Starlette:
-    """All routes of the protocol, and /metrics."""
-    rest = _Rest(service)
-    return Starlette(
-        routes=[*rest.server_routes(), *rest.model_routes()],
-        exception_handlers={HTTPException: _http_error, ServingError: rest.serving_error},
-    )
+class Application:
+    """All paths of the protocol, and /metrics: inference by a short way, as it has to be fast, and
+    the others by Starlette's routes.
+    """
+
+    def __init__(self, service: Service) -> None:
+        rest = _Rest(service)
+        self._infer = InferEndpoint(service)
+        self._others = Starlette(
+            routes=[*rest.server_routes(), *rest.model_routes()],
+            exception_handlers={HTTPException: _http_error, ServingError: rest.serving_error},
+        )
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        asked = INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
+        if asked is None:
+            await self._others(scope, receive, send)
+        else:
+            scope["path_params"] = asked.groupdict(default="")
+            await self._infer(scope, receive, send)
 
 
 class _Rest:
@@ -66,10 +82,8 @@ class _Rest:
             "/config": lambda r: self._service.model(*_named(r.path_params)).configuration(),
             "/stats": lambda r: self._service.statistics(*_named(r.path_params)),
         }
-        infer = InferEndpoint(self._service)
         routes = []
-        for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-            routes.append(Route(f"{path}/infer", infer, methods=["POST"]))
+        for path in MODELS:
             routes.append(Route(f"{path}/ready", self._model_ready))
             routes += [Route(path + end, self._telling(tell)) for end, tell in told.items()]
         return routes
@@ -111,8 +125,8 @@ class InferEndpoint:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             headers = dict(scope["headers"])
-            with self._service.request("http", _traced(headers)) as visit:
-                content, about = await self._answer(visit, scope["path_params"], headers, receive)
+            with self._service.visit("http", _traced(headers, self._service.tracer)) as visit:
+                content, about = await self._answer(visit, scope, headers, receive)
         except ClientGone:
             return
         except Exception as error:
@@ -124,16 +138,17 @@ class InferEndpoint:
             await respond(send, 200, content, about)
 
     async def _answer(
-        self, visit: Visit, path: dict[str, str], headers: dict[bytes, bytes], receive: Receive
+        self, visit: Visit, scope: Any, headers: dict[bytes, bytes], receive: Receive
     ) -> tuple[bytes, Headers]:
         self._service.check_token(headers.get(b"authorization", b"").decode("latin-1"))
         options = self._service.options
         body = await read_body(
             receive, headers, visit, most=options.max_body_bytes, within_s=options.body_timeout_s
         )
-        asked = _decoded(body, headers, path)
+        asked = _decoded(body, headers, scope["path_params"])
         pending = self._service.submit(visit, asked.call)
-        answer = self._service.answer(asked.call, await _scores(pending, receive))
+        scores = await _scores(pending, scope["extensions"][LOST][CALL])
+        answer = self._service.answer(asked.call, scores)
         content, header_length = encode(answer, binary=asked.binary)
         if header_length is None:
             return content, JSON
@@ -141,14 +156,13 @@ class InferEndpoint:
         return content, [(b"content-type", b"application/octet-stream"), length]
 
 
-async def _scores(pending: Pending, receive: Receive) -> np.ndarray:
+async def _scores(pending: Pending, call_when_lost: Callable[[Any], None]) -> np.ndarray:
     """The answer, unless the client leaves first."""
-    left = asyncio.ensure_future(receive())
-    left.add_done_callback(lambda _: pending.cancel())
+    call_when_lost(pending.cancel)
     try:
         return await pending.scores()
     finally:
-        left.cancel()
+        call_when_lost(None)
 
 
 def _decoded(body: bytes, headers: dict[bytes, bytes], path: dict[str, str]) -> DecodedBody:
@@ -165,9 +179,13 @@ def _decoded(body: bytes, headers: dict[bytes, bytes], path: dict[str, str]) -> 
     )
 
 
-def _traced(headers: dict[bytes, bytes]) -> dict[str, str]:
-    found = ((name, headers.get(name.encode())) for name in tracing.PARENT)
-    return {name: value.decode("latin-1") for name, value in found if value}
+def _traced(headers: dict[bytes, bytes], tracer: Tracer) -> dict[str, str]:
+    """Those that the tracer looks at."""
+    return {
+        name: headers[name.encode()].decode("latin-1")
+        for name in tracer.headers
+        if name.encode() in headers
+    }
 
 
 def _header_length(headers: dict[bytes, bytes]) -> int | None:

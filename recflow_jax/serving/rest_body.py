@@ -108,7 +108,7 @@ def _tensors(inputs: list[dict[str, Any]], binary: memoryview) -> dict[str, np.n
 def _head(entry: Mapping[str, Any]) -> TensorHead:
     name = _entry(entry, "name", str)
     shape = _entry(entry, "shape", list)
-    if not all(type(length) is int for length in shape):
+    if not {*map(type, shape)} <= {int}:
         raise InputError(f"input {name!r}: shape is {shape!r}, not whole numbers")
     return TensorHead(name=name, datatype=_entry(entry, "datatype", str), shape=tuple(shape))
 
@@ -132,18 +132,18 @@ def _wants_binary(parameters: Mapping[str, Any], outputs: list[dict[str, Any]]) 
 
 def _objects(header: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     entries = _entry(header, name, list, [])
-    if not all(isinstance(entry, dict) for entry in entries):
+    if not {*map(type, entries)} <= {dict}:
         raise InputError(f"{name!r} is no list of objects")
     return entries
 
 
 def _entry[T](owner: Mapping[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
     value = owner.get(name, default)
+    if isinstance(value, kind):
+        return value
     if value is None:
         raise InputError(f"{name!r} is missing")
-    if not isinstance(value, kind):
-        raise InputError(f"{name!r} is {value!r:.80}, not a JSON {_JSON_NAMES[kind]}")
-    return value
+    raise InputError(f"{name!r} is {value!r:.80}, not a JSON {_JSON_NAMES[kind]}")
 
 
 _JSON_NAMES: dict[type, str] = {dict: "object", list: "array", str: "string"}

@@ -88,7 +88,7 @@ class _Rpc:
 
     async def infer(self, message: Any, context: Context) -> Any:
         """Scores. A client that leaves or runs out of time cancels this coroutine."""
-        with self._service.request("grpc", _metadata(context)) as visit:
+        with self._service.visit("grpc", _metadata(context)) as visit:
             self._check_token(context)
             visit.carry_in(message.ByteSize())
             call = decode(message, timeout_s=context.time_remaining())

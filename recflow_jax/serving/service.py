@@ -1,11 +1,8 @@
 """What the server does, in plain values: both protocols are a thin skin around it."""
 
-import asyncio
 import hmac
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,18 +10,17 @@ import numpy as np
 
 from recflow_jax.serving import tracing
 from recflow_jax.serving.calls import InferAnswer, InferCall
-from recflow_jax.serving.door import Door, Visit
+from recflow_jax.serving.door import Door
 from recflow_jax.serving.failures import (
-    INTERNAL,
     NoSuchModel,
     NotReady,
     Unauthorized,
-    failure_of,
 )
 from recflow_jax.serving.metrics import Metrics
 from recflow_jax.serving.model import ServedModel
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.pending import Pending
+from recflow_jax.serving.visit import Visit
 
 SERVER = "recflow"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "parameters", "schedule_policy"]
@@ -41,6 +37,7 @@ class Service:
         self.metrics = Metrics()
         self.door = Door(max_requests=options.max_requests, max_bytes=options.max_buffered_bytes)
         self.healthy = True
+        self.tracer = tracing.tracer()
         self._model: ServedModel | None = None
         self.metrics.ready.set_function(lambda: self.ready)
         self.metrics.inside.set_function(lambda: self.door.requests)
@@ -64,31 +61,9 @@ class Service:
         if not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise Unauthorized("the request needs the header Authorization: Bearer <token>")
 
-    @contextmanager
-    def request(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Visit]:
-        """One request from its first byte to its end: let in, counted and told of.
-
-        headers: those that tracing looks for. Raises Busy, NotReady.
-        """
-        arrived_s = time.monotonic()
-        self.metrics.arrived(protocol)
-        outcome = INTERNAL.reason
-        with tracing.span("infer", headers) as span:
-            try:
-                with self.door.visit(arrived_s, span) as visit:
-                    yield visit
-                outcome = "ok"
-            except asyncio.CancelledError:
-                outcome = "cancelled"
-                raise
-            except Exception as error:
-                outcome = failure_of(error).reason
-                raise
-            finally:
-                seconds = time.monotonic() - arrived_s
-                span.tell(protocol=protocol, outcome=outcome)
-                self.metrics.ended(protocol, outcome, seconds)
-                log.debug("request", extra={"protocol": protocol, "outcome": outcome, "s": seconds})
+    def visit(self, protocol: str, headers: Mapping[str, str]) -> Visit:
+        """One request's stay, as a context; headers: those that `tracer` looks at."""
+        return Visit(protocol, headers, door=self.door, metrics=self.metrics, tracer=self.tracer)
 
     def submit(self, visit: Visit, call: InferCall) -> Pending:
         """Hands a request to its model's engine. Raises NotReady, NoSuchModel, InputError, and

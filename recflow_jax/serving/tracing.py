@@ -1,15 +1,13 @@
 """OpenTelemetry spans of requests, where its API is installed and a provider is configured."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 try:
     from opentelemetry import propagate, trace
 except ModuleNotFoundError:
     trace = None
-
-PARENT = ("traceparent", "tracestate")
 
 
 class Span:
@@ -20,6 +18,24 @@ class Span:
 
     def event(self, name: str) -> None:
         """Notes the moment."""
+
+
+class Tracer:
+    """Makes spans; this one makes none. headers: the client's that it looks at."""
+
+    headers: tuple[str, ...] = ()
+    _nobodys = nullcontext(Span())
+
+    def span(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Span]:
+        """A server's span meanwhile, child of the one that the client's headers name."""
+        return self._nobodys
+
+
+def tracer() -> Tracer:
+    """What the process has set up by now."""
+    if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return Tracer()
+    return _OpenTelemetry(trace.get_tracer("recflow_jax.serving"), trace.SpanKind.SERVER)
 
 
 class _Recorded(Span):
@@ -33,20 +49,16 @@ class _Recorded(Span):
         self._span.add_event(name)
 
 
-_NOBODYS = Span()
+class _OpenTelemetry(Tracer):
+    headers = ("traceparent", "tracestate")
 
+    def __init__(self, made: Any, kind: Any) -> None:
+        self._tracer = made
+        self._kind = kind
 
-@contextmanager
-def span(name: str, headers: Mapping[str, str]) -> Iterator[Span]:
-    """A server's span meanwhile, child of the one that the client's headers name."""
-    if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        yield _NOBODYS
-        return
-    with trace.get_tracer("recflow_jax.serving").start_as_current_span(
-        name,
-        context=propagate.extract(headers),
-        kind=trace.SpanKind.SERVER,
-        record_exception=False,
-        set_status_on_exception=False,
-    ) as recorded:
-        yield _Recorded(recorded)
+    @contextmanager
+    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Span]:
+        with self._tracer.start_as_current_span(
+            name, context=propagate.extract(headers), kind=self._kind
+        ) as recorded:
+            yield _Recorded(recorded)
