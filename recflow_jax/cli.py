@@ -306,6 +306,57 @@ def bench_kernels(
     )
 
 
+@bench.command(
+    "serve",
+    epilog=_example(
+        "recflow bench serve --model dlrm-kaggle --max-rows-per-table 100000",
+        "recflow bench serve --model my.toml --qps 500,1000 --request-samples 64 --out serve.json",
+    ),
+)
+def bench_serve(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    load: Annotated[str, typer.Option(help="Shares of the lowest saturation.")] = "0.2,0.5,0.8",
+    qps: Annotated[str, typer.Option(help="Requests per second, not shares.")] = "",
+    request_samples: Annotated[
+        int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each load.", min=0.1)] = 5.0,
+    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    backend: BackendName = "auto",
+    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
+    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Compare a server with the engine alone.
+
+    Starts `recflow serve` and sends it, over HTTP and gRPC, and the engine in this process the same
+    Poisson arrivals; then counts the CPU time of HTTP beside a bare ASGI app. Both processes hold
+    the model. Lists are separated by commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    loads, rates = _list("--load", load, float), _list("--qps", qps, float)
+    from recflow_jax.commands.bench_serve import bench_serve
+    from recflow_jax.engine.options import EngineOptions
+    from recflow_jax.measure.online import OnlineOptions
+
+    bench_serve(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        online=OnlineOptions(
+            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds
+        ),
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+    )
+
+
 @app.command(
     epilog=_example(
         "recflow serve --params demo/movielens.safetensors",

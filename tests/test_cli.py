@@ -72,7 +72,7 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
     return function.call_args
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench model", "bench kernels"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench model", "bench kernels", "bench serve"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out

@@ -46,8 +46,10 @@ def timeout_of(parameters: Mapping[str, Any], transport_s: float | None) -> floa
     timeout_us = _whole(parameters, "timeout", 0)
     if timeout_us < 0:
         raise InputError(f"parameter 'timeout' is {timeout_us}, below 0 microseconds")
-    found = [timeout_us / US_PER_S] if timeout_us else []
-    return min([*found, *([] if transport_s is None else [transport_s])], default=None)
+    if not timeout_us:
+        return transport_s
+    timeout_s = timeout_us / US_PER_S
+    return timeout_s if transport_s is None else min(timeout_s, transport_s)
 
 
 def priority_of(parameters: Mapping[str, Any]) -> int:
@@ -63,7 +65,9 @@ def check_outputs(names: list[Any]) -> None:
 
 
 def _whole(parameters: Mapping[str, Any], name: str, default: int) -> int:
-    value = parameters.get(name, default)
+    if name not in parameters:
+        return default
+    value = parameters[name]
     if type(value) is not int or value not in _INT64:
         raise InputError(f"parameter {name!r} is {value!r}, not a whole number")
     return value

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -23,7 +24,7 @@ BESIDE_INFERENCE = 64  # calls of gRPC for health, metadata and the like
 async def http(service: Service) -> AsyncIterator[int]:
     """Serves HTTP meanwhile, on the port that it yields. Raises OSError."""
     options = service.options
-    config = _uvicorn_config(service)
+    config = uvicorn_config(rest.Application(service), options)
     config.load()
     listening = _socket(options.host, options.http_port)
     server = UvicornServer(config)
@@ -57,10 +58,10 @@ async def grpc_aio(service: Service) -> AsyncIterator[int | None]:
         await server.stop(STOPPING_S)
 
 
-def _uvicorn_config(service: Service) -> uvicorn.Config:
-    options = service.options
+def uvicorn_config(application: Any, options: ServerOptions) -> uvicorn.Config:
+    """How an ASGI application is served."""
     return uvicorn.Config(
-        rest.Application(service),
+        application,
         http=Connection,
         ws="none",
         lifespan="off",

@@ -1,6 +1,7 @@
 """What Prometheus and Triton's clients are told: counts of the server, and of the engine in it."""
 
 import time
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -18,22 +19,24 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
+        requests = Counter(
             "recflow_requests",
             "Requests by protocol and outcome.",
             ("protocol", "outcome"),
             registry=self._registry,
         )
-        self._arrivals = Counter(
+        arrivals = Counter(
             "recflow_arrivals", "Requests as they come.", ("protocol",), registry=self._registry
         )
-        self._latency = Histogram(
+        latency = Histogram(
             "recflow_request_seconds",
             "From a request's first byte to its end.",
             ("protocol",),
             buckets=LATENCY_BUCKETS_S,
             registry=self._registry,
         )
+        self._requests, self._arrivals = cache(requests.labels), cache(arrivals.labels)
+        self._latency = cache(latency.labels)
         self._samples = Histogram(
             "recflow_request_samples",
             "Samples per request.",
@@ -54,7 +57,7 @@ class Metrics:
 
     def arrived(self, protocol: str) -> None:
         """A request has come."""
-        self._arrivals.labels(protocol).inc()
+        self._arrivals(protocol).inc()
 
     def answered(self, samples: int) -> None:
         """A request of so many samples has its scores."""
@@ -63,8 +66,8 @@ class Metrics:
 
     def ended(self, protocol: str, outcome: str, seconds: float) -> None:
         """A request has left the server."""
-        self._requests.labels(protocol, outcome).inc()
-        self._latency.labels(protocol).observe(seconds)
+        self._requests(protocol, outcome).inc()
+        self._latency(protocol).observe(seconds)
         kind = "ok" if outcome == "ok" else "fail"
         self._counts[kind] += 1
         self._seconds[kind] += seconds
