@@ -17,7 +17,7 @@ from recflow_jax.engine.errors import DeadlineExceeded, QueueFull
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure.clients import Client, GrpcClient, HttpClient, ServerError
 from recflow_jax.measure.http_cost import measure_http_cost
-from recflow_jax.measure.launched import NotLaunched, launched
+from recflow_jax.measure.launched import Launched, NotLaunched, until_ready
 from recflow_jax.measure.online import OnlineOptions
 from recflow_jax.measure.served import HttpCost
 from running_server import SOON_S, serving
@@ -72,8 +72,10 @@ def test_another_answer_is_a_servers_error(client: Client, device: FakeSegments)
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
-    with pytest.raises(NotLaunched, match="no-such-file"), launched(["--params", "no-such-file"]):
-        pass
+    said = ['{"event": "listening", "http_port": 1, "grpc_port": 2}', "recflow: error: no room"]
+    with pytest.raises(NotLaunched, match="did not start: recflow: error: no room"):
+        until_ready(said)
+    assert until_ready([*said, '{"event": "ready"}']) == Launched(http_port=1, grpc_port=2)
 
 
 def test_http_is_measured_beside_bare_apps() -> None:

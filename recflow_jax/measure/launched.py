@@ -37,7 +37,7 @@ def launched(arguments: Sequence[str]) -> Iterator[Launched]:
     )
     assert process.stderr is not None
     try:
-        ports = _until_ready(process.stderr)
+        ports = until_ready(process.stderr)
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()  # a full pipe would stop the server
         yield ports
@@ -47,7 +47,8 @@ def launched(arguments: Sequence[str]) -> Iterator[Launched]:
         process.stderr.close()
 
 
-def _until_ready(lines: Iterable[str]) -> Launched:
+def until_ready(lines: Iterable[str]) -> Launched:
+    """Reads a server's log until it is ready. Raises NotLaunched if the log ends before."""
     ports, line = None, ""
     for line in lines:
         told = json.loads(line) if line.startswith("{") else {}
