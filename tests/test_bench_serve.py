@@ -20,7 +20,7 @@ from recflow_jax.measure.http_cost import measure_http_cost
 from recflow_jax.measure.launched import Launched, NotLaunched, until_ready
 from recflow_jax.measure.online import OnlineOptions
 from recflow_jax.measure.served import HttpCost
-from running_server import SOON_S, serving
+from running_server import SOON_S, serving, wait_for
 from small_models import NO_DENSE
 
 REQUESTS = [samples(1, 2), samples(3), samples(*range(60))]
@@ -63,6 +63,16 @@ def test_clients_bring_the_engines_errors(client: Client, device: FakeSegments) 
 
 def error_of(answer: Future[np.ndarray]) -> BaseException | None:
     return answer.exception(SOON_S)
+
+
+def test_a_request_may_be_cancelled(client: Client, device: FakeSegments) -> None:
+    device.hold()
+    sent = client.submit(REQUESTS[0])
+    wait_for(lambda: device.states_made == 1)
+    sent.cancel()
+    device.go_on()
+    for _ in range(100):  # over every connection
+        assert client.submit(REQUESTS[1]).result(SOON_S).tolist() == scores(3)
 
 
 def test_another_answer_is_a_servers_error(client: Client, device: FakeSegments) -> None:

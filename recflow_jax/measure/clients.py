@@ -111,6 +111,9 @@ class HttpClient(Client):
             if connection.is_lost:  # servers close those that were idle for long
                 connection = await self._connected()
             status, headers, body = await connection.ask(request)
+        except asyncio.CancelledError:
+            connection.close()  # its answer may still come, and would be taken for the next one's
+            raise
         finally:
             self._idle.put_nowait(connection)
         if status != 200:
@@ -138,6 +141,7 @@ class _Connection(asyncio.Protocol):
         return await self._answer
 
     def close(self) -> None:
+        self.is_lost = True
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:
