@@ -65,7 +65,9 @@ def error_of(answer: Future[np.ndarray]) -> BaseException | None:
     return answer.exception(SOON_S)
 
 
-def test_a_request_may_be_cancelled(client: Client, device: FakeSegments) -> None:
+def test_a_request_may_be_cancelled(
+    client: Client, device: FakeSegments, caplog: pytest.LogCaptureFixture
+) -> None:
     device.hold()
     sent = client.submit(REQUESTS[0])
     wait_for(lambda: device.states_made == 1)
@@ -73,6 +75,7 @@ def test_a_request_may_be_cancelled(client: Client, device: FakeSegments) -> Non
     device.go_on()
     for _ in range(100):  # over every connection
         assert client.submit(REQUESTS[1]).result(SOON_S).tolist() == scores(3)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_another_answer_is_a_servers_error(client: Client, device: FakeSegments) -> None:
