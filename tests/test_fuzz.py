@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fake_clients import message, tensors
-from fake_segments import CONFIG, OPTIONS, FakeSegments
+from fake_segments import CONFIG, FakeSegments
 from recflow_jax.batch import InputError
 from recflow_jax.engine.engine import Engine
 from recflow_jax.serving import rest_body, rpc, rpc_body
@@ -21,7 +21,7 @@ from recflow_jax.serving.rpc_messages import MESSAGES
 from request_tensors import DATATYPES, Tensors, as_json
 from running_server import SOON_S
 
-INPUTS = ModelInputs(CONFIG, max_samples=64, max_ids=OPTIONS.max_ids_per_sample or 0)
+INPUTS = ModelInputs(CONFIG, max_samples=64, max_ids=600, max_ids_in_all=1000)
 GOOD = tensors(1, 2, 3, ids=2)
 
 ARRAYS = st.sampled_from(["float32", "int32", "int64"]).flatmap(

@@ -27,7 +27,7 @@ DENSE = np.arange(6, dtype=np.float32).reshape(3, 2)
 
 
 def inputs_of(config: DLRMConfig) -> ModelInputs:
-    return ModelInputs(config, max_samples=100, max_ids=200)
+    return ModelInputs(config, max_samples=100, max_ids=200, max_ids_in_all=1000)
 
 
 def assert_same_batch(found: JaggedBatch, expected: JaggedBatch) -> None:
@@ -191,6 +191,20 @@ def test_a_users_long_bag_is_not_copied_for_many_samples() -> None:
         "user_lengths": np.array([[1000]], np.int32),
     }
     with pytest.raises(InputError, match="sample 0 has 1001 ids in all, more than 200"):
+        inputs_of(ONE_HOT).batch(tensors)
+
+
+def test_a_users_bag_is_counted_for_every_sample() -> None:
+    tensors = {
+        "dense": np.zeros((10, 2), np.float32),
+        "values": np.zeros(10, np.int64),
+        "lengths": np.ones((1, 10), np.int32),
+        "user_values": np.zeros(99, np.int64),
+        "user_lengths": np.array([[99]], np.int32),
+    }
+    assert len(inputs_of(ONE_HOT).batch(tensors).values) == 1000
+    tensors |= {"user_values": np.zeros(100, np.int64), "user_lengths": np.array([[100]])}
+    with pytest.raises(InputError, match="1010 ids, .* a request may have 1000"):
         inputs_of(ONE_HOT).batch(tensors)
 
 

@@ -67,14 +67,25 @@ def test_requests_inside_are_bounded(start: Start) -> None:
 
 
 def test_bytes_inside_are_bounded(start: Start) -> None:
-    fake = start(max_buffered_bytes=1000)
+    fake = start(max_buffered_bytes=1500)  # a body, and its samples laid out
     fake.device.hold()
     inside = fake.ask(*range(16))
     fake.wait_until_accepted(1)
-    assert "bytes" in fake.outcome(*range(60)).message
+    assert "more do not fit" in fake.outcome(*range(60)).message
     fake.device.go_on()
     assert inside.result(SOON_S).status in OK
     assert all(fake.outcome(*range(16)).status in OK for _ in range(3))
+
+
+def test_samples_laid_out_are_bytes_inside(start_http: Start) -> None:
+    asked = tensors(*range(40))
+    body, laid_out = (
+        len(httpx.Request("POST", "http://h", json=as_json(asked)).content),
+        40 * 16 + 8,
+    )
+    for room, statuses in ((laid_out - 1, {429}), (laid_out, {200})):
+        fake = start_http(max_buffered_bytes=body + room)
+        assert {fake.asker.ask(asked).result(SOON_S).status} == statuses
 
 
 # --- deadlines, cancellation, priorities
@@ -103,7 +114,14 @@ def test_the_engine_is_told_the_earliest(
     for more in ({}, {"timeout": 15_000_000}):
         assert fake.outcome(1, **terms | more).status in OK
         least_ms = min([asked_ms, *(us / 1000 for us in more.values())])
-        assert 0.5 * least_ms < submit.call_args.kwargs["deadline_ms"] <= least_ms
+        told_ms = submit.call_args.kwargs["deadline_ms"]  # gRPC rounds timeouts up, by 1 % at most
+        assert 0.5 * least_ms < told_ms <= 1.01 * least_ms
+
+
+def test_a_timeout_may_be_longer_than_any_clock(start_http: Start) -> None:
+    fake = start_http()
+    for terms in ({"deadline_s": 1e305}, {"timeout": 2**63 - 1}):
+        assert fake.outcome(1, **terms).status == 200
 
 
 def test_requests_without_a_deadline_get_one(start: Start) -> None:

@@ -46,7 +46,13 @@ def serve(config: DLRMConfig, port: Connection) -> None:
 async def _serving(config: DLRMConfig, port: Connection) -> None:
     options = ServerOptions(http_port=0, grpc_port=None)
     service, landing = Service(options), Landing(asyncio.get_running_loop())
-    model = ServedModel(InstantEngine(config), name=MODEL, version="1", landing=landing)
+    model = ServedModel(
+        InstantEngine(config),
+        name=MODEL,
+        version="1",
+        landing=landing,
+        max_body_bytes=options.max_body_bytes,
+    )
     service.serve(model)
     listening = socket.create_server(("127.0.0.1", 0))
     port.send(listening.getsockname()[1])
@@ -103,7 +109,8 @@ class Apps:
     async def _bare(self, scope: Any, receive: Receive, send: Send) -> None:
         body = await _whole(receive)
         call = InferCall(model=MODEL, tensors=_tensors(body, dict(scope["headers"])))
-        pending = self._model.submit(call, due_s=time.monotonic() + TIMEOUT_S)
+        due_s = time.monotonic() + TIMEOUT_S
+        pending = self._model.submit(self._model.batch(call), due_s=due_s, priority=0)
         scores = await pending.scores()
         output = {"name": "scores", "datatype": "FP32", "shape": scores.shape}
         output["parameters"] = {"binary_data_size": scores.nbytes}

@@ -14,15 +14,19 @@ SCORES = "scores"
 
 
 class ModelInputs:
-    """The tensors of one model; a request has at most `max_samples`, a sample `max_ids` ids.
+    """The tensors of one model; a request has at most `max_samples` with `max_ids_in_all` ids, a
+    sample `max_ids`.
 
     `dense` [n, dense_width], and ids in one of two forms: see `packed` and `plain`.
     """
 
-    def __init__(self, config: DLRMConfig, *, max_samples: int, max_ids: int) -> None:
+    def __init__(
+        self, config: DLRMConfig, *, max_samples: int, max_ids: int, max_ids_in_all: int
+    ) -> None:
         self._config = config
         self._max_samples = max_samples
         self._max_ids = max_ids
+        self._max_ids_in_all = max_ids_in_all
         self._packed = PackedForm(config)
         reserved = {DENSE, *(spec.name for spec in self._packed.specs)}
         self._plain = PlainForm(config, reserved)
@@ -56,7 +60,7 @@ class ModelInputs:
         if dense is None:
             dense = np.zeros((samples, 0), np.float32)
         bags = form.bags(tensors, samples) if self._config.features else _no_bags(samples)
-        self._check_ids_per_sample(bags)
+        self._check_ids(bags)
         return bags.batch(dense)
 
     def _form(self, tensors: Tensors) -> PackedForm | PlainForm:
@@ -76,12 +80,17 @@ class ModelInputs:
             return None
         return require(tensors, DENSE, kind="f", shape=(None, self._config.dense_width))
 
-    def _check_ids_per_sample(self, bags: PackedBags) -> None:
+    def _check_ids(self, bags: PackedBags) -> None:
         """Before the ids are laid out: a user's long bag, given to all, could fill the memory."""
         ids = bags.lengths.sum(axis=0)
         if ids.max(initial=0) > self._max_ids:
             s = int(ids.argmax())
             raise InputError(f"sample {s} has {ids[s]} ids in all, more than {self._max_ids}")
+        if ids.sum() > self._max_ids_in_all:
+            raise InputError(
+                f"{ids.sum()} ids, the user's counted for every sample: a request may have "
+                f"{self._max_ids_in_all}"
+            )
 
 
 def _no_bags(samples: int) -> PackedBags:

@@ -15,12 +15,21 @@ from recflow_jax.serving.pending import Landing, Pending
 from recflow_jax.serving.tensors import TensorSpec
 
 PLATFORM = "recflow_jax"
+ID_BYTES = 8  # no request has more ids, laid out, than a body has room for
 
 
 class ServedModel:
     """An engine under a name and a version."""
 
-    def __init__(self, engine: Engine, *, name: str, version: str, landing: Landing) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        version: str,
+        landing: Landing,
+        max_body_bytes: int,
+    ) -> None:
         self.engine = engine
         self.name = name
         self.version = version
@@ -28,16 +37,22 @@ class ServedModel:
         options = engine.options
         self._max_ids = options.max_ids_per_sample or options.slice_buckets(engine.config)[-1].ids
         self._inputs = ModelInputs(
-            engine.config, max_samples=options.max_queued_samples, max_ids=self._max_ids
+            engine.config,
+            max_samples=options.max_queued_samples,
+            max_ids=self._max_ids,
+            max_ids_in_all=max_body_bytes // ID_BYTES,
         )
 
-    def submit(self, call: InferCall, *, due_s: float) -> Pending:
-        """Lets the request in; due_s: its deadline, of time.monotonic. Raises InputError and what
+    def batch(self, call: InferCall) -> JaggedBatch:
+        """The samples of a request. Raises InputError."""
+        return self._inputs.batch(call.tensors)
+
+    def submit(self, batch: JaggedBatch, *, due_s: float, priority: int) -> Pending:
+        """Lets samples in; due_s: their deadline, of time.monotonic. Raises InputError and what
         `Engine.submit` raises.
         """
-        batch = self._inputs.batch(call.tensors)
         left_s = due_s - time.monotonic()
-        answer = self.engine.submit(batch, deadline_ms=1000 * left_s, priority=call.priority)
+        answer = self.engine.submit(batch, deadline_ms=1000 * left_s, priority=priority)
         return Pending(answer, self._landing, left_s)
 
     def try_out(self, timeout_s: float) -> Pending:

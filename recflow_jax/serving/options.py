@@ -15,7 +15,8 @@ class ServerOptions:
     http_port, grpc_port: 0 takes a free one; grpc_port None serves HTTP alone.
     max_body_bytes: a longer request is refused before it is read.
     max_requests: requests inside at once, over all connections; more are refused unread.
-    max_buffered_bytes: of all requests inside; what would exceed it is refused.
+    max_buffered_bytes: of all requests inside, as they come and as samples laid out; what would
+        exceed it is refused.
     default_timeout_s: the deadline of requests that bring none: none waits for ever.
     body_timeout_s: how long a client may take to send its request.
     retry_after_s: what refused clients are told to wait.

@@ -86,7 +86,13 @@ class Server:
         engine = loading.result()
         landing = Landing(asyncio.get_running_loop())
         name = self._name or engine.config.name
-        model = ServedModel(engine, name=name, version=self._version, landing=landing)
+        model = ServedModel(
+            engine,
+            name=name,
+            version=self._version,
+            landing=landing,
+            max_body_bytes=self._service.options.max_body_bytes,
+        )
         self._service.serve(model)
         log.info("ready", extra={"model": name, "backend": engine.backend.name})
         beating = asyncio.create_task(heartbeat.watch(self._service, model))

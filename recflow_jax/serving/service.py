@@ -1,21 +1,17 @@
 """What the server does, in plain values: both protocols are a thin skin around it."""
 
 import hmac
-import logging
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
+from recflow_jax.batch import JaggedBatch
 from recflow_jax.serving import tracing
 from recflow_jax.serving.calls import InferAnswer, InferCall
 from recflow_jax.serving.door import Door
-from recflow_jax.serving.failures import (
-    NoSuchModel,
-    NotReady,
-    Unauthorized,
-)
+from recflow_jax.serving.failures import NoSuchModel, NotReady, Unauthorized
 from recflow_jax.serving.metrics import Metrics
 from recflow_jax.serving.model import ServedModel
 from recflow_jax.serving.options import ServerOptions
@@ -25,8 +21,7 @@ from recflow_jax.serving.visit import Visit
 SERVER = "recflow"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "parameters", "schedule_policy"]
 EXTENSIONS += ["statistics"]
-
-log = logging.getLogger("recflow.serving")
+LONGEST_TIMEOUT_S = 86400.0  # for clients that ask for more
 
 
 class Service:
@@ -66,12 +61,15 @@ class Service:
         return Visit(protocol, headers, door=self.door, metrics=self.metrics, tracer=self.tracer)
 
     def submit(self, visit: Visit, call: InferCall) -> Pending:
-        """Hands a request to its model's engine. Raises NotReady, NoSuchModel, InputError, and
-        what `Engine.submit` raises.
+        """Hands a request to its model's engine. Raises NotReady, NoSuchModel, InputError, Busy,
+        and what `Engine.submit` raises.
         """
         model = self.model(call.model, call.version)
+        batch = model.batch(call)
+        visit.carry_in(_bytes_of(batch))
         timeout_s = self.options.default_timeout_s if call.timeout_s is None else call.timeout_s
-        pending = model.submit(call, due_s=visit.arrived_s + timeout_s)
+        due_s = visit.arrived_s + min(timeout_s, LONGEST_TIMEOUT_S)
+        pending = model.submit(batch, due_s=due_s, priority=call.priority)
         visit.span.tell(model=model.name, version=model.version)
         visit.span.event("submitted")
         return pending
@@ -108,6 +106,11 @@ class Service:
             name = self._model.name
         model = self.model(name, version)
         return {"model_stats": [self.metrics.statistics(model)]}
+
+
+def _bytes_of(batch: JaggedBatch) -> int:
+    arrays = (batch.dense, batch.values, batch.offsets, batch.weights)
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def _version() -> str:
