@@ -528,7 +528,7 @@ def test_a_lost_state_does_not_go_round(what: str):
         answers = [engine.submit(samples(*range(8))) for _ in range(40)]
         device.go_on()
         wait(answers, timeout=SOON_S)
-        assert 1 <= engine.stats().failed <= 3
+        assert 1 <= engine.stats().failed <= 4
 
 
 def test_a_broken_launcher_fails_everyone_and_hangs_nobody(
@@ -563,7 +563,8 @@ def test_counts_are_those_done_by_hand(engine: Engine):
     assert (stats.batches, stats.slices, stats.steps) == (2, 2, 6)
     assert (stats.mean_batch, stats.mean_slice) == (3, 3)
     assert (stats.sample_padding, stats.id_padding) == (1 / 4, 1 - 6 / 640)
-    assert stats.batch_buckets == {4: 2}
+    assert stats.batch_buckets == stats.slice_buckets == {4: 2}
+    assert sum(stats.step_times.values()) == 6 and stats.steps_us > 0
     assert stats.rejected == {"input": 1}
     assert 0 < stats.latency_p50_ms <= stats.latency_p95_ms <= stats.latency_p99_ms < 10_000
     assert (stats.backend, stats.backend_reason, stats.profile) == ("xla", "asked for", None)

@@ -103,9 +103,9 @@ class Engine:
             inbox=inbox,
             tally=self._tally,
         )
-        shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger}
+        shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger, "tally": self._tally}
         self._threads = [
-            _started("launcher", Launcher(segments, plans, tally=self._tally, **shared).run),
+            _started("launcher", Launcher(segments, plans, **shared).run),
             _started("completion", Completion(segments.staging, **shared).run),
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.

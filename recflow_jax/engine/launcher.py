@@ -128,7 +128,7 @@ class Launcher:
                 self._flights.put(self._launch(action.step))
 
     def _launch(self, step: Step) -> Flight:
-        flight = Flight(step_id=step.id, results=[])
+        flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
         running = self._batches[step.segment.batch_id] if step.segment else _Batch()
         filling, samples = self._load(step.slice) if step.slice else (_Batch(), [])
         if step.co_run is not None and not (running.fault or filling.fault):

@@ -57,6 +57,7 @@ class Flight:
     """A launched step: the arrays that are ready when it has ended, and whose answers it makes."""
 
     step_id: int
+    launched_us: int
     results: list[Any]
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None

@@ -25,6 +25,7 @@ from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionRe
 from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
+from recflow_jax.measure.served import HttpCost, ServedResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
 
@@ -32,7 +33,13 @@ SCHEMA = 1
 WIDTH = 110
 
 Result = (
-    OfflineResult | StreamResult | OnlineResult | GatherResult | DenseResult | InteractionResult
+    OfflineResult
+    | StreamResult
+    | OnlineResult
+    | ServedResult
+    | GatherResult
+    | DenseResult
+    | InteractionResult
 )
 
 
@@ -183,6 +190,41 @@ def online_table(result: OnlineResult) -> Table:
                 end_section=name == list(point.contenders)[-1],
             )
     return table
+
+
+def served_table(result: ServedResult) -> Table:
+    """Latency by load, of the engine in this process and of a server over both protocols."""
+    saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
+    table = _table(
+        f"served: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
+        f"saturation in requests/s: {saturation}",
+        *("load", "requests/s", "asked", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "answered/s"),
+        "failed",
+    )
+    for point in result.points:
+        for name, load in point.contenders.items():
+            share = "" if point.share is None else f"{point.share:.0%}"
+            first = name == next(iter(point.contenders))
+            latencies = (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)
+            table.add_row(
+                share if first else "",
+                f"{point.qps:,.0f}" if first else "",
+                name,
+                *(f"{ms:,.2f}" for ms in latencies),
+                f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
+                ", ".join(f"{n} {why}" for why, n in load.failures.items()) or "0",
+                end_section=name == list(point.contenders)[-1],
+            )
+    return table
+
+
+def http_cost_line(cost: HttpCost) -> str:
+    """CPU time per request."""
+    return (
+        f"HTTP: {cost.served_us:,.0f} us of CPU per request of {cost.request_samples} samples, "
+        f"{cost.over_bare:.2f} x the {cost.bare_us:,.0f} us of a bare ASGI app that asks the same "
+        f"engine; an echo takes {cost.echo_us:,.0f} us"
+    )
 
 
 def _us(us: float | None) -> str:
