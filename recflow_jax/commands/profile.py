@@ -161,6 +161,7 @@ class _Filling:
         """Measures those jobs whose rows are missing."""
         missing = [job for job in jobs if not self.table.has(job.first)]
         if not missing:
+            console.print(f"{name}: all {len(jobs)} sizes were measured before")
             return
         timings, kept = sum(job.rows for job in missing), len(jobs) - len(missing)
         least_s = timings * self._profiler.timing.rounds * self._profiler.timing.round_s
