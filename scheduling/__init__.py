@@ -1,11 +1,13 @@
 """Which work runs when: plain Python and numpy, no jax and no clock of its own.
 
 `request` has the types that flow, `buckets` the ladders of static sizes, `pipeline` the incremental
-batching, `admission` the bound on work inside, `table` the measured times.
+batching, `admission` the bound on work inside, `table` the measured times. `costs` says what a step
+costs, `simulator` runs all of it on a virtual clock, `serial_batching` is what to compare with.
 """
 
 from scheduling.admission import Admission
 from scheduling.buckets import ladder, smallest_holding
+from scheduling.costs import HostCosts, StepTimes, TableTimes, segment_key, slice_key, step_key
 from scheduling.pipeline import (
     Action,
     Arrive,
@@ -18,6 +20,8 @@ from scheduling.pipeline import (
     StepDone,
 )
 from scheduling.request import Part, Request, Segment, Slice, SliceBucket, Step
+from scheduling.serial_batching import SerialBatching
+from scheduling.simulator import Policy, SimulatedRun, simulate
 from scheduling.table import (
     MissPolicy,
     ProfileKey,
@@ -34,11 +38,13 @@ __all__ = [
     "Cancel",
     "Event",
     "Expire",
+    "HostCosts",
     "Launch",
     "MissPolicy",
     "Part",
     "Pipeline",
     "PipelineConfig",
+    "Policy",
     "ProfileKey",
     "ProfileMiss",
     "ProfileRow",
@@ -46,10 +52,18 @@ __all__ = [
     "ProfileTableError",
     "Request",
     "Segment",
+    "SerialBatching",
+    "SimulatedRun",
     "Slice",
     "SliceBucket",
     "Step",
     "StepDone",
+    "StepTimes",
+    "TableTimes",
     "ladder",
+    "segment_key",
+    "simulate",
+    "slice_key",
     "smallest_holding",
+    "step_key",
 ]

@@ -11,8 +11,7 @@ from recflow_jax.commands.profile import ProfileResult, profile
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
 from recflow_jax.measure import profiler
-from recflow_jax.measure.profiler import segment_key, slice_key, step_key
-from scheduling import ProfileTable, ProfileTableError
+from scheduling import ProfileTable, ProfileTableError, segment_key, slice_key, step_key
 
 CONFIG = models.DOT
 OPTIONS = models.SMALL

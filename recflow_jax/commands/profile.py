@@ -17,12 +17,20 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.profiles import versions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.measure import plots
-from recflow_jax.measure.profiler import Profiler, segment_key, slice_key, step_key
+from recflow_jax.measure.profiler import Profiler
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Params
 from recflow_jax.params import init_params
 from recflow_jax.tiles import slug
-from scheduling import ProfileKey, ProfileRow, ProfileTable, ProfileTableError
+from scheduling import (
+    ProfileKey,
+    ProfileRow,
+    ProfileTable,
+    ProfileTableError,
+    segment_key,
+    slice_key,
+    step_key,
+)
 
 FULL = TimingOptions(rounds=5, round_s=0.01)
 QUICK = TimingOptions(rounds=3, round_s=0.005, limit_s=1)

@@ -7,7 +7,7 @@ import jax
 
 from recflow_jax.engine.segments import Segments
 from scheduling.buckets import smallest_holding
-from scheduling.request import SliceBucket
+from scheduling.costs import segment_key, slice_key
 from scheduling.table import ProfileKey, ProfileMiss, ProfileTable
 
 
@@ -34,7 +34,7 @@ class IdleTimes:
     def __init__(self, table: ProfileTable, segments: Segments) -> None:
         self._table = table
         self._segments = segments
-        self._slice_us = {b: self._time_us(_slice_key(b)) for b in segments.slice_buckets}
+        self._slice_us = {b: self._time_us(slice_key(b)) for b in segments.slice_buckets}
         self._batch_us = {b: self._batch_time_us(b) for b in segments.batch_buckets}
 
     def least_us(self, samples: int, ids: int) -> float:
@@ -48,8 +48,7 @@ class IdleTimes:
         return self._slice_us[bucket] + self._batch_us[batch]
 
     def _batch_time_us(self, bucket: int) -> float:
-        keys = [ProfileKey(kind="segment", segment=i, batch=bucket) for i in self._indices]
-        return sum(self._time_us(key) for key in keys)
+        return sum(self._time_us(segment_key(i, bucket)) for i in self._indices)
 
     @property
     def _indices(self) -> range:
@@ -61,7 +60,3 @@ class IdleTimes:
             return self._table.time_us(key)
         except ProfileMiss:
             return 0.0
-
-
-def _slice_key(bucket: SliceBucket) -> ProfileKey:
-    return ProfileKey(kind="slice", slice_samples=bucket.samples, slice_ids=bucket.ids)

@@ -13,7 +13,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.segments import Segments
 from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure
-from scheduling import ProfileKey, ProfileRow, SliceBucket
+from scheduling import ProfileKey, ProfileRow, SliceBucket, segment_key, slice_key, step_key
 
 PACKED_SETS = 4
 
@@ -105,27 +105,6 @@ def _fitting(batch: JaggedBatch, ids: int) -> JaggedBatch:
     """As many of the first samples as have at most `ids` ids."""
     fitting = int((batch.id_offsets[1:] <= ids).sum())
     return batch.part(0, fitting)
-
-
-def slice_key(bucket: SliceBucket) -> ProfileKey:
-    """The key of a slice."""
-    return ProfileKey(kind="slice", slice_samples=bucket.samples, slice_ids=bucket.ids)
-
-
-def segment_key(index: int, batch: int) -> ProfileKey:
-    """The key of a segment of a batch size."""
-    return ProfileKey(kind="segment", segment=index, batch=batch)
-
-
-def step_key(index: int, batch: int, bucket: SliceBucket) -> ProfileKey:
-    """The key of a segment with a slice launched just before it."""
-    return ProfileKey(
-        kind="step",
-        segment=index,
-        batch=batch,
-        slice_samples=bucket.samples,
-        slice_ids=bucket.ids,
-    )
 
 
 def _row(key: ProfileKey, timing: Timing) -> ProfileRow:
