@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.embedding import Gather, addresses, gather_all
@@ -139,6 +138,8 @@ def dense_with_gather(
     x: Float[Array, "samples inputs"],
     kernel: Float[Array, "inputs_up outputs_up"],
     bias: Float[Array, " outputs"],
+    vectors: Float[Array, "most columns"],
+    first_row: Int32[Array, ""],
     groups: Sequence[Table],
     rows: Int32[Array, " ids"],
     offsets: Int32[Array, " bags_and_one"],
@@ -146,38 +147,39 @@ def dense_with_gather(
     *,
     activation: str,
     slots: tuple[Slot, ...],
-    out_dtype: DTypeLike,
-    left: Float[Array, "others left"] | None = None,
-    right: int = 0,
+    left: int,
+    span: tuple[int, int] | None = None,
     config: CorunConfig = CONFIG,
-) -> tuple[Float[Array, "samples outputs"], Float[Array, "others left_width_and_right"]]:
-    """`mlp.dense` of one batch and `embedding.pooled_gather` of another, in one launch.
+) -> tuple[Float[Array, "samples outputs"], Float[Array, "most columns"]]:
+    """`mlp.dense` of one batch and `embedding.gather_into` of another, in one launch.
 
-    Both have samples. Raises ValueError like these two, for a batch without samples, and for rings
-    that do not fit the config.
+    Both have samples. Raises ValueError like these two, for a batch without samples, for rings that
+    do not fit the config, and for columns before or behind the pooled ones that are no multiple of
+    four.
     """
     check(x, kernel, bias, activation)
     layer = Layer.of(x, kernel, bias, activation, config.mlp)
-    gather = Gather.of(
-        *(groups, rows, offsets, weights),
+    gather = Gather.into(
+        *(vectors, first_row, groups, rows, offsets, weights),
         slots=slots,
-        out_dtype=out_dtype,
         left=left,
-        right=right,
+        span=span,
         config=config.gather,
     )
     if not len(x) or not gather.shape.samples:
         raise ValueError(f"{len(x)} samples to multiply, {gather.shape.samples} to gather: no pair")
     config.check_rings(gather.shape)
-    out, pooled = _launch(layer, gather, config)
-    return layer.finished(out), gather.finished(pooled)
+    out, vectors = _launch(layer, gather, vectors, config)
+    return layer.finished(out), vectors
 
 
-def _launch(layer: Layer, gather: Gather, config: CorunConfig) -> tuple[Array, Array]:
+def _launch(
+    layer: Layer, gather: Gather, vectors: Array, config: CorunConfig
+) -> tuple[Array, Array]:
     ring_words = config.ring_bytes(gather.shape.factors) // 4
     launch = plgpu.kernel(
         functools.partial(_body, layer=layer, gather=gather, config=config),
-        out_type=(layer.out_type, gather.out_type),
+        out_type=layer.out_type,
         scratch_types={
             "gather_ring": plgpu.SMEM((ring_words,), jnp.int32),
             "multiplied": plgpu.Barrier(num_arrivals=config.mlp.warpgroups),
@@ -191,7 +193,9 @@ def _launch(layer: Layer, gather: Gather, config: CorunConfig) -> tuple[Array, A
     )
     # A reference, not an array: XLA would count on its never being written to.
     counters = jax.new_ref(jnp.zeros(_counters(gather.shape), jnp.int32))
-    return launch(*layer.operands, counters, *gather.operands)
+    target = jax.new_ref(vectors)
+    out = launch(*layer.operands, counters, *gather.operands, target)
+    return out, jax.freeze(target)
 
 
 def _counters(shape: GatherShape) -> int:
@@ -215,9 +219,9 @@ def _body(
     """Warpgroups before `config.mlp.warpgroups` multiply, that one loads, the others gather."""
     warpgroup = lax.axis_index("warpgroup")
     multiplying = config.mlp.warpgroups
-    *operands, out, pooled = refs
+    *operands, vectors, out = refs
     layer_refs = LayerRefs(x=x, kernel=kernel, bias=bias, out=out, config=layer.config, **scratch)
-    gather_refs = (counters, *operands, pooled)
+    gather_refs = (counters, *operands, vectors)
 
     @pl.when(warpgroup == multiplying)
     def _load() -> None:

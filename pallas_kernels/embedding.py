@@ -14,7 +14,7 @@ sample: 4 bytes per bag read and the output's width written. Bound by memory eve
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from pallas_kernels.gather_shape import (
 )
 from pallas_kernels.gather_streams import gather_streams, stream_spans
 from pallas_kernels.simt import MosaicSimt, Value
-from pallas_kernels.slots import Slot, width
+from pallas_kernels.slots import Slot, offsets_of, width
 from pallas_kernels.tables import LIMITS, QuantisedTable, Table
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -67,32 +67,80 @@ def pooled_gather(
     trusted: they must be rows of their slot's group. Raises ValueError for shapes, dtypes or slots
     that the kernel cannot take.
     """
+    left_width = 0 if left is None else left.shape[1]
     gather = Gather.of(
         *(groups, rows, offsets, weights),
         slots=slots,
         out_dtype=out_dtype,
-        left=left,
-        right=right,
+        left=0 if left_width % 4 else left_width,
+        right=0 if right % 4 else right,
         config=config,
     )
     if gather.shape.samples == 0:
-        left_width = 0 if left is None else left.shape[1]
         return jnp.zeros((0, left_width + width(slots) + right), out_dtype)
-    return gather.finished(_launch(gather))
+    out = _kernel(gather, out_type=gather.out_type)(*gather.operands)
+    if right != gather.shape.right:
+        out = jnp.pad(out, ((0, 0), (0, right)))
+    if left is None:
+        return out
+    left = left.astype(out.dtype)
+    if not gather.shape.left:
+        return jnp.concatenate([left, out], axis=1)
+    return lax.dynamic_update_slice(out, left, (0, 0))
+
+
+def gather_into(
+    vectors: Float[Array, "most columns"],
+    first_row: Int32[Array, ""],
+    groups: Sequence[Table],
+    rows: Int32[Array, " ids"],
+    offsets: Int32[Array, " bags_and_one"],
+    weights: Float[Array, " ids"] | None,
+    *,
+    slots: tuple[Slot, ...],
+    left: int,
+    span: tuple[int, int] | None = None,
+    config: GatherConfig | None = None,
+) -> Float[Array, "most columns"]:
+    """Pools every bag into rows of `vectors`, in place where these are donated or made in the same
+    executable; see reference.gather_into. Raises ValueError like `pooled_gather`.
+
+    Rows beyond those of `vectors` would be written too, wherever that is: make sure they fit.
+    Columns before or behind the pooled ones that are no multiple of four cost copies.
+    """
+    right = vectors.shape[1] - left - width(slots)
+    bags = (groups, rows, offsets, weights)
+    span = span or (0, (len(offsets) - 1) // len(slots))
+    if not span[1]:
+        return vectors
+    if not lands_in_place(left, right):
+        bags = (groups, rows, offsets_of(offsets, len(slots), span), weights)
+        options = {"slots": slots, "out_dtype": vectors.dtype, "right": right, "config": config}
+        pooled = pooled_gather(*bags, **options)
+        return lax.dynamic_update_slice(vectors, pooled, (first_row + span[0], jnp.int32(left)))
+    options = {"slots": slots, "left": left, "span": span, "config": config}
+    gather = Gather.into(vectors, first_row, *bags, **options)
+    target = jax.new_ref(vectors)
+    _kernel(gather, out_type=())(*gather.operands, target)
+    return jax.freeze(target)
+
+
+def lands_in_place(left: int, right: int) -> bool:
+    """Whether a launch can write between so many columns: the alignment of its stores."""
+    return left % 4 == right % 4 == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
-    """A pooled gather as one launch takes it: `operands`, tables first, then the plans, in GMEM.
-
-    What the kernel leaves to be done with `left` and `right` is in `finished`.
+    """A pooled gather as one launch takes it: `operands`, tables first, then the plans, then the
+    first row that is written if it is not 0, all in GMEM. It begins with sample `first_sample`.
     """
 
     shape: GatherShape
     operands: tuple[Array | np.ndarray, ...]
     plans: tuple[str, ...]
-    left: Array | None
-    right: int
+    from_row: bool = False
+    first_sample: int = 0
 
     @classmethod
     def of(
@@ -104,13 +152,16 @@ class Gather:
         *,
         slots: tuple[Slot, ...],
         out_dtype: DTypeLike,
-        left: Array | None,
+        left: int,
         right: int,
         config: GatherConfig | None,
+        span: tuple[int, int] | None = None,
     ) -> "Gather":
-        """The launch for operands of `pooled_gather`. Raises ValueError like that."""
+        """The launch for operands of `pooled_gather`, and the columns to leave and to make zero;
+        span: the first sample, and how many. Raises ValueError like that.
+        """
         _check(groups, rows, offsets, slots)
-        samples = (len(offsets) - 1) // len(slots)
+        first_sample, samples = span or (0, (len(offsets) - 1) // len(slots))
         row_shapes = tuple(
             RowShape(dim=v.shape[1], dtype=str(v.dtype)) for v in map(_values, groups)
         )
@@ -121,42 +172,53 @@ class Gather:
             out_dtype=str(jnp.dtype(out_dtype)),
             weighted=weights is not None,
             config=config or choose_config(samples, slots, row_shapes),
-            left=0 if left is None or left.shape[1] % 4 else left.shape[1],
-            right=0 if right % 4 else right,
+            left=left,
+            right=right,
         )
         optional = [] if weights is None else [weights]
         scales = [group.scales for group in groups if isinstance(group, QuantisedTable)]
         plans = _plans(shape)
         operands = (*map(_values, groups), *scales, rows, offsets, *optional, *plans.values())
-        return cls(shape=shape, operands=operands, plans=tuple(plans), left=left, right=right)
+        return cls(shape=shape, operands=operands, plans=tuple(plans), first_sample=first_sample)
+
+    @classmethod
+    def into(
+        cls,
+        vectors: Array,
+        first_row: Array,
+        *bags: Any,
+        slots: tuple[Slot, ...],
+        left: int,
+        config: GatherConfig | None,
+        span: tuple[int, int] | None = None,
+    ) -> "Gather":
+        """The launch for operands of `gather_into`. Raises ValueError like that, and for columns
+        that no launch can write between.
+        """
+        right = vectors.shape[1] - left - width(slots)
+        if right < 0 or not lands_in_place(left, right):
+            raise ValueError(f"no gather writes behind {left} columns and before {right}")
+        shape = {"left": left, "right": right, "out_dtype": vectors.dtype}
+        gather = cls.of(*bags, slots=slots, config=config, span=span, **shape)
+        row = first_row.reshape(1)
+        return replace(gather, operands=(*gather.operands, row), from_row=True)
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
-        """What the kernel writes."""
+        """What the kernel writes, if not into rows of an array that is there."""
         shape = (self.shape.samples, self.shape.width)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(self.shape.out_dtype))
-
-    def finished(self, out: Array) -> Array:
-        """The gather's output from what the kernel wrote."""
-        if self.right != self.shape.right:
-            out = jnp.pad(out, ((0, 0), (0, self.right)))
-        if self.left is None:
-            return out
-        left = self.left.astype(out.dtype)
-        if not self.shape.left:
-            return jnp.concatenate([left, out], axis=1)
-        return lax.dynamic_update_slice(out, left, (0, 0))
 
 
 def _values(group: Table) -> Array:
     return group.values if isinstance(group, QuantisedTable) else group
 
 
-def _launch(gather: Gather) -> Array:
+def _kernel(gather: Gather, *, out_type: Any) -> Any:
     config = gather.shape.config
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(_body, gather=gather),
-        out_type=gather.out_type,
+        out_type=out_type,
         scratch_types=[plgpu.SMEM((_shared_bytes(gather.shape) // 4,), jnp.int32)],
         grid=(config.blocks,),
         grid_names=("block",),
@@ -164,7 +226,6 @@ def _launch(gather: Gather) -> Array:
         thread_name="warpgroup",
         kernel_name="pooled_gather",
     )
-    return kernel(*gather.operands)
 
 
 def _plans(shape: GatherShape) -> dict[str, np.ndarray]:
@@ -229,7 +290,12 @@ def addresses(
     ids, offsets = next(inputs), next(inputs)
     weights = next(inputs) if shape.weighted else None
     plan = {name: next(inputs) for name in gather.plans}
+    first_row = simt.load_word(next(inputs)) if gather.from_row else None
     (out,) = inputs
+    if first_row is not None:
+        row = first_row + gather.first_sample
+        out = out + simt.wide(row) * (shape.width * shape.out_item_bytes)
+    offsets = offsets + 4 * len(shape.slots) * gather.first_sample
     factor_ring = shared + shape.config.ring_slots * VECTOR_BYTES
     return Addresses(
         groups=groups,

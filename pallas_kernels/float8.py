@@ -31,6 +31,11 @@ class Float8Kernel:
     scales: Any
     input_scale: Any
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(inputs, outputs)."""
+        return self.values.shape
+
 
 Kernel = Float[Array, "_ _"] | Float8Kernel
 """The weights of a dense layer [inputs, outputs]."""

@@ -10,6 +10,7 @@ needed. Beside a row slot lie slots of 4 bytes for its *factors*: the id's weigh
 Ids are loaded `ids_ahead` rows before their row is asked for.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,18 +19,23 @@ from pallas_kernels.gather_rows import Addresses, RowReader
 from pallas_kernels.gather_shape import FACTOR_BYTES, VECTOR_BYTES, WARP, GatherShape
 from pallas_kernels.shares import COUNTER_BYTES, Claims, Shares, Turns
 from pallas_kernels.simt import Simt, Value, minimum
-from pallas_kernels.slots import Run, runs
+from pallas_kernels.slots import Run, Slot, runs
 
 BAG_COST = 2.0  # what writing a bag costs, in ids
 
 
 def stream_spans(shape: GatherShape) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
-    """int32 [spans, 4] of (first slot, slots, first column, 0), and each group's part of it."""
+    """int32 [spans, 4] of (first slot, slots, first column, 0), and each group's part of it.
+
+    The longest come first: they are walked row after row, and end late if they start late.
+    """
     by_group: list[list[tuple[int, int, int, int]]] = [[] for _ in shape.rows]
     for run in runs(shape.slots):
         for first, last in pairwise(_cuts(shape, run)):
             column = shape.left + shape.slots[first].column
             by_group[run.group].append((first, last - first, column, 0))
+    for spans in by_group:
+        spans.sort(key=lambda span: _cost(shape.slots[span[0] : span[0] + span[1]]), reverse=True)
     ends = np.cumsum([len(spans) for spans in by_group])
     parts = tuple((int(end) - len(s), len(s)) for end, s in zip(ends, by_group, strict=True))
     return np.array(sum(by_group, []), np.int32), parts
@@ -38,11 +44,16 @@ def stream_spans(shape: GatherShape) -> tuple[np.ndarray, tuple[tuple[int, int],
 def _cuts(shape: GatherShape, run: Run) -> list[int]:
     """Where a run is cut so that its pieces have about the same ids; ends included."""
     members = shape.slots[run.first : run.first + run.count]
-    cost = np.cumsum([0.0, *(slot.expected_ids + BAG_COST for slot in members)])
+    cost = np.cumsum([0.0, *(_cost([slot]) for slot in members)])
     pieces = _pieces(shape, run)
     ideal = cost[-1] * np.arange(1, pieces) / pieces
     inner = np.searchsorted((cost[:-1] + cost[1:]) / 2, ideal)
     return [run.first + int(cut) for cut in np.unique([0, *inner, run.count])]
+
+
+def _cost(slots: Sequence[Slot]) -> float:
+    """In ids."""
+    return sum(slot.expected_ids + BAG_COST for slot in slots)
 
 
 def _pieces(shape: GatherShape, run: Run) -> int:

@@ -1,6 +1,7 @@
 """The kernels' meaning in jax.numpy: oracle of their tests, fallback where Mosaic cannot run."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.float8 import Kernel, product
-from pallas_kernels.slots import Run, Slot, runs
+from pallas_kernels.slots import Run, Slot, offsets_of, runs, width
 from pallas_kernels.tables import Table, take
 
 
@@ -52,36 +53,64 @@ def pooled_gather(
     """Pools every bag of every sample: out[s, column:column + dim] = sum_i w_i * group[row_i].
 
     Bag b = s * len(slots) + slot holds rows[offsets[b]:offsets[b + 1]], rows of its slot's
-    group; what lies behind offsets[-1] is padding and is not read. An empty bag gives zeros, a
-    mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype; rows of
+    group; what lies before offsets[0] or behind offsets[-1] is not read. An empty bag gives zeros,
+    a mean slot divides by the number of ids. Sums are float32, whatever the tables' dtype; rows of
     quantised tables are dequantised first. The columns of `left` come before the pooled ones,
     `right` zero columns behind them.
     """
-    lengths = jnp.diff(offsets).reshape(-1, len(slots))
     pieces = [
-        _pool_run(groups[run.group], rows, lengths, weights, slots, run) for run in runs(slots)
+        _pool_run(groups[run.group], rows, offsets, weights, slots, run) for run in runs(slots)
     ]
     if left is not None:
         pieces.insert(0, left)
     if right:
-        pieces.append(jnp.zeros((len(lengths), right)))
+        pieces.append(jnp.zeros((len(pieces[0]), right)))
     return jnp.concatenate([piece.astype(out_dtype) for piece in pieces], axis=1)
+
+
+def gather_into(
+    vectors: Float[Array, "most columns"],
+    first_row: Int32[Array, ""],
+    groups: Sequence[Table],
+    rows: Int32[Array, " ids"],
+    offsets: Int32[Array, " bags_and_one"],
+    weights: Float[Array, " ids"] | None,
+    *,
+    slots: tuple[Slot, ...],
+    left: int,
+    span: tuple[int, int] | None = None,
+) -> Float[Array, "most columns"]:
+    """`vectors` with what `pooled_gather` gives in its rows from `first_row` on: the pooled columns
+    behind `left` ones that stay, zeros behind them. All samples must fit.
+
+    span: the first sample and how many, in rows from `first_row` plus that first one on; other rows
+    stay as they are. None: all.
+    """
+    right = vectors.shape[1] - left - width(slots)
+    if span is not None:
+        if not span[1]:
+            return vectors
+        offsets, first_row = offsets_of(offsets, len(slots), span), first_row + span[0]
+    options = {"slots": slots, "out_dtype": vectors.dtype, "right": right}
+    pooled = pooled_gather(groups, rows, offsets, weights, **options)
+    return lax.dynamic_update_slice(vectors, pooled, (first_row, jnp.int32(left)))
 
 
 def _pool_run(
     table: Table,
     rows: Array,
-    lengths: Array,
+    offsets: Array,
     weights: Array | None,
     slots: tuple[Slot, ...],
     run: Run,
 ) -> Array:
     """The run's columns. Ids of other slots are counted to a bag behind the last and dropped."""
     own = slice(run.first, run.first + run.count)
+    lengths = jnp.diff(offsets).reshape(-1, len(slots))
     total = lengths.shape[0] * run.count
     bags = jnp.full(lengths.shape, total, jnp.int32)
     bags = bags.at[:, own].set(jnp.arange(total).reshape(-1, run.count))
-    target = _per_id(bags, lengths, len(rows))
+    target = _per_id(bags, offsets, len(rows))
     inside = target < total
     vectors = take(table, jnp.where(inside, rows, 0))
     if weights is not None:
@@ -94,12 +123,12 @@ def _pool_run(
     return (pooled * scale[:, :, None]).reshape(-1, run.count * run.dim)
 
 
-def _per_id(per_bag: Array, lengths: Array, ids: int) -> Array:
-    """The value of the bag that each of `ids` ids is in; padding behind them gets the largest."""
-    padding = ids - lengths.sum(keepdims=True).reshape(1)
+def _per_id(per_bag: Array, offsets: Array, ids: int) -> Array:
+    """The value of the bag that each of `ids` ids is in; those in no bag get the largest."""
     largest = jnp.full(1, jnp.iinfo(jnp.int32).max, jnp.int32)
-    values = jnp.concatenate([per_bag.ravel(), largest])
-    return jnp.repeat(values, jnp.concatenate([lengths.ravel(), padding]), total_repeat_length=ids)
+    values = jnp.concatenate([largest, per_bag.ravel(), largest])
+    counts = jnp.diff(offsets, prepend=0, append=ids)
+    return jnp.repeat(values, counts, total_repeat_length=ids)
 
 
 def dense(
@@ -115,22 +144,41 @@ def dense(
     return ACTIVATIONS[activation](sums).astype(x.dtype)
 
 
-def cross(
+def dense_with_gather(
+    x: Float[Array, "samples inputs"],
+    kernel: Kernel,
+    bias: Float[Array, " outputs"],
+    *gather: Any,
+    activation: str,
+    slots: tuple[Slot, ...],
+    left: int,
+    span: tuple[int, int] | None = None,
+    config: Any = None,
+    precision: lax.Precision | None = None,
+) -> tuple[Float[Array, "samples outputs"], Float[Array, "most columns"]]:
+    """`dense` of one batch and `gather_into`, whose arguments come behind the layer's, of another.
+
+    config: how a kernel runs the two together; nothing to this one.
+    """
+    out = dense(x, kernel, bias, activation=activation, precision=precision)
+    return out, gather_into(*gather, slots=slots, left=left, span=span)
+
+
+def widen(
     x0: Float[Array, "samples width"],
     x: Float[Array, "samples width"],
-    down: Kernel,
+    low: Float[Array, "samples rank"],
     up: Kernel,
     bias: Float[Array, " width"],
     *,
     precision: lax.Precision | None = None,
 ) -> Float[Array, "samples width"]:
-    """x0 * (x @ down @ up + bias) + x: a low-rank cross layer (DCN v2, arXiv 2008.13535); down is
-    [width, rank], up [rank, width].
+    """x0 * (low @ up + bias) + x: the second half of a low-rank cross layer (DCN v2, arXiv
+    2008.13535), where low is x through a `dense` layer; up is [rank, width].
 
-    Matmuls accumulate in float32 and hand on x's dtype: a wide float32 array costs more time than
-    it adds precision. The elementwise part is float32.
+    The matmul accumulates in float32 and hands on x's dtype: a wide float32 array costs more time
+    than it adds precision. The elementwise part is float32.
     """
-    low = product(x, down, precision, x.dtype)
     high = product(low, up, precision, x.dtype).astype(jnp.float32)
     return (x0 * (high + bias) + x).astype(x.dtype)
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from jaxtyping import Array, Int32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
@@ -44,3 +46,11 @@ def runs(slots: Sequence[Slot]) -> tuple[Run, ...]:
         first = found[-1].first + found[-1].count if found else 0
         found.append(Run(group=group, dim=run[0].dim, first=first, count=len(run)))
     return tuple(found)
+
+
+def offsets_of(
+    offsets: Int32[Array, " bags_and_one"], slots: int, span: tuple[int, int]
+) -> Int32[Array, " some_bags_and_one"]:
+    """The offsets of a span of samples, (first, how many). They need not start at 0."""
+    first, samples = span
+    return offsets[first * slots : (first + samples) * slots + 1]

@@ -6,16 +6,16 @@ runs.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cross, embedding, interaction, mlp, reference
+from pallas_kernels import corun, cross, embedding, interaction, mlp, reference
 from pallas_kernels.float8 import Float8Kernel
 from recflow_jax.config import DLRMConfig
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_compute_dtype
@@ -44,6 +44,14 @@ class Backend:
         since its launches one by one take the host longer than the device.
         """
         return {"xla_gpu_graph_min_graph_size": 1} if self.name == "mosaic" else {}
+
+    @property
+    def compile_workers(self) -> int:
+        """How many executables to compile at a time. On a GPU, XLA times its matmuls while it
+        compiles: two at once would choose by noise. The kernels' tiles are chosen already.
+        """
+        by_timing = self.name == "xla" and jax.default_backend() == "gpu"
+        return 1 if by_timing else os.cpu_count() or 1
 
     def bind(
         self, function: Callable[..., Any], weights: Any
@@ -84,10 +92,13 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         return Backend(name="xla", reason=reason, ops=REFERENCE)
     ops = Ops(
         pooled_gather=embedding.pooled_gather,
+        gather_into=embedding.gather_into,
         dense=_mosaic_dense,
-        cross=_mosaic_cross,
+        dense_with_gather=_mosaic_dense_with_gather,
+        widen=_mosaic_widen,
         dot=_mosaic_dot,
         dense_columns=mlp.PADDED_TO,
+        corun_configs=tuple(corun.CONFIGS),
     )
     return Backend(name="mosaic", reason=reason, ops=ops)
 
@@ -98,6 +109,8 @@ def _padded(layers: tuple[DenseLayer, ...]) -> tuple[DenseLayer, ...]:
     )
 
 
+# Jitted, so that what a model has several of is traced once, and lowered once per executable.
+@partial(jax.jit, static_argnames=("activation", "precision"))
 def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision: Any) -> Any:
     """The kernel with the tiles measured as fastest, or XLA: where that is faster, and for the
     dtypes that the kernel does not take.
@@ -115,19 +128,22 @@ def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision:
     return reference.dense(x, kernel, bias, activation=activation, precision=precision)
 
 
+@partial(jax.jit, static_argnames=("activation", "precision", "slots", "left", "span", "config"))
+def _mosaic_dense_with_gather(*operands: Any, config: str, precision: Any, **options: Any) -> Any:
+    """The co-run kernel, which multiplies 16-bit floats alone."""
+    return corun.dense_with_gather(*operands, config=corun.CONFIGS[config], **options)  # pyright: ignore
+
+
 def _tiles() -> TileTable:
     return table_of(jax.devices()[0].device_kind)
 
 
-def _mosaic_cross(x0: Any, x: Any, down: Any, up: Any, bias: Any, *, precision: Any) -> Any:
-    """A dense layer narrows, the kernel of `cross` widens where it has tiles."""
-    if isinstance(up, Float8Kernel):
-        return reference.cross(x0, x, down, up, bias, precision=precision)
+@partial(jax.jit, static_argnames=("precision",))
+def _mosaic_widen(x0: Any, x: Any, low: Any, up: Any, bias: Any, *, precision: Any) -> Any:
+    """The kernel where it has tiles, else XLA."""
     rank, width = up.shape
-    if not cross.CONFIG.takes(width, rank, x.dtype):
-        return reference.cross(x0, x, down, up, bias, precision=precision)
-    no_bias = jnp.zeros(rank, jnp.float32)
-    low = _mosaic_dense(x, down, no_bias, activation="identity", precision=precision)
+    if isinstance(up, Float8Kernel) or not cross.CONFIG.takes(width, rank, x.dtype):
+        return reference.widen(x0, x, low, up, bias, precision=precision)
     return cross.widen(x0, x, low, up, bias)
 
 

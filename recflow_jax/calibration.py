@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import reference
-from pallas_kernels.float8 import FLOAT8, LARGEST, product
+from pallas_kernels.float8 import FLOAT8, LARGEST
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
@@ -35,10 +35,9 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
         see(x)
         return reference.dense(x, kernel, bias, activation=activation, precision=precision)
 
-    def cross(x0, x, down, up, bias, *, precision):
-        see(x)
-        see(product(x, down, precision))
-        return reference.cross(x0, x, down, up, bias, precision=precision)
+    def widen(x0, x, low, up, bias, *, precision):
+        see(low)
+        return reference.widen(x0, x, low, up, bias, precision=precision)
 
     exact = config.with_dtypes(compute="float32")
     layout = Layout.of(exact)
@@ -48,7 +47,7 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
         config=exact,
         layout=layout,
         precision=lax.Precision.HIGHEST,
-        ops=Ops(dense=dense, cross=cross),
+        ops=Ops(dense=dense, widen=widen),
     )
     scales = tuple(value / LARGEST if value else 1.0 for value in largest)
     return config.with_dtypes(compute=FLOAT8).with_input_scales(scales)

@@ -219,7 +219,8 @@ def bench_model(
     batch: Batches = "256,1024,4096",
     ids: Ids = "uniform",
     seed: Seed = 0,
-    mode: Annotated[str, typer.Option(help="Of offline, numpy, online.")] = "offline",
+    mode: Annotated[str, typer.Option(help="Of offline, overlap, numpy, online.")] = "offline",
+    ride: Annotated[str, typer.Option(help="Overlap: like deep/all.  [default: all]")] = "",
     load: Annotated[str, typer.Option(help="Online: shares of saturation.")] = "0.5,0.8,0.95",
     qps: Annotated[str, typer.Option(help="Online: requests per second, not shares.")] = "",
     request_samples: Annotated[
@@ -248,6 +249,7 @@ def bench_model(
         against=_list("--against", against, str),
         batches=_list("--batch", batch, int),
         modes=_list("--mode", mode, str),
+        rides=_list("--ride", ride, str),
         ids=ids,
         seed=seed,
         backend=backend,
@@ -325,6 +327,20 @@ def simulate(
     load: Annotated[
         str, typer.Option(help="Without --qps: shares of saturation.")
     ] = "0.1,0.3,0.5,0.7,0.8,0.9,0.95",
+    objective: Annotated[
+        Literal["throughput", "latency"], typer.Option(help="What the engine plans for.")
+    ] = "throughput",
+    plan_p99: Annotated[
+        float | None, typer.Option(help="In ms: the engine's p99_ms, which keeps batches small.")
+    ] = None,
+    serial_wait_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Serial batching collects so long.  "
+            "[default: the best of 0 to 5 ms and of four batch limits, at each load]",
+            min=0,
+        ),
+    ] = None,
     request_samples: Annotated[
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
@@ -335,11 +351,6 @@ def simulate(
         float, typer.Option(help="Of each load (at least 10,000 requests).", min=0.1)
     ] = 5.0,
     seed: Seed = 0,
-    wait_ms: Annotated[float, typer.Option(help="Serial batching collects so long.", min=0)] = 2.0,
-    miss: Annotated[
-        Literal["error", "next_bucket", "scale"],
-        typer.Option(help="What a size takes that was not measured."),
-    ] = "error",
     launch_us: Annotated[float, typer.Option(help="Host, per launch.", min=0)] = 20,
     sample_ns: Annotated[float, typer.Option(help="Host, per sample packed.", min=0)] = 50,
     id_ns: Annotated[float, typer.Option(help="Host, per id packed.", min=0)] = 0.5,
@@ -350,9 +361,10 @@ def simulate(
 ) -> None:
     """Foretell latency and the number of GPUs from a profile table.
 
-    Runs the engine's scheduler, and serial batching beside it, on a virtual clock. Needs no GPU:
-    steps take what the table says, the host what the options say, whose defaults are orders of
-    magnitude for a server with a PCIe GPU.
+    Runs the engine's scheduler with the plans that it makes from the table, and serial batching
+    beside it, on a virtual clock. Says how both do, and which cuts, slices and rides the plans
+    used. Needs no GPU: steps take what the table says, the host what the options say, whose
+    defaults are orders of magnitude for a server with a PCIe GPU.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads = _list("--load", load, float)
@@ -372,13 +384,14 @@ def simulate(
         qps=qps,
         p99_ms=p99,
         loads=loads,
+        objective=objective,
+        plan_p99_ms=plan_p99,
+        serial_wait_ms=serial_wait_ms,
         request_samples=request_samples,
         burst=burst,
         seconds=seconds,
         seed=seed,
         host=host,
-        wait_ms=wait_ms,
-        miss=miss,
         out=out,
         figure=figure,
     )

@@ -83,13 +83,17 @@ class Ops:
 
     What `dot` gives may be wider than the reference's, by zero columns that `dense` takes.
     dense_columns: `dense` is fastest if its input has a multiple of so many columns.
+    corun_configs: what `dense_with_gather` may be told to use, by name; none where it is no kernel.
     """
 
     pooled_gather: Callable[..., Any] = reference.pooled_gather
+    gather_into: Callable[..., Any] = reference.gather_into
     dense: Callable[..., Any] = reference.dense
-    cross: Callable[..., Any] = reference.cross
+    dense_with_gather: Callable[..., Any] = reference.dense_with_gather
+    widen: Callable[..., Any] = reference.widen
     dot: Callable[..., Any] = reference.dot
     dense_columns: int = 1
+    corun_configs: tuple[str, ...] = ()
 
 
 REFERENCE = Ops()
@@ -260,7 +264,9 @@ def interact(
         )
     x = vectors
     for layer in cross:
-        x = ops.cross(vectors, x, layer.down, layer.up, layer.bias, precision=precision)
+        no_bias = jnp.zeros(layer.down.shape[1], jnp.float32)
+        low = ops.dense(x, layer.down, no_bias, activation="identity", precision=precision)
+        x = ops.widen(vectors, x, low, layer.up, layer.bias, precision=precision)
     return x
 
 

@@ -1,13 +1,15 @@
 """Which work runs when: plain Python and numpy, no jax and no clock of its own.
 
 `request` has the types that flow, `buckets` the ladders of static sizes, `pipeline` the incremental
-batching, `admission` the bound on work inside, `table` the measured times. `costs` says what a step
-costs, `simulator` runs all of it on a virtual clock, `serial_batching` is what to compare with.
+batching, `admission` the bound on work inside, `table` the measured times, `costs` what steps cost
+by them, `planner` the best plans. `simulator` runs all of it on a virtual clock, with the host's
+`host_costs`; `serial_batching` is what to compare with.
 """
 
 from scheduling.admission import Admission
 from scheduling.buckets import ladder, smallest_holding
-from scheduling.costs import HostCosts, StepTimes, TableTimes, segment_key, slice_key, step_key
+from scheduling.costs import StepTimes, TableTimes
+from scheduling.host_costs import HostCosts
 from scheduling.pipeline import (
     Action,
     Arrive,
@@ -19,7 +21,18 @@ from scheduling.pipeline import (
     PipelineConfig,
     StepDone,
 )
-from scheduling.request import Part, Request, Segment, Slice, SliceBucket, Step
+from scheduling.planner import Plans, SerialPlans, TablePlans
+from scheduling.request import (
+    CoRun,
+    Part,
+    Request,
+    Segment,
+    SegmentShape,
+    Slice,
+    SliceBucket,
+    Step,
+    StepShape,
+)
 from scheduling.serial_batching import SerialBatching
 from scheduling.simulator import Policy, SimulatedRun, simulate
 from scheduling.table import (
@@ -36,6 +49,7 @@ __all__ = [
     "Admission",
     "Arrive",
     "Cancel",
+    "CoRun",
     "Event",
     "Expire",
     "HostCosts",
@@ -44,6 +58,7 @@ __all__ = [
     "Part",
     "Pipeline",
     "PipelineConfig",
+    "Plans",
     "Policy",
     "ProfileKey",
     "ProfileMiss",
@@ -52,18 +67,19 @@ __all__ = [
     "ProfileTableError",
     "Request",
     "Segment",
+    "SegmentShape",
     "SerialBatching",
+    "SerialPlans",
     "SimulatedRun",
     "Slice",
     "SliceBucket",
     "Step",
     "StepDone",
+    "StepShape",
     "StepTimes",
+    "TablePlans",
     "TableTimes",
     "ladder",
-    "segment_key",
     "simulate",
-    "slice_key",
     "smallest_holding",
-    "step_key",
 ]

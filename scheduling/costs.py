@@ -1,11 +1,68 @@
-"""What a step costs: on the device by measured times, on the host by a few rates."""
+"""What a step costs on the device, by a profile table; and the table's keys."""
 
-import math
-from dataclasses import dataclass, fields
+from functools import cache
 from typing import Protocol
 
-from scheduling.request import Segment, Slice, SliceBucket, Step
-from scheduling.table import MissPolicy, ProfileKey, ProfileTable
+from scheduling.request import SegmentShape, SliceBucket, Step, StepShape
+from scheduling.table import ProfileKey, ProfileTable
+
+SERIAL = "serial"
+CO_RUN = "co-run"
+
+
+class StepCosts:
+    """Times of steps in microseconds, from a table: one after the other, or by the best co-run.
+
+    Raises ProfileMiss for a slice or a segment that was not measured.
+    """
+
+    def __init__(self, table: ProfileTable) -> None:
+        self._table = table
+        self._configs = sorted({row.config for row in table.rows if row.scheme == CO_RUN})
+
+    @property
+    def pairs(self) -> set[tuple[SegmentShape, SliceBucket]]:
+        """The steps that were measured, by whatever scheme."""
+        return {_pair(row) for row in self._table.rows if row.kind == "step"}
+
+    def slice_us(self, size: SliceBucket) -> float:
+        """A slice alone."""
+        return self._table.time_us(slice_key(size))
+
+    def segment_us(self, shape: SegmentShape) -> float:
+        """A segment alone."""
+        return self._table.time_us(segment_key(shape))
+
+    def serial_us(self, shape: SegmentShape, size: SliceBucket) -> float:
+        """Segment and slice, launched one after the other: as measured, or their sum."""
+        key = step_key(shape, size)
+        if self._table.has(key):
+            return self._table.time_us(key)
+        return self.segment_us(shape) + self.slice_us(size)
+
+    def co_runs_us(self, shape: SegmentShape, size: SliceBucket) -> dict[str, float]:
+        """The co-runs that were measured, by their configs."""
+        keys = {c: step_key(shape, size, scheme=CO_RUN, config=c) for c in self._configs}
+        return {c: self._table.time_us(key) for c, key in keys.items() if self._table.has(key)}
+
+    def step_us(self, step: StepShape) -> float:
+        """Whatever a step has, by its own scheme; a co-run, too, has to be measured."""
+        if step.segment and step.slice:
+            return self._pair_us(step.segment, step.slice, step.co_run)
+        if step.segment:
+            return self.segment_us(step.segment)
+        return self.slice_us(step.slice) if step.slice else 0.0
+
+    def best(self, shape: SegmentShape, size: SliceBucket) -> tuple[float, str | None]:
+        """The shortest time of a step, and the config if it is a co-run's."""
+        serial = (self.serial_us(shape, size), None)
+        co_runs = [(us, config) for config, us in self.co_runs_us(shape, size).items()]
+        return min([serial, *co_runs], key=lambda timed: timed[0])
+
+    def _pair_us(self, shape: SegmentShape, size: SliceBucket, co_run: str | None) -> float:
+        if co_run is None:
+            return self.serial_us(shape, size)
+        return self._table.time_us(step_key(shape, size, scheme=CO_RUN, config=co_run))
 
 
 class StepTimes(Protocol):
@@ -17,98 +74,49 @@ class StepTimes(Protocol):
 
 
 class TableTimes:
-    """Median times of a profile table; each is looked up once.
+    """Every step takes the median time of its scheme in a profile table; each is looked up once.
 
-    `miss` is what becomes of a slice or a segment that was not measured, as in
-    `ProfileTable.time_us`. A step of both that was not measured as such takes what the two take one
-    after the other.
+    Raises ProfileMiss as `StepCosts` does.
     """
 
-    def __init__(self, table: ProfileTable, miss: MissPolicy = "error") -> None:
-        self._table = table
-        self._miss: MissPolicy = miss
-        self._known: dict[tuple[SliceBucket | None, tuple[int, int] | None], float] = {}
+    def __init__(self, table: ProfileTable) -> None:
+        self._known_us = cache(StepCosts(table).step_us)
 
     def step_us(self, step: Step) -> float:
-        """Raises ProfileMiss as the miss policy says."""
-        segment = step.segment and (step.segment.index, step.segment.bucket)
-        key = (step.slice and step.slice.bucket, segment)
-        if key not in self._known:
-            self._known[key] = self._look_up(step.slice, step.segment)
-        return self._known[key]
-
-    def _look_up(self, piece: Slice | None, segment: Segment | None) -> float:
-        keys = []
-        if piece:
-            keys.append(slice_key(piece.bucket))
-        if segment:
-            keys.append(segment_key(segment.index, segment.bucket))
-        if piece and segment:
-            both = step_key(segment.index, segment.bucket, piece.bucket)
-            if self._table.has(both):
-                keys = [both]
-        return sum(self._table.time_us(key, miss=self._miss) for key in keys)
+        return self._known_us(step.shape)
 
 
-def slice_key(bucket: SliceBucket) -> ProfileKey:
+def slice_key(size: SliceBucket) -> ProfileKey:
     """The key of a slice."""
-    return ProfileKey(kind="slice", slice_samples=bucket.samples, slice_ids=bucket.ids)
+    return ProfileKey(kind="slice", slice_samples=size.samples, slice_ids=size.ids)
 
 
-def segment_key(index: int, batch: int) -> ProfileKey:
-    """The key of a segment of a batch size."""
-    return ProfileKey(kind="segment", segment=index, batch=batch)
-
-
-def step_key(index: int, batch: int, bucket: SliceBucket) -> ProfileKey:
-    """The key of a segment with a slice beside it."""
+def segment_key(shape: SegmentShape) -> ProfileKey:
+    """The key of a segment."""
     return ProfileKey(
-        kind="step",
-        segment=index,
-        batch=batch,
-        slice_samples=bucket.samples,
-        slice_ids=bucket.ids,
+        kind="segment", segments=shape.segments, segment=shape.index, batch=shape.batch
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostCosts:
-    """What the engine's host side takes, in microseconds. Raises ValueError for what is none.
+def step_key(
+    shape: SegmentShape, size: SliceBucket, *, scheme: str = SERIAL, config: str = ""
+) -> ProfileKey:
+    """The key of a segment and a slice, one launched after the other or in one executable."""
+    return ProfileKey(
+        kind="step",
+        segments=shape.segments,
+        segment=shape.index,
+        batch=shape.batch,
+        slice_samples=size.samples,
+        slice_ids=size.ids,
+        scheme=scheme,
+        config=config,
+    )
 
-    launch_us: the launcher's thread, for each slice and each segment of a step.
-    sample_us, id_us: the launcher's thread, for each sample and each id that it packs.
-    byte_us: the copy of a slice's buffer, `bytes_per_sample` and `bytes_per_id` for all that its
-        bucket has room for. It keeps the step from starting, not the launcher from going on.
-    answer_us: from a step's end on the device until the launcher and those who asked know of it.
 
-    The defaults are orders of magnitude of a server with a PCIe GPU (12 GB/s from pageable memory).
-    """
-
-    launch_us: float = 20.0
-    sample_us: float = 0.05
-    id_us: float = 0.0005
-    byte_us: float = 1 / 12_000
-    answer_us: float = 30.0
-    bytes_per_sample: int = 0
-    bytes_per_id: int = 4
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"host costs: {field.name} is {value}, not 0 or more")
-
-    def launching_us(self, step: Step) -> float:
-        """How long the launcher's thread is busy with a step."""
-        launches = (step.slice is not None) + (step.segment is not None)
-        if step.slice is None:
-            return launches * self.launch_us
-        packing_us = step.slice.samples * self.sample_us + step.slice.ids * self.id_us
-        return launches * self.launch_us + packing_us
-
-    def upload_us(self, step: Step) -> float:
-        """How long a step's slice is on its way to the device."""
-        if step.slice is None:
-            return 0.0
-        room = step.slice.bucket
-        return self.byte_us * (room.samples * self.bytes_per_sample + room.ids * self.bytes_per_id)
+def _pair(key: ProfileKey) -> tuple[SegmentShape, SliceBucket]:
+    """The segment and the slice of a step."""
+    assert key.segments and key.segment is not None and key.batch
+    assert key.slice_samples and key.slice_ids
+    shape = SegmentShape(segments=key.segments, index=key.segment, batch=key.batch)
+    return shape, SliceBucket(samples=key.slice_samples, ids=key.slice_ids)

@@ -11,12 +11,13 @@ in its batch's buffer before the batch's first segment starts; two buffers, used
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
 
 from scheduling.buckets import smallest_holding
-from scheduling.request import Part, Request, Segment, Slice, SliceBucket, Step
+from scheduling.planner import Plans, SerialPlans
+from scheduling.request import Part, Request, Segment, SegmentShape, Slice, SliceBucket, Step
 from scheduling.waiting import WaitingQueue
 
 
@@ -26,7 +27,7 @@ class PipelineConfig:
 
     `batch_buckets` ascend; `slice_buckets` ascend in samples and in ids (one of the two may stay
     equal from a bucket to the next), so that they have one order. `segments` is how many a batch
-    goes through. Raises ValueError for sizes that make no pipeline.
+    goes through where no plans say otherwise. Raises ValueError for sizes that make no pipeline.
     """
 
     batch_buckets: tuple[int, ...]
@@ -53,6 +54,11 @@ class PipelineConfig:
     @property
     def largest_slice(self) -> SliceBucket:
         return self.slice_buckets[-1]
+
+    def of_batches(self, batch_buckets: tuple[int, ...]) -> "PipelineConfig":
+        """These batch sizes instead, and no slice that is larger than all of them."""
+        fitting = tuple(s for s in self.slice_buckets if s.samples <= batch_buckets[-1])
+        return replace(self, batch_buckets=batch_buckets, slice_buckets=fitting)
 
     def largest_slice_at(self, row: int) -> SliceBucket | None:
         """The largest bucket that, padding included, fits the batch's buffer from `row` on."""
@@ -119,11 +125,17 @@ class Pipeline:
     Requests run by ascending priority, then in the order of arrival; one that is too large for a
     slice or for the rest of a batch is split, and its remainder stays first in its priority. While
     urgent requests use up the device, less urgent ones wait without bound: give them deadlines.
+    How batches are cut, and what is launched beside a segment, is up to `plans`.
     Not thread-safe; one thread calls `step`.
     """
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, plans: Plans | None = None) -> None:
         self._config = config
+        self._plans = plans or SerialPlans(
+            count=config.segments,
+            batch_buckets=config.batch_buckets,
+            largest_slice=config.largest_slice,
+        )
         self._queue = WaitingQueue()
         self._running: _Batch | None = None
         self._filling = _Batch(id=0)
@@ -174,7 +186,11 @@ class Pipeline:
     def _next_step(self) -> Step:
         if self._running is None and not self._is_gathering():
             self._run_filled()
-        step = Step(id=self._steps_launched, slice=self._slice(), segment=self._segment())
+        shape = self._running.next_shape if self._running else None
+        piece = self._slice(self._room_beside(shape))
+        co_run = self._plans.co_run(shape, piece.bucket) if shape and piece else None
+        segment = self._segment()
+        step = Step(id=self._steps_launched, slice=piece, segment=segment, co_run=co_run)
         self._steps_launched += 1
         return step
 
@@ -190,12 +206,23 @@ class Pipeline:
         return self._backlog > 0 and room is not None and self._queue.fits(room)
 
     def _run_filled(self) -> None:
-        self._running, self._filling = self._filling, _Batch(id=self._filling.id + 1)
+        batch, self._filling = self._filling, _Batch(id=self._filling.id + 1)
+        bucket = smallest_holding(self._config.batch_buckets, batch.rows)
+        segments = self._plans.segments(bucket, self._queue.samples)
+        batch.next_shape = SegmentShape(segments=segments, index=0, batch=bucket)
+        self._running = batch
         self._backlog = 0
 
-    def _slice(self) -> Slice | None:
-        """As much waiting work as one slice and the rest of the filling batch hold."""
+    def _room_beside(self, shape: SegmentShape | None) -> SliceBucket | None:
+        """For a slice: in the filling batch and, beside a segment, by the plans."""
         room = self._config.largest_slice_at(self._filling.rows)
+        if shape is None or room is None:
+            return room
+        planned = self._plans.slice_beside(shape, self._queue.samples)
+        return min(room, planned, key=attrgetter("samples", "ids"))
+
+    def _slice(self, room: SliceBucket | None) -> Slice | None:
+        """As much waiting work as there is room for."""
         parts, ids = self._queue.take(room) if room else ((), 0)
         if not parts:
             return None
@@ -213,18 +240,16 @@ class Pipeline:
     def _segment(self) -> Segment | None:
         """The running batch's next segment; with its last one the batch stops running."""
         batch = self._running
-        if batch is None:
+        if batch is None or batch.next_shape is None:
             return None
-        index, batch.segments_launched = batch.segments_launched, batch.segments_launched + 1
-        last = batch.segments_launched == self._config.segments
-        if last:
+        shape, batch.next_shape = batch.next_shape, batch.next_shape.next
+        if shape.last:
             self._running = None
         return Segment(
             batch_id=batch.id,
-            index=index,
-            bucket=smallest_holding(self._config.batch_buckets, batch.rows),
+            shape=shape,
             samples=batch.rows,
-            parts=tuple(batch.parts) if last else (),
+            parts=tuple(batch.parts) if shape.last else (),
         )
 
     def _check(self, events: Sequence[Event]) -> None:
@@ -269,12 +294,12 @@ def _check_ids_per_sample(request: Request, most: int) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class _Batch:
-    """Rows gathered so far and the (row, part) they came from; segments launched so far."""
+    """Rows gathered so far, the (row, part) they came from, and the segment to launch next."""
 
     id: int
     rows: int = 0
     parts: list[tuple[int, Part]] = field(default_factory=list)
-    segments_launched: int = 0
+    next_shape: SegmentShape | None = None
 
     def append(self, parts: tuple[Part, ...]) -> int:
         """Give each part the next rows; how many rows that were."""

@@ -6,7 +6,7 @@ through its *segments* (bottom MLP, interaction, top MLP). One *step* launches a
 batch beside a segment of the batch before it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,6 +70,50 @@ class SliceBucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentShape:
+    """The static shape of segment `index` of a batch of `batch` rows, cut into `segments`."""
+
+    segments: int
+    index: int
+    batch: int
+
+    @classmethod
+    def all_of(cls, segments: int, batch: int) -> "list[SegmentShape]":
+        """All segments of a batch, in their order."""
+        return [cls(segments=segments, index=index, batch=batch) for index in range(segments)]
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.segments - 1
+
+    @property
+    def next(self) -> "SegmentShape | None":
+        """The segment behind it; None behind the last."""
+        return None if self.last else replace(self, index=self.index + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoRun:
+    """The static shape of a step whose slice runs inside its segment's launches.
+
+    `config` says how.
+    """
+
+    segment: SegmentShape
+    slice: SliceBucket
+    config: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The static shape of a step: what its time on the device depends on."""
+
+    segment: SegmentShape | None
+    slice: SliceBucket | None
+    co_run: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """Embedding work of one step.
 
@@ -87,30 +131,36 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One segment of a batch of `samples` rows, padded to `bucket` rows.
+    """One segment of a batch of `samples` rows, padded to `shape.batch` rows.
 
     The last segment names whose answers it makes: `parts` is then every (row, part) of the batch,
     by ascending row; a segment before the last has none.
     """
 
     batch_id: int
-    index: int
-    bucket: int
+    shape: SegmentShape
     samples: int
     parts: tuple[tuple[int, Part], ...] = ()
-
-    @property
-    def last(self) -> bool:
-        return bool(self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What is launched together: a slice of batch n + 1, a segment of batch n, or both.
 
+    co_run: the config that runs them in one executable; None where they run one after the other.
     Steps are numbered from 0 in the order of their launch, batches likewise.
     """
 
     id: int
     slice: Slice | None
     segment: Segment | None
+    co_run: str | None = None
+
+    @property
+    def shape(self) -> StepShape:
+        """Its static shape."""
+        return StepShape(
+            segment=self.segment and self.segment.shape,
+            slice=self.slice and self.slice.bucket,
+            co_run=self.co_run,
+        )

@@ -5,16 +5,17 @@ step; copies to the device go one after the other, and the device runs the steps
 """
 
 import math
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from scheduling.costs import HostCosts, StepTimes
+from scheduling.costs import StepTimes
+from scheduling.host_costs import HostCosts
 from scheduling.pipeline import Action, Arrive, Event, Expire, StepDone
-from scheduling.request import Part, Request, Step
+from scheduling.request import Part, Request, Step, StepShape
 
 
 class Policy(Protocol):
@@ -37,6 +38,7 @@ class SimulatedRun:
     launched_us: when the first samples were launched, nan where the deadline came before.
     answered_us: nan where the deadline was missed, before the launch or by the answer.
     batch_samples, batch_buckets: of each batch, what it held and what it was padded to.
+    steps_by_shape: how many steps of each static shape there were.
     device_busy_us, launcher_busy_us: of the time until `end_us`, when the device had done all.
     """
 
@@ -46,7 +48,7 @@ class SimulatedRun:
     samples: np.ndarray
     batch_samples: np.ndarray
     batch_buckets: np.ndarray
-    steps: int
+    steps_by_shape: Mapping[StepShape, int]
     device_busy_us: float
     launcher_busy_us: float
     end_us: float
@@ -60,6 +62,11 @@ class SimulatedRun:
     def waits_us(self) -> np.ndarray:
         """From arrival to the launch of the first samples."""
         return self.launched_us - self.arrived_us
+
+    @property
+    def steps(self) -> int:
+        """How many were launched."""
+        return sum(self.steps_by_shape.values())
 
     @property
     def span_us(self) -> float:
@@ -105,7 +112,7 @@ class _Served:
 class _Launched:
     """All steps so far; `flights` are those that the launcher does not know the end of."""
 
-    steps: int = 0
+    by_shape: Counter[StepShape] = field(default_factory=Counter)
     flights: deque[tuple[float, int]] = field(default_factory=deque)
     batch_samples: list[int] = field(default_factory=list)
     batch_buckets: list[int] = field(default_factory=list)
@@ -177,12 +184,12 @@ class _Engine:
         self._launcher_busy_us += launching_us
         known_us = self._end_us(step) + self._host.answer_us
         self._launched.flights.append((known_us, step.id))
-        self._launched.steps += 1
+        self._launched.by_shape[step.shape] += 1
         if step.slice is not None:
             self._note_launch(step.slice.parts)
-        if step.segment is not None and step.segment.last:
+        if step.segment is not None and step.segment.shape.last:
             self._launched.batch_samples.append(step.segment.samples)
-            self._launched.batch_buckets.append(step.segment.bucket)
+            self._launched.batch_buckets.append(step.segment.shape.batch)
             self._note_answers(step.segment.parts, known_us)
 
     def _end_us(self, step: Step) -> float:
@@ -216,7 +223,7 @@ class _Engine:
             samples=np.array([one.samples for one in served], np.int64),
             batch_samples=np.array(launched.batch_samples, np.int64),
             batch_buckets=np.array(launched.batch_buckets, np.int64),
-            steps=launched.steps,
+            steps_by_shape=launched.by_shape,
             device_busy_us=self._device_busy_us,
             launcher_busy_us=self._launcher_busy_us,
             end_us=self._device_free_us,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-SCHEMA = 1
+SCHEMA = 2
 
 Kind = Literal["slice", "segment", "step"]
 MissPolicy = Literal["error", "next_bucket", "scale"]
@@ -20,8 +20,8 @@ MissPolicy = Literal["error", "next_bucket", "scale"]
 SIZES = ("batch", "slice_samples", "slice_ids")
 HAS = {
     "slice": ("slice_samples", "slice_ids"),
-    "segment": ("segment", "batch"),
-    "step": ("segment", "batch", "slice_samples", "slice_ids"),
+    "segment": ("segments", "segment", "batch"),
+    "step": ("segments", "segment", "batch", "slice_samples", "slice_ids"),
 }
 NEAREST_NAMED = 3
 
@@ -38,12 +38,14 @@ class ProfileMiss(LookupError):
 class ProfileKey:
     """What is timed: a slice, a segment, or a step of both, in static sizes.
 
-    `batch` and `slice_samples` are in samples, `slice_ids` in sparse ids; a slice has no `segment`
-    and no `batch`, a segment no slice sizes. `config` names the settings of the scheme. Raises
-    ValueError for a size that is missing or out of place.
+    `segment` is one of the `segments` that a batch is cut into. `batch` and `slice_samples` are in
+    samples, `slice_ids` in sparse ids; a slice has no segment and no batch, a segment no slice
+    sizes. `config` names the settings of the scheme. Raises ValueError for a size that is missing
+    or out of place.
     """
 
     kind: Kind
+    segments: int | None = None
     segment: int | None = None
     batch: int | None = None
     slice_samples: int | None = None
@@ -54,7 +56,7 @@ class ProfileKey:
     def __post_init__(self) -> None:
         if self.kind not in HAS:
             raise ValueError(f"profile: kind is {self.kind!r}, not one of {', '.join(HAS)}")
-        for name in ("segment", *SIZES):
+        for name in ("segments", "segment", *SIZES):
             value, least = getattr(self, name), 0 if name == "segment" else 1
             if name not in HAS[self.kind]:
                 if value is not None:
@@ -65,9 +67,9 @@ class ProfileKey:
                 )
 
     @property
-    def series(self) -> tuple[str, int | None, str, str]:
+    def series(self) -> tuple[str, int | None, int | None, str, str]:
         """What keys that differ in nothing but sizes have in common."""
-        return (self.kind, self.segment, self.scheme, self.config)
+        return (self.kind, self.segments, self.segment, self.scheme, self.config)
 
     @property
     def sizes(self) -> tuple[int, ...]:

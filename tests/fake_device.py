@@ -5,7 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from scheduling import HostCosts, PipelineConfig, Policy, Request, SliceBucket, Step
+from scheduling import (
+    HostCosts,
+    Part,
+    PipelineConfig,
+    Policy,
+    Request,
+    Segment,
+    SegmentShape,
+    Slice,
+    SliceBucket,
+    Step,
+)
 from scheduling.pipeline import Action, Event, Launch
 
 FREE = HostCosts(launch_us=0, sample_us=0, id_us=0, byte_us=0, answer_us=0)
@@ -22,7 +33,7 @@ class FlatTimes:
         if step.slice:
             us += self.slice_us + self.per_row_us * step.slice.bucket.samples
         if step.segment:
-            us += self.segment_us + self.per_row_us * step.segment.bucket
+            us += self.segment_us + self.per_row_us * step.segment.shape.batch
         return us
 
 
@@ -52,6 +63,19 @@ def request(
     offsets = np.arange(samples + 1) * ids
     values: dict[str, Any] = {"arrived_us": arrived_us, "deadline_us": deadline_us}
     return Request(id=id, samples=samples, id_offsets=offsets, **values)
+
+
+def step(
+    segment: SegmentShape | None, slice: SliceBucket | None, co_run: str | None = None
+) -> Step:
+    """A segment, a slice of one sample with 15 ids, or both."""
+    parts = (Part(request_id=0, start=0, stop=1),)
+    return Step(
+        id=0,
+        slice=slice and Slice(batch_id=1, row=0, parts=parts, samples=1, ids=15, bucket=slice),
+        segment=segment and Segment(batch_id=0, shape=segment, samples=1),
+        co_run=co_run,
+    )
 
 
 def config(**sizes: Any) -> PipelineConfig:

@@ -5,6 +5,7 @@ the first: 2 * (dense + 10 * ids) with two segments.
 """
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from recflow_jax.backend import choose_backend
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.engine.segments import BatchState, Segments
+from recflow_jax.engine.segments import Segments
+from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.staging import Staging
 from recflow_jax.layout import Layout
+from scheduling.request import CoRun, SegmentShape
 
 CONFIG = DLRMConfig(
     name="fake",
@@ -48,6 +51,9 @@ class FakeArray:
         assert self.device.runs.wait(60)
         if self.lost:
             raise DeviceBroke("the card fell out")
+
+    def copy_to_host_async(self) -> None:
+        """It is there already."""
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return self.values
@@ -92,29 +98,51 @@ class FakeSegments(Segments):
     def new_state(self) -> BatchState:
         self.states_made += 1
         rows = np.zeros(self.batch_buckets[-1], np.float32)
-        return BatchState(pooled=FakeArray(self, rows), dense=None, landed=None)
+        return BatchState(vectors=FakeArray(self, rows), dense=None, landed=None)
 
     def embed(self, state: BatchState, packed: np.ndarray) -> BatchState:
-        lost = state.pooled.lost or self._is_next("embed")
+        lost = state.vectors.lost or self._is_next("embed")
         (bucket,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
         fields = {n: packed[p] for n, p in self.staging.shape(bucket).places.items()}
         sums = np.concatenate([[0], np.cumsum(fields["rows"])])[fields["offsets"]]
-        row, new = fields["first_row"][0], state.pooled.values.copy()
+        row, new = fields["first_row"][0], state.vectors.values.copy()
         assert row + bucket.samples <= len(new)
         new[row : row + bucket.samples] = fields["dense"].view(np.float32) + 10 * np.diff(sums)
-        pooled = FakeArray(self, new, lost)
-        state.pooled.values = state.pooled.lost = None  # donated
-        return BatchState(pooled=pooled, dense=None, landed=FakeArray(self, new[:0], lost))
+        vectors = self._donated(state, lost, new)
+        return BatchState(vectors=vectors, dense=None, landed=FakeArray(self, new[:0], lost))
 
-    def start(self, state: BatchState, bucket: int) -> Any:
-        lost = state.pooled.lost or self._is_next("start")
-        return FakeArray(self, state.pooled.values[:bucket, None].copy(), lost)
+    def start(self, shape: SegmentShape, state: BatchState) -> Any:
+        lost = state.vectors.lost or self._is_next("start")
+        values = state.vectors.values
+        x = FakeArray(self, values[: shape.batch, None].copy(), lost)
+        return x, replace(state, vectors=self._donated(state, lost, values))
 
-    def run(self, index: int, bucket: int, x: Any) -> Any:
+    def run(self, shape: SegmentShape, x: Any) -> Any:
         lost = x.lost or self._is_next("run")
-        assert x.values.shape == (bucket, 1)
+        assert x.values.shape == (shape.batch, 1)
         self.batches_seen.append(x.values[:, 0].tolist())
         return FakeArray(self, 2 * x.values, lost)
+
+    def start_with(self, cell: CoRun, state: BatchState, filling: BatchState, packed: Any) -> Any:
+        self._check(cell, packed)
+        return *self.start(cell.segment, state), self.embed(filling, packed)
+
+    def run_with(self, cell: CoRun, x: Any, filling: BatchState, packed: Any) -> Any:
+        self._check(cell, packed)
+        return self.run(cell.segment, x), self.embed(filling, packed)
+
+    def compile_all(self, progress: bool | None = None, **what: Any) -> None:
+        self.compiled = what
+
+    def _check(self, cell: CoRun, packed: np.ndarray) -> None:
+        """It was compiled, and the slice has its size."""
+        assert cell in self.compiled["co_runs"]
+        assert self.staging.shape(cell.slice).length == len(packed)
+
+    def _donated(self, state: BatchState, lost: bool, values: np.ndarray) -> FakeArray:
+        """The vectors in another array; the state cannot be used any more."""
+        state.vectors.values = state.vectors.lost = None
+        return FakeArray(self, values, lost)
 
     def _is_next(self, what: str) -> bool:
         if what in self._break:

@@ -339,7 +339,7 @@ def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": ("sideways",)}, "mode 'sideways' is not one of offline, numpy, online"),
+        ({"modes": ("sideways",)}, "mode 'sideways' is not one of offline, overlap, numpy"),
         ({"against": ("abacus",)}, "rival 'abacus' is not one of jax, jax-per-table, torch"),
         ({"batches": ()}, "batches are"),
         ({"batches": (0, 4)}, "batches are"),

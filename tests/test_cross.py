@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import reference
 from pallas_kernels.cross import CONFIG, CrossConfig, widen
 from pallas_kernels.mlp import MlpConfig
 
@@ -123,11 +122,15 @@ def test_gpu_first_layer_reads_its_input_once() -> None:
 @pytest.mark.gpu
 def test_gpu_network_agrees_with_the_reference() -> None:
     from recflow_jax.backend import choose_backend
+    from recflow_jax.config import DLRMConfig
+    from recflow_jax.model import CrossLayer, Ops, interact
 
-    cross = choose_backend("mosaic").ops.cross
+    config = DLRMConfig.shipped("dlrm-v2")
     x0, _, _, up, bias = operands(512, 3456, 512)
-    down = up.T * 0.4
-    out = cross(x0, x0, down, up, bias, precision=None)
-    expected = reference.cross(x0, x0, down, up, bias)
+    layers = (CrossLayer(down=up.T * 0.4, up=up, bias=bias),)
+    out, expected = (
+        interact(layers, x0, config=config, ops=ops)
+        for ops in (choose_backend("mosaic").ops, Ops())
+    )
     difference = np.asarray(out, np.float32) - np.asarray(expected, np.float32)
     assert np.linalg.norm(difference) < 8e-3 * np.linalg.norm(np.asarray(expected, np.float32))

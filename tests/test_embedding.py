@@ -14,7 +14,7 @@ import pytest
 from host_simt import HostSimt, Memory
 from host_warp import HostWarp
 from pallas_kernels import reference
-from pallas_kernels.embedding import pooled_gather
+from pallas_kernels.embedding import gather_into, pooled_gather
 from pallas_kernels.gather_bags import bag_plan, gather_bags
 from pallas_kernels.gather_rows import Addresses, zero_right
 from pallas_kernels.gather_shape import WARP, GatherConfig, GatherShape, RowShape, choose_config
@@ -613,6 +613,29 @@ def test_gpu_columns_on_the_right(right: int, config: GatherConfig | None) -> No
     out = np.asarray(jax.jit(gather)(case.groups, case.rows, case.offsets, None))
     assert not out[:, -right:].any()
     assert relative_error(out[:, :-right], case.expected()) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
+@pytest.mark.parametrize("columns", [(0, 0), (4, 8), (3, 4)])
+def test_gpu_some_samples_land_in_an_array(
+    columns: tuple[int, int], config: GatherConfig | None
+) -> None:
+    """In place where columns allow it; the rest of the array stays."""
+    case = make_case(MIXED, MIXED_DTYPES, samples=200, longest=9)
+    left, right = columns
+    shape = (300, left + width(case.slots) + right)
+    vectors = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    options = {"slots": case.slots, "left": left, "span": (20, 100), "config": config}
+    gather = functools.partial(gather_into, **options)
+    operands = (jnp.int32(130), case.groups, case.rows, case.offsets, None)
+    landed = np.array(jax.jit(gather)(vectors, *operands))
+    own = landed[150:250, left : left + width(case.slots)]
+    assert relative_error(own, case.expected()[20:120]) < 1e-6
+    own[:] = vectors[150:250, left : left + width(case.slots)]
+    assert not landed[150:250, shape[1] - right :].any()
+    landed[150:250, shape[1] - right :] = vectors[150:250, shape[1] - right :]
+    np.testing.assert_array_equal(landed, vectors)
 
 
 @pytest.mark.gpu

@@ -60,7 +60,7 @@ def _told(action: Action) -> str:
         whose = ",".join(f"r{p.request_id}[{p.start}:{p.stop}]" for p in slice_.parts)
         parts.append(f"slice {slice_.batch_id}: {whose}")
     if segment := action.step.segment:
-        parts.append(f"segment {segment.batch_id}.{segment.index}")
+        parts.append(f"segment {segment.batch_id}.{segment.shape.index}")
     return " | ".join(parts)
 
 
@@ -76,7 +76,7 @@ def test_an_arrival_on_an_idle_engine_is_answered_without_waiting():
     actions = pipeline.step(0, [arrive(7, samples=2)])
     assert told(actions) == ["slice 0: r7[0:2]", "segment 0.0", "segment 0.1", "segment 0.2"]
     answers = steps(actions)[-1].segment
-    assert answers is not None and answers.last
+    assert answers is not None and answers.shape.last
     assert answers.parts == ((0, Part(request_id=7, start=0, stop=2)),)
 
 
@@ -102,7 +102,9 @@ def test_a_large_request_is_split_over_batches_and_rejoined_in_order():
         "segment 1.1",
         "segment 1.2",
     ]
-    answers = [step.segment.parts for step in steps(actions) if step.segment and step.segment.last]
+    answers = [
+        step.segment.parts for step in steps(actions) if step.segment and step.segment.shape.last
+    ]
     assert answers == [
         ((0, Part(request_id=1, start=0, stop=4)), (4, Part(request_id=1, start=4, stop=8))),
         ((0, Part(request_id=1, start=8, stop=11)),),
@@ -213,7 +215,7 @@ def test_a_batch_is_closed_by_a_sample_that_fits_only_a_larger_slice_than_is_lef
 def test_segments_take_the_smallest_batch_bucket():
     for samples, bucket in [(1, 4), (4, 4), (5, 8)]:
         last = steps(Pipeline(SMALL).step(0, [arrive(1, samples=samples)]))[-1].segment
-        assert last is not None and (last.samples, last.bucket) == (samples, bucket)
+        assert last is not None and (last.samples, last.shape.batch) == (samples, bucket)
 
 
 # --- cancellation and deadlines -------------------------------------------------------------------
@@ -379,10 +381,10 @@ class Device:
         buffer[slice_.row : slice_.row + len(padded)] = padded
 
     def _compute(self, segment: Segment) -> None:
-        assert segment.samples <= segment.bucket <= self.config.largest_batch
+        assert segment.samples <= segment.shape.batch <= self.config.largest_batch
         rows = self.buffers[segment.batch_id % 2][: segment.samples].copy()
         assert (rows >= 0).all(), "a segment ran before its slices, or on padding"
-        self.read = rows if segment.index == 0 else self.read
+        self.read = rows if segment.shape.index == 0 else self.read
         assert np.array_equal(self.read, rows), "another batch's rows were written over these"
         for row, part in segment.parts:
             self.answers += [(r, s) for r, s in rows[row : row + part.samples].tolist()]
@@ -488,12 +490,12 @@ class Audit:
         batch = self.batches[segment.batch_id]
         before = self.batches[: segment.batch_id]
         assert batch.rows and all(b.segments == self.config.segments for b in before)
-        assert segment.index == batch.segments and segment.samples == batch.rows
-        assert segment.bucket == min(b for b in self.config.batch_buckets if b >= batch.rows)
+        assert segment.shape.index == batch.segments and segment.samples == batch.rows
+        assert segment.shape.batch == min(b for b in self.config.batch_buckets if b >= batch.rows)
         batch.segments += 1
-        assert segment.last == (batch.segments == self.config.segments)
-        assert segment.parts == (tuple(batch.parts) if segment.last else ())
-        if segment.index == 0:
+        assert segment.shape.last == (batch.segments == self.config.segments)
+        assert segment.parts == (tuple(batch.parts) if segment.shape.last else ())
+        if segment.shape.index == 0:
             gathered_all = batch.rows >= batch.waiting_at_first
             assert gathered_all or self._takes_as_much_as_fits(batch.rows, 0, 0)
             self.batches.append(Gathered())

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from recflow_jax.measure import plots
+from recflow_jax.measure.schemes import Scheme
 from scheduling import ProfileRow, ProfileTable
 
 
@@ -97,30 +98,44 @@ def row(us: float, **key: Any) -> ProfileRow:
 
 
 SLICES = [row(n, kind="slice", slice_samples=n, slice_ids=9 * n) for n in (8, 64)]
-SEGMENTS = [row(b * 2, kind="segment", segment=s, batch=b) for s in (0, 1) for b in (8, 64, 512)]
-STEPS = [
-    row(b * n, kind="step", segment=s, batch=b, slice_samples=n, slice_ids=9 * n)
-    for s in (0, 1)
-    for b in (8, 512)
-    for n in (8, 64)
+SEGMENTS = [
+    row(b * 2, kind="segment", segments=cut, segment=s, batch=b)
+    for cut in (1, 2)
+    for s in range(cut)
+    for b in (8, 64, 512)
+]
+SCHEMES = [
+    Scheme(
+        segments=cut,
+        segment=0,
+        batch=b,
+        slice_samples=n,
+        slice_ids=9 * n,
+        serial_us=b * n,
+        co_run_us=cut * n,
+        ride="in-turn",
+    )
+    for cut in (1, 2)
+    for b, n in ((8, 8), (512, 8), (512, 64))
 ]
 
 
-@pytest.mark.parametrize("rows", [SLICES + SEGMENTS, SLICES + SEGMENTS + STEPS])
-def test_heat_map(rows: list[ProfileRow], tmp_path: Path) -> None:
-    plots.profile(table(*rows), tmp_path / "profile.png")
+@pytest.mark.parametrize("schemes", [[], SCHEMES])
+def test_heat_map(schemes: list[Scheme], tmp_path: Path) -> None:
+    plots.profile(table(*SLICES, *SEGMENTS), schemes, tmp_path / "profile.png")
     drawn(tmp_path / "profile.png")
 
 
-def test_steps_are_summed_over_the_segments(
+def test_the_finest_cut_and_the_gains_over_serial_are_drawn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     maps = []
     monkeypatch.setattr(plots, "_heat_map", lambda ax, cells, *names: maps.append(cells))
-    plots.profile(table(*SLICES, *SEGMENTS, *STEPS), tmp_path / "profile.png")
-    segments, steps = maps
+    plots.profile(table(*SLICES, *SEGMENTS), SCHEMES, tmp_path / "profile.png")
+    segments, slices, gains = maps
     np.testing.assert_array_equal(segments, [[16, 128, 1024]] * 2 + [[32, 256, 2048]])
-    np.testing.assert_array_equal(steps, [[8, 64], [128, 1024], [8192, 65536]])
+    np.testing.assert_array_equal(slices, [[8, 64]])
+    np.testing.assert_array_equal(gains, [[8, np.nan], [512, 512]])
 
 
 def test_batch_sizes_and_roc(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def table_of(segments: FakeSegments) -> ProfileTable:
         for b in segments.slice_buckets
     ]
     batches = [
-        row(1e7 * bucket, kind="segment", segment=index, batch=bucket)
+        row(1e7 * bucket, kind="segment", segments=2, segment=index, batch=bucket)
         for bucket in segments.batch_buckets
         for index in range(2)
     ]
@@ -72,6 +72,14 @@ def test_a_table_is_loaded_from_its_file(tmp_path: Path):
     assert load_profile(str(path), device) == table_of(device)
     with Engine.from_segments(device, profile=path) as engine:
         assert engine.stats().profile == str(path)
+
+
+def test_a_table_of_other_sizes_is_refused():
+    device = FakeSegments()
+    table = table_of(device)
+    some = dataclasses.replace(table, rows=table.rows[:-1])
+    with pytest.raises(ProfileTableError, match="of other sizes: .*batch=8.* was not measured"):
+        Engine.from_segments(device, profile=some)
 
 
 @pytest.mark.parametrize("field", ["device", "backend", "fingerprint"])

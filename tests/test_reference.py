@@ -1,5 +1,6 @@
 """What the kernels mean, against loops in float64."""
 
+import functools
 import itertools
 import math
 
@@ -192,3 +193,30 @@ def test_dense_accumulates_in_float32_and_answers_in_its_input_s_dtype(dtype: st
     actual = reference.dense(x, kernel, jnp.full(1, -1.0), activation="identity")
     # In 16 bits neither 512 additions of 2^-9 to 1 nor the difference of 1 would be exact.
     assert (actual.dtype, actual.tolist()) == (jnp.dtype(dtype), [[1.0]])
+
+
+def test_a_gather_lands_in_its_rows_and_columns():
+    rng = np.random.default_rng(3)
+    lengths = rng.poisson(2, 3 * len(SLOTS)).tolist()
+    groups, rows, offsets = make_groups(rng), make_rows(rng, lengths), offsets_of(lengths)
+    vectors = rng.standard_normal((7, 2 + 32 + 1)).astype(np.float32)
+    gather = jax.jit(functools.partial(reference.gather_into, slots=SLOTS, left=2))
+    landed = np.array(gather(vectors, np.int32(4), groups, rows, offsets, None))
+    np.testing.assert_array_equal(landed[4:, 2:34], pool(groups, rows, offsets))
+    assert not landed[4:, 34].any()
+    landed[4:, 2:] = vectors[4:, 2:]
+    np.testing.assert_array_equal(landed, vectors)
+
+
+def test_a_span_of_samples_lands_alone():
+    rng = np.random.default_rng(4)
+    lengths = rng.poisson(2, 5 * len(SLOTS)).tolist()
+    groups, rows, offsets = make_groups(rng), make_rows(rng, lengths), offsets_of(lengths)
+    vectors = rng.standard_normal((7, 32)).astype(np.float32)
+    gather = functools.partial(reference.gather_into, slots=SLOTS, left=0)
+    operands = (vectors, np.int32(1), groups, rows, offsets, None)
+    landed = jax.jit(functools.partial(gather, span=(2, 2)))(*operands)
+    pooled = pool(groups, rows, offsets)[2:4]
+    np.testing.assert_array_equal(landed, np.concatenate([vectors[:3], pooled, vectors[5:]]))
+    nothing = jax.jit(functools.partial(gather, span=(2, 0)))(*operands)
+    np.testing.assert_array_equal(nothing, vectors)

@@ -1,9 +1,11 @@
 """The compiled pieces of a model give the reference forward, wherever slices land."""
 
 import dataclasses
+import functools
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,10 @@ from jax import lax
 from recflow_jax.backend import choose_backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
+from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.model import REFERENCE, Params, forward, pool
+from scheduling.request import CoRun, SegmentShape
 from small_models import (
     BF16,
     CONCAT,
@@ -25,6 +29,7 @@ from small_models import (
     FP8,
     FP16,
     INT8,
+    NO_SPARSE,
     SMALL,
     assert_same_scores,
     compiled,
@@ -43,9 +48,10 @@ def run_batch(segments: Segments, batch, cuts, bucket: int) -> np.ndarray:
         fitting = next(b for b in segments.slice_buckets if b.samples >= stop - start)
         packed = segments.staging.pack(fitting, start, [batch.part(start, stop)])
         state = segments.embed(state, packed)
-    x = segments.start(state, bucket)
-    for index in range(1, segments.count):
-        x = segments.run(index, bucket, x)
+    first, *later = SegmentShape.all_of(segments.count, bucket)
+    x, _ = segments.start(first, state)
+    for shape in later:
+        x = segments.run(shape, x)
     return np.asarray(x)[: batch.samples]
 
 
@@ -67,7 +73,7 @@ def test_scores_are_the_same_with_zero_columns_for_the_kernels(config: DLRMConfi
     params, batch = params_of(config), generate(config, 7, seed=0)
     segments = Segments(config, params, backend, ONE_SIZE)
     segments.compile_all(progress=False)
-    behind = segments.new_state().pooled.shape[1] - config.pooled_width
+    behind = segments.new_state().vectors.shape[1] - config.bottom_width - config.pooled_width
     assert (behind > 0) == (config.interaction == "concat")
     pooled = partial(pool, config=config, layout=segments.layout, ops=ops)
     width = jax.eval_shape(pooled, params.groups, device_batch(config, batch)).shape[1]
@@ -88,6 +94,63 @@ def test_any_number_of_segments_gives_the_same_scores(count: int):
     assert_same_scores(DCN, run_batch(segments, batch, (0, 7), 16), expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "count"), [(CONCAT, 1), (DOT, 1), (BF16, 3), (INT8, 1)], ids=lambda c: str(c)[:20]
+)
+def test_a_co_run_is_a_segment_and_a_slice(config: DLRMConfig, count: int):
+    """Batch 0 runs while batch 1 comes in, beside each of its segments in turn, by every ride."""
+    segments = riding(config, dataclasses.replace(SMALL, segments=count))
+    bucket = segments.slice_buckets[-1]
+    batches = [generate(config, 8, seed=seed) for seed in range(2)]
+    packed = [segments.staging.pack(bucket, 4, [batch]) for batch in batches]
+    expected = [run_batch(segments, batch, (0, 8), 16) for batch in batches]
+    assert [str(ride) for ride in segments.rides] == ["in-turn", "plain/one", "plain/all"]
+    for ride in segments.rides:
+        for beside in range(count):
+            state, other = (segments.embed(segments.new_state(), p) for p in (packed[0], packed[0]))
+            x: Any = None
+            for shape in SegmentShape.all_of(count, 16):
+                cell = CoRun(segment=shape, slice=bucket, config=str(ride))
+                if shape.index == beside == 0:
+                    x, _, other = segments.start_with(cell, state, other, packed[1])
+                elif shape.index == beside:
+                    x, other = segments.run_with(cell, x, other, packed[1])
+                elif shape.index == 0:
+                    x, _ = segments.start(shape, state)
+                else:
+                    x = segments.run(shape, x)
+            np.testing.assert_array_equal(np.asarray(x)[4:12], expected[0])
+            assert int(other.landed) == 4
+            first, *later = SegmentShape.all_of(count, 16)
+            x, _ = segments.start(first, other)
+            for shape in later:
+                x = segments.run(shape, x)
+            np.testing.assert_array_equal(np.asarray(x)[4:12], expected[1])
+
+
+@functools.cache
+def riding(config: DLRMConfig, options: EngineOptions) -> Segments:
+    """Segments with all co-runs of the largest sizes, by a kernel that is none."""
+    backend = choose_backend("xla")
+    ops = dataclasses.replace(backend.ops, corun_configs=("plain",))
+    options = dataclasses.replace(options, smallest_batch=16, smallest_slice=8)
+    backend = dataclasses.replace(backend, ops=ops)
+    segments = Segments(config, params_of(config), backend, options)
+    shapes = SegmentShape.all_of(segments.count, 16)
+    (bucket,) = segments.slice_buckets
+    cells = [
+        CoRun(segment=shape, slice=bucket, config=str(ride))
+        for shape in shapes
+        for ride in segments.rides
+    ]
+    segments.compile_all(progress=False, co_runs=cells)
+    return segments
+
+
+def test_what_has_no_embeddings_takes_no_riders():
+    assert compiled(NO_SPARSE).rides == ()
+
+
 def test_slices_land_where_they_are_told():
     segments, batch = compiled(CONCAT), generate(CONCAT, 15, seed=0)
     at_once = run_batch(segments, batch, (0, 8, 15), 16)
@@ -101,8 +164,8 @@ def test_a_state_is_used_up_by_the_next_slice():
     segments, batch = compiled(CONCAT), generate(CONCAT, 1, seed=0)
     state = segments.new_state()
     later = segments.embed(state, segments.staging.pack(segments.slice_buckets[0], 0, [batch]))
-    assert state.pooled.is_deleted() and not later.pooled.is_deleted()
-    assert later.pooled.shape == (16, CONCAT.pooled_width)
+    assert state.vectors.is_deleted() and not later.vectors.is_deleted()
+    assert later.vectors.shape == (16, CONCAT.bottom_width + CONCAT.pooled_width)
 
 
 def test_top_layers_are_shared_out_by_flop():
@@ -119,14 +182,15 @@ def test_top_layers_are_shared_out_by_flop():
     segments = Segments(
         config, zeros, choose_backend("xla"), dataclasses.replace(SMALL, segments=4)
     )
-    layers = [len(weights[-1]) for (weights,) in segments._arguments]
-    assert layers == [0, 1, 1, 2]
+    layers = [segments.stages.dense_layers(shape) for shape in SegmentShape.all_of(4, 8)]
+    # The last layer of all, which gives the scores, is no dense layer of the kernels.
+    assert layers == [[], [(100, 1000)], [(1000, 100)], [(100, 1000)]]
 
 
 def test_float32_runs_in_full_precision():
     """Not only here, where it makes no difference, but on devices that round operands."""
     segments = Segments(DOT, params_of(DOT), choose_backend("xla"), SMALL)
-    for job in segments._jobs()[-segments.count :]:
+    for job in segments._jobs({segments.count})[-segments.count :]:
         dots = [line for line in str(job.function.trace(*job.arguments).jaxpr).split("\n")]
         dots = [line for line in dots if "precision=" in line]
         assert dots and all("HIGHEST" in line for line in dots), dots

@@ -22,11 +22,20 @@ def slice_key(samples: int, ids: int, **how) -> ProfileKey:
 
 
 def segment_key(batch: int, segment: int = 0, **how) -> ProfileKey:
-    return ProfileKey(kind="segment", segment=segment, batch=batch, **how)
+    return ProfileKey(kind="segment", segments=2, segment=segment, batch=batch, **how)
 
 
 def timed(key: ProfileKey, median_us: float) -> ProfileRow:
-    names = ("kind", "segment", "batch", "slice_samples", "slice_ids", "scheme", "config")
+    names = (
+        "kind",
+        "segments",
+        "segment",
+        "batch",
+        "slice_samples",
+        "slice_ids",
+        "scheme",
+        "config",
+    )
     return ProfileRow(
         **{name: getattr(key, name) for name in names},
         median_us=median_us,
@@ -36,7 +45,7 @@ def timed(key: ProfileKey, median_us: float) -> ProfileRow:
     )
 
 
-STEP = ProfileKey(kind="step", segment=1, batch=64, slice_samples=8, slice_ids=80)
+STEP = ProfileKey(kind="step", segments=2, segment=1, batch=64, slice_samples=8, slice_ids=80)
 TABLE = ProfileTable(
     device="NVIDIA H100",
     backend="mosaic",
@@ -77,10 +86,10 @@ def test_by_default_a_miss_is_an_error_that_names_the_key_and_the_nearest_rows()
     with pytest.raises(ProfileMiss) as caught:
         TABLE.time_us(segment_key(300))
     assert str(caught.value) == (
-        "segment(segment=0, batch=300, scheme=serial) was not measured (miss policy error); "
-        "nearest: segment(segment=0, batch=256, scheme=serial), "
-        "segment(segment=0, batch=512, scheme=serial), "
-        "segment(segment=0, batch=64, scheme=serial)"
+        "segment(segments=2, segment=0, batch=300, scheme=serial) was not measured "
+        "(miss policy error); nearest: segment(segments=2, segment=0, batch=256, scheme=serial), "
+        "segment(segments=2, segment=0, batch=512, scheme=serial), "
+        "segment(segments=2, segment=0, batch=64, scheme=serial)"
     )
 
 
@@ -153,7 +162,7 @@ def test_a_profile_is_resumed_by_what_it_has():
 
 
 def test_two_rows_for_one_key_are_refused():
-    with pytest.raises(ProfileTableError, match=r"two rows for step\(segment=1, batch=64"):
+    with pytest.raises(ProfileTableError, match=r"two rows for step\(segments=2, segment=1"):
         replace(TABLE, rows=(timed(STEP, 60), timed(STEP, 61)))
 
 
@@ -260,16 +269,25 @@ def test_a_file_that_is_no_json_or_not_there_is_refused_by_name(tmp_path):
 # --- keys and rows --------------------------------------------------------------------------------
 
 
+SEGMENT = {"kind": "segment", "segments": 1}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"kind": "sliced"}, "kind is 'sliced', not one of slice, segment, step"),
         ({"kind": "slice", "slice_samples": 4}, "slice_ids of a slice is None"),
-        ({"kind": "segment", "segment": -1, "batch": 4}, "segment of a segment is -1"),
-        ({"kind": "segment", "segment": 0, "batch": 0}, "batch of a segment is 0"),
-        ({"kind": "segment", "segment": 0, "batch": 4.0}, "batch of a segment is 4.0"),
         (
-            {"kind": "segment", "segment": 0, "batch": 4, "slice_ids": 1},
+            SEGMENT | {"segment": -1, "batch": 4},
+            "segment of a segment is -1",
+        ),
+        (SEGMENT | {"segment": 0, "batch": 0}, "batch of a segment is 0"),
+        (
+            SEGMENT | {"segment": 0, "batch": 4.0},
+            "batch of a segment is 4.0",
+        ),
+        (
+            SEGMENT | {"segment": 0, "batch": 4, "slice_ids": 1},
             "a segment has no slice_ids, but it is 1",
         ),
     ],

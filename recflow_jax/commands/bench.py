@@ -23,12 +23,13 @@ from recflow_jax.measure.corun import bench_corun
 from recflow_jax.measure.kernels import bench_dense, bench_gather, bench_interaction
 from recflow_jax.measure.offline import bench_offline, input_sets
 from recflow_jax.measure.online import OnlineOptions, bench_online, request_pool
+from recflow_jax.measure.overlap import bench_overlap
 from recflow_jax.measure.stream import bench_stream
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Params
 from recflow_jax.params import init_params
 
-Mode = Literal["offline", "numpy", "online"]
+Mode = Literal["offline", "overlap", "numpy", "online"]
 Kernel = Literal["gather", "dense", "interaction", "corun"]
 
 
@@ -38,6 +39,7 @@ def bench_model(
     against: Sequence[str] = ("jax",),
     batches: Sequence[int] = (256, 1024, 4096),
     modes: Sequence[str] = ("offline",),
+    rides: Sequence[str] = (),
     ids: str = "uniform",
     seed: int = 0,
     backend: str = "auto",
@@ -50,8 +52,10 @@ def bench_model(
 ) -> dict[str, Any]:
     """Measures, prints tables, writes JSON to `out` and a figure to `figure`; returns the JSON.
 
-    modes: `offline` (batches back to back, inputs on the device), `numpy` (streams of fresh numpy
-    batches), `online` (Poisson arrivals); the last two compare with plain JAX alone. Batches and
+    rides: of `overlap`; none named measures all.
+    modes: `offline` (batches back to back, inputs on the device), `overlap` (the same, a batch's
+    embeddings during the DNN of the one before), `numpy` (streams of fresh numpy batches), `online`
+    (Poisson arrivals); the last two compare with plain JAX alone. Batches and
     answers are those of random input by the config's bags. Raises ValueError for an unknown mode
     or rival, WrongAnswers before anything wrong is timed.
     """
@@ -63,9 +67,11 @@ def bench_model(
     _print_head(result, run)
     for rival, reason in lineup.skipped.items():
         console.print(f"left out: {rival}: {reason}", markup=False)
-    sets = run.input_sets() if {"offline", "numpy"} & {*modes} else {}
+    sets = run.input_sets() if {"offline", "overlap", "numpy"} & {*modes} else {}
     if "offline" in modes:
         result |= _offline(lineup, run, sets)
+    if "overlap" in modes:
+        result |= _overlap(lineup, run, sets, rides)
     if "numpy" in modes or "online" in modes:
         options = engine_options(batches, run.backend)
         with Engine(run.config, run.params, options=options, profile=profile) as engine:
@@ -194,7 +200,7 @@ def _check(modes: Sequence[str], batches: Sequence[int], against: Sequence[str])
             raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
     if not batches or min(batches) < 1:
         raise ValueError(f"batches are {list(batches)}, not sizes of at least 1")
-    with_engine = [mode for mode in modes if mode != "offline"]
+    with_engine = [mode for mode in modes if mode in ("numpy", "online")]
     if with_engine and "jax" not in against:
         raise ValueError(f"mode {with_engine[0]!r} compares with rival 'jax', which is left out")
 
@@ -221,6 +227,21 @@ def _offline(lineup: Lineup, run: _Run, sets: Sets) -> dict[str, Any]:
     report.show(report.offline_table(results))
     console.print(report.ceilings_line(ceilings), markup=False)
     return {"ceilings": report.as_json(ceilings), "offline": report.as_json(results)}
+
+
+def _overlap(lineup: Lineup, run: _Run, sets: Sets, rides: Sequence[str]) -> dict[str, Any]:
+    ceilings = measure_ceilings(run.config.compute_dtype, run.timing)
+    with progress("overlap", len(sets)) as advance:
+        results = bench_overlap(
+            *(lineup, run.params, sets),
+            ceilings=ceilings,
+            options=run.timing,
+            rides=rides,
+            advance=advance,
+        )
+    report.show(report.overlap_table(results))
+    console.print(report.ceilings_line(ceilings), markup=False)
+    return {"ceilings": report.as_json(ceilings), "overlap": report.as_json(results)}
 
 
 def _numpy(engine: Engine, lineup: Lineup, run: _Run, sets: Sets) -> Any:

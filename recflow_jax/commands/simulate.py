@@ -9,25 +9,27 @@ from rich.table import Table
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
+from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import plots, report
+from recflow_jax.measure.capacity import Capacity, capacity
+from recflow_jax.measure.simulated_gpu import Gpu, host_of
 from recflow_jax.measure.simulation import (
     INCREMENTAL,
     SERIAL,
-    Capacity,
-    Gpu,
     SimulatedLoad,
     SimulatedPoint,
-    Traffic,
-    capacity,
-    host_of,
+    StepUse,
     saturation_qps,
     simulate_point,
-    sizes_of,
 )
-from scheduling import HostCosts, MissPolicy, ProfileTable, ProfileTableError, TableTimes
+from recflow_jax.measure.traffic import Traffic
+from scheduling import HostCosts, ProfileTable, ProfileTableError
+from scheduling.planner import Objective
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 EXPECTED_BISECTIONS = 10
+STEPS_SHOWN = 10
+TEXT_COLUMNS = ("batching", "collects", "rides")
 
 
 def simulate(
@@ -37,13 +39,14 @@ def simulate(
     qps: float | None = None,
     p99_ms: float | None = None,
     loads: Sequence[float] = LOADS,
+    objective: Objective = EngineOptions.objective,
+    plan_p99_ms: float | None = None,
+    serial_wait_ms: float | None = None,
     request_samples: int | None = None,
     burst: bool = False,
     seconds: float = 5.0,
     seed: int = 0,
     host: HostCosts | None = None,
-    wait_ms: float = 2.0,
-    miss: MissPolicy = "error",
     out: str | Path | None = None,
     figure: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -52,20 +55,22 @@ def simulate(
 
     Without `qps`, one GPU at `loads`, shares of the lower of the two saturations; with it, one GPU
     at that rate, and with `p99_ms` the number of GPUs that hold it. `figure` draws the loads in any
-    case. Raises ProfileTableError, and ValueError for a p99 that an idle GPU exceeds.
+    case. For the other options see `Gpu` and `Traffic`. Raises ProfileTableError, and ValueError
+    for a p99 that an idle GPU exceeds.
     """
     _check(qps, p99_ms, loads)
     table = _table_of(config, profile)
-    gpu = Gpu(
-        sizes=sizes_of(table, complete=miss == "error"),
-        times=TableTimes(table, miss),
+    gpu = Gpu.of(
+        table,
         host=host_of(config, host or HostCosts()),
-        wait_ms=wait_ms,
+        objective=objective,
+        plan_p99_ms=plan_p99_ms,
+        serial_wait_ms=serial_wait_ms,
     )
     traffic = Traffic(
         config=config, request_samples=request_samples, burst=burst, seconds=seconds, seed=seed
     )
-    result = _header(table, gpu, traffic)
+    result = _header(table, gpu, traffic) | {"plan_p99_ms": plan_p99_ms}
     _print_head(result, profile)
     if qps is not None and p99_ms is not None:
         result["capacity"] = report.as_json(_capacity(gpu, traffic, qps, p99_ms))
@@ -85,13 +90,20 @@ def _check(qps: float | None, p99_ms: float | None, loads: Sequence[float]) -> N
 
 def _table_of(config: DLRMConfig, profile: str | Path) -> ProfileTable:
     table = ProfileTable.load(profile)
-    if table.fingerprint != config.fingerprint:
+    if not _is_of(table, config):
         raise ProfileTableError(
             f"{profile}: was made for model {table.model!r} with fingerprint {table.fingerprint}, "
             f"{config.name!r} as asked for has {config.fingerprint}: give the same row cap and "
             "dtypes, or make a new table with recflow profile"
         )
     return table
+
+
+def _is_of(table: ProfileTable, config: DLRMConfig) -> bool:
+    """By name alone while float8 layers have no scales yet: these are part of the fingerprint."""
+    if len(config.input_scales) < config.float8_matmuls:
+        return table.model == config.name
+    return table.fingerprint == config.fingerprint
 
 
 def _header(table: ProfileTable, gpu: Gpu, traffic: Traffic) -> dict[str, Any]:
@@ -104,8 +116,8 @@ def _header(table: ProfileTable, gpu: Gpu, traffic: Traffic) -> dict[str, Any]:
         "model": {"name": table.model, "fingerprint": table.fingerprint},
         "profile": {"created": table.created, "versions": table.versions},
         "sizes": report.as_json(gpu.sizes),
+        "objective": gpu.plans.objective,
         "host": report.as_json(gpu.host),
-        "wait_ms": gpu.wait_ms,
         "arrivals": "bursts" if traffic.burst else "Poisson",
         "mean_request_samples": traffic.mean_samples,
         "seconds": traffic.seconds,
@@ -117,7 +129,7 @@ def _print_head(result: dict[str, Any], profile: str | Path) -> None:
     console.print(
         f"{result['model']['name']} on {result['device']} ({result['backend']}), simulated from "
         f"{profile}: {result['arrivals']} arrivals, {result['mean_request_samples']:.0f} samples "
-        f"per request, seed {result['seed']}; serial batching collects for {result['wait_ms']:g} ms",
+        f"per request, seed {result['seed']}; planned for {result['objective']}",
         markup=False,
         soft_wrap=True,
     )
@@ -129,12 +141,14 @@ def _capacity(gpu: Gpu, traffic: Traffic, qps: float, p99_ms: float) -> dict[str
     for policy in (INCREMENTAL, SERIAL):
         with progress(f"bisecting, {policy}", EXPECTED_BISECTIONS) as advance:
             found[policy] = capacity(gpu, policy, traffic, qps=qps, p99_ms=p99_ms, advance=advance)
-    if found[INCREMENTAL].gpus is None:
+    each = found[INCREMENTAL].each
+    if each is None:
         raise ValueError(
             f"p99 of {p99_ms:g} ms: no number of GPUs holds it, as an idle one already takes "
             f"{found[INCREMENTAL].idle_p99_ms:.4g} ms (p99 of requests that come alone)"
         )
     report.show(_capacity_table(qps, p99_ms, found))
+    report.show(_steps_table(each.steps))
     return found
 
 
@@ -143,36 +157,45 @@ def _loads(
 ) -> dict[str, Any]:
     saturation = {name: saturation_qps(gpu, name, traffic) for name in (INCREMENTAL, SERIAL)}
     lower = min(saturation.values())
-    rates = [(share, share * lower) for share in shares] + (
-        [(None, qps)] if qps and not shares else []
-    )
+    rates = [(share, share * lower) for share in shares] or [(None, qps or lower)]
     points = []
     with progress("simulating", len(rates)) as advance:
         for share, rate in rates:
             points.append(simulate_point(gpu, traffic, rate, share))
             advance()
     report.show(_loads_table(points, saturation))
+    report.show(_steps_table(points[-1].contenders[INCREMENTAL].steps))
     return {"saturation": saturation, "points": report.as_json(points)}
 
 
 def _new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column == "batching" else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in TEXT_COLUMNS else "right", no_wrap=True
+        )
     return table
 
 
-MEASURES = ("p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "batch", "device", "launcher")
+MEASURES = ("p50 ms", "p99 ms", "p99.9 ms", "batch", "device", "launcher", "collects")
 
 
 def _measures(load: SimulatedLoad) -> list[str]:
     """Cells of MEASURES."""
     return [
-        *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms, load.p99_9_ms)),
+        *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p99_ms, load.p99_9_ms)),
         f"{load.mean_batch:,.0f}",
         f"{load.device_busy_share:.0%}",
-        f"{load.launcher_busy_share:.0%}" + ("" if load.kept_up else " (falls behind)"),
+        f"{load.launcher_busy_share:.0%}",
+        _collects(load) if load.kept_up else "falls behind",
     ]
+
+
+def _collects(load: SimulatedLoad) -> str:
+    if load.collecting is None:
+        return ""
+    limit = load.collecting.max_samples
+    return f"{load.collecting.wait_ms:g} ms" + ("" if limit is None else f" or {limit:,}")
 
 
 def _loads_table(points: Sequence[SimulatedPoint], saturation: dict[str, float]) -> Table:
@@ -199,6 +222,26 @@ def _capacity_table(qps: float, p99_ms: float, found: dict[str, Capacity]) -> Ta
                 name, f"{needed.gpus:,}", f"{needed.each.qps:,.0f}", *_measures(needed.each)
             )
     return table
+
+
+def _steps_table(steps: Sequence[StepUse]) -> Table:
+    """The plan as it was used."""
+    title = f"steps of {INCREMENTAL} batching at this load, the most frequent first"
+    table = _new_table(title, "batch cut into", "slice of", "rides", "steps")
+    for use in steps[:STEPS_SHOWN]:
+        table.add_row(*_cells(use), f"{use.share:.1%}")
+    if rest := steps[STEPS_SHOWN:]:
+        table.add_row("others", "", "", f"{sum(use.share for use in rest):.1%}")
+    return table
+
+
+def _cells(use: StepUse) -> tuple[str, str, str]:
+    """Cut, slice and ride."""
+    if use.segments is None:
+        return "-", f"{use.slice_samples:,}", "alone"
+    if use.slice_samples is None:
+        return f"{use.segments}", "-", ""
+    return f"{use.segments}", f"{use.slice_samples:,}", use.ride or "one after the other"
 
 
 def _finish(

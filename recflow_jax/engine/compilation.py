@@ -3,7 +3,8 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,32 +29,36 @@ def compile_jobs(
     progress: bool | None = None,
     *,
     options: Mapping[str, Any] | None = None,
+    workers: int = 1,
 ) -> dict[Any, Callable[..., Any]]:
     """The executables by key. They take their own shapes and never compile again.
 
-    options: XLA's, for this compilation.
+    options: XLA's, for this compilation. workers: how many compile at a time.
     """
     console = Console(stderr=True)
     can_show = console.is_terminal if progress is None else progress
-    shown = _with_bar(jobs, console, 0 if progress else QUIET_S) if can_show else jobs
-    return {
-        job.key: job.function.lower(*job.arguments).compile(compiler_options=dict(options or {}))
-        for job in shown
-    }
+
+    def compile_one(job: Job) -> Any:
+        return job.function.lower(*job.arguments).compile(compiler_options=dict(options or {}))
+
+    with ThreadPoolExecutor(workers) as threads:
+        executables = zip(jobs, threads.map(compile_one, jobs), strict=True)
+        if can_show:
+            executables = _with_bar(executables, len(jobs), console, 0 if progress else QUIET_S)
+        return {job.key: executable for job, executable in executables}
 
 
-def _with_bar(jobs: Sequence[Job], console: Console, quiet_s: float) -> Iterator[Job]:
-    """The jobs, with a bar from `quiet_s` seconds on."""
+def _with_bar(done: Iterable[Any], total: int, console: Console, quiet_s: float) -> Iterator[Any]:
+    """What is done, with a bar from `quiet_s` seconds on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     started, bar = time.monotonic(), Progress(*columns, TimeElapsedColumn(), console=console)
-    task = bar.add_task("compiling", total=len(jobs))
+    task = bar.add_task("compiling", total=total)
     try:
-        for done, job in enumerate(jobs):
+        for one in done:
             if time.monotonic() - started >= quiet_s:
                 bar.start()
-            bar.update(task, completed=done)
-            yield job
-        bar.update(task, completed=len(jobs))
+            bar.advance(task)
+            yield one
     finally:
         bar.stop()
 

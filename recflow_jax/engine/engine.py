@@ -27,10 +27,12 @@ from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, now_us
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
+from recflow_jax.engine.planning import pipeline_config, plans_of
 from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stats import EngineStats, Tally
 from recflow_jax.model import Params
+from scheduling.planner import Plans
 from scheduling.request import Request
 from scheduling.table import ProfileTable
 
@@ -39,7 +41,9 @@ class Engine:
     """Scores samples with incremental batching: no request waits for a batch to fill.
 
     Compiles every size at start, and nothing after. `profile` is a profile table of this device
-    and model; with it, a request that an idle engine could not answer in time is rejected at once.
+    and model: by it the engine plans which embedding work runs inside which segment, and rejects
+    at once a request that it could not answer in time even if idle. Without one, embeddings and
+    MLPs run one after the other.
     progress: show a bar while compiling (None: on a terminal, if it takes over two seconds).
     Raises BackendError, ProfileTableError, and ValueError for parameters of another model.
 
@@ -59,26 +63,32 @@ class Engine:
         options = options or EngineOptions()
         segments = Segments(config, params, choose_backend(options.backend), options)
         table = None if profile is None else load_profile(profile, segments)
-        segments.compile_all(progress)
-        self._start(segments, table, profile)
+        plans = plans_of(segments, table)
+        segments.compile_all(progress, cuts=plans.cuts, co_runs=plans.co_runs)
+        self._start(segments, plans, table, profile)
 
     @classmethod
     def from_segments(
         cls, segments: Segments, *, profile: str | Path | ProfileTable | None = None
     ) -> Self:
-        """An engine on segments that are compiled already."""
+        """An engine on segments that are shared or compiled already; compiles what is missing."""
         engine = cls.__new__(cls)
         table = None if profile is None else load_profile(profile, segments)
-        engine._start(segments, table, profile)
+        plans = plans_of(segments, table)
+        segments.compile_all(cuts=plans.cuts, co_runs=plans.co_runs)
+        engine._start(segments, plans, table, profile)
         return engine
 
     def _start(
         self,
         segments: Segments,
+        plans: Plans,
         table: ProfileTable | None,
         profile: str | Path | ProfileTable | None,
     ) -> None:
         self._segments = segments
+        largest_slice = pipeline_config(segments, plans).largest_slice
+        self._max_ids = min(segments.max_ids_per_sample, largest_slice.ids)
         self._idle_times = None if table is None else IdleTimes(table, segments)
         self._profile = None if table is None else _profile_name(table, profile)
         self._request_ids = itertools.count()
@@ -92,7 +102,7 @@ class Engine:
         )
         shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger}
         self._threads = [
-            _started("launcher", Launcher(segments, tally=self._tally, **shared).run),
+            _started("launcher", Launcher(segments, plans, tally=self._tally, **shared).run),
             _started("completion", Completion(segments.staging, **shared).run),
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
@@ -179,8 +189,7 @@ class Engine:
         self, dense: Any, sparse: Sparse | None, *, most: int | None = None, copy: bool = False
     ) -> JaggedBatch:
         try:
-            max_ids = self._segments.max_ids_per_sample
-            batch = checked_batch(self.config, dense, sparse, max_ids=max_ids, copy=copy)
+            batch = checked_batch(self.config, dense, sparse, max_ids=self._max_ids, copy=copy)
             if most is not None and batch.samples > most:
                 raise InputError(
                     f"{batch.samples} samples are more than the queue ever holds, {most}; "

@@ -1,9 +1,12 @@
 """The thread that owns the pipeline: mail in, launches out. It never waits for the device."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
+
+import numpy as np
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.errors import EngineClosed, StepFailed
@@ -18,7 +21,9 @@ from recflow_jax.engine.messages import (
     Submitted,
     now_us,
 )
-from recflow_jax.engine.segments import BatchState, Segments
+from recflow_jax.engine.planning import pipeline_config
+from recflow_jax.engine.segments import Segments
+from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import (
     Action,
@@ -27,10 +32,10 @@ from scheduling.pipeline import (
     Event,
     Expire,
     Pipeline,
-    PipelineConfig,
     StepDone,
 )
-from scheduling.request import Part, Segment, Slice, Step
+from scheduling.planner import Plans
+from scheduling.request import CoRun, Part, Segment, Slice, Step
 
 
 @dataclass(slots=True)
@@ -53,6 +58,7 @@ class Launcher:
     def __init__(
         self,
         segments: Segments,
+        plans: Plans,
         *,
         inbox: Inbox,
         flights: SimpleQueue[Flight | None],
@@ -60,7 +66,7 @@ class Launcher:
         tally: Tally,
     ) -> None:
         self._segments = segments
-        self._pipeline = Pipeline(pipeline_config(segments))
+        self._pipeline = Pipeline(pipeline_config(segments, plans), plans)
         self._inbox = inbox
         self._flights = flights
         self._ledger = ledger
@@ -118,55 +124,89 @@ class Launcher:
                 self._flights.put(self._launch(action.step))
 
     def _launch(self, step: Step) -> Flight:
-        """The older batch's segment first, then the younger one's slice."""
         flight = Flight(step_id=step.id, results=[])
+        running = self._batches[step.segment.batch_id] if step.segment else _Batch()
+        filling, samples = self._load(step.slice) if step.slice else (_Batch(), [])
+        if step.co_run is not None and not (running.fault or filling.fault):
+            with _faults_of(running, filling):
+                self._co_run(step, running, filling, samples, flight)
+        else:
+            self._launch_in_turn(step, running, filling, samples, flight)
         if step.segment is not None:
-            self._launch_segment(step.segment, flight)
-        if step.slice is not None:
-            self._launch_slice(step.slice, flight)
-        self._tally.launched_step()
+            self._end_if_faulty(running)
+            if step.segment.shape.last:
+                del self._batches[step.segment.batch_id]
+        self._tally.launched(step)
         return flight
 
-    def _launch_slice(self, piece: Slice, flight: Flight) -> None:
+    def _launch_in_turn(
+        self,
+        step: Step,
+        running: _Batch,
+        filling: _Batch,
+        samples: list[JaggedBatch],
+        flight: Flight,
+    ) -> None:
+        """The older batch's segment first, then the younger one's slice."""
+        if step.segment is not None and not running.fault:
+            with _faults_of(running):
+                self._advance(step.segment, running, flight)
+        if step.slice is not None and not filling.fault:
+            with _faults_of(filling):
+                packed = self._packed(step.slice, samples, flight)
+                state = filling.state or self._take_state()
+                filling.state = self._segments.embed(state, packed)
+                flight.results.append(filling.state.landed)
+
+    def _load(self, piece: Slice) -> tuple[_Batch, list[JaggedBatch]]:
+        """The batch that a slice joins, and the slice's samples."""
         batch = self._batches.setdefault(piece.batch_id, _Batch())
         batch.request_ids.update(part.request_id for part in piece.parts)
-        samples = [self._samples_of(part) for part in piece.parts]
-        try:
-            if batch.fault is None:
-                self._embed(piece, samples, batch, flight)
-        except Exception as error:
-            batch.fault = error
-        self._tally.launched_slice(piece)
+        return batch, [self._samples_of(part) for part in piece.parts]
 
-    def _launch_segment(self, segment: Segment, flight: Flight) -> None:
-        batch = self._batches[segment.batch_id]
-        try:
-            if batch.fault is None:
-                self._advance(segment, batch, flight)
-        except Exception as error:
-            batch.fault = error
-        self._end_if_faulty(batch)
-        if segment.last:
-            del self._batches[segment.batch_id]
-        self._tally.launched_segment(segment)
-
-    def _embed(
-        self, piece: Slice, samples: list[JaggedBatch], batch: _Batch, flight: Flight
-    ) -> None:
-        state = batch.state or self._take_state()
+    def _packed(self, piece: Slice, samples: list[JaggedBatch], flight: Flight) -> np.ndarray:
         flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, samples)
-        batch.state = self._segments.embed(state, flight.buffer)
-        flight.results.append(batch.state.landed)
+        return flight.buffer
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
         if batch.state is not None:
-            batch.x = self._segments.start(batch.state, segment.bucket)
-            self._free_states.append(batch.state)
-            batch.state = None
+            batch.x, free = self._segments.start(segment.shape, batch.state)
+            self._give_back(batch, free)
         else:
-            batch.x = self._segments.run(segment.index, segment.bucket, batch.x)
+            batch.x = self._segments.run(segment.shape, batch.x)
+        self._expect(segment, batch, flight)
+
+    def _co_run(
+        self,
+        step: Step,
+        running: _Batch,
+        filling: _Batch,
+        samples: list[JaggedBatch],
+        flight: Flight,
+    ) -> None:
+        """Segment and slice in one executable."""
+        assert step.segment and step.slice and step.co_run
+        cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
+        packed = self._packed(step.slice, samples, flight)
+        into = filling.state or self._take_state()
+        if running.state is not None:
+            running.x, free, filling.state = self._segments.start_with(
+                cell, running.state, into, packed
+            )
+            self._give_back(running, free)
+        else:
+            running.x, filling.state = self._segments.run_with(cell, running.x, into, packed)
+        flight.results.append(filling.state.landed)
+        self._expect(step.segment, running, flight)
+
+    def _give_back(self, batch: _Batch, free: BatchState) -> None:
+        self._free_states.append(free)
+        batch.state = None
+
+    def _expect(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
         flight.results.append(batch.x)
-        if segment.last:
+        if segment.shape.last:
+            batch.x.copy_to_host_async()
             flight.scores, flight.parts = batch.x, segment.parts
 
     def _take_state(self) -> BatchState:
@@ -201,11 +241,11 @@ def fail_step(ledger: Ledger, request_ids: Iterable[int], fault: Exception) -> N
         ledger.fail(request_id, StepFailed, message, fault)
 
 
-def pipeline_config(segments: Segments) -> PipelineConfig:
-    """The pipeline of these segments' sizes."""
-    return PipelineConfig(
-        batch_buckets=segments.batch_buckets,
-        slice_buckets=segments.slice_buckets,
-        segments=segments.count,
-        max_steps_in_flight=segments.options.max_steps_in_flight,
-    )
+@contextmanager
+def _faults_of(*batches: _Batch) -> Iterator[None]:
+    """What is raised becomes the fault of these batches."""
+    try:
+        yield
+    except Exception as error:
+        for batch in batches:
+            batch.fault = error

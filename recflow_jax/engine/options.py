@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import expected_ids_per_sample
 from scheduling.buckets import ladder
+from scheduling.planner import Objective
 from scheduling.request import SliceBucket
 
 JAGGED_HEADROOM = 1.25
@@ -24,7 +26,11 @@ class EngineOptions:
     ids_per_sample: sparse ids that a slice has room for, per sample. None: what the config's bags
         are expected to hold, with a quarter more where they are jagged.
     max_ids_per_sample: a sample with more is an InputError. None: what the largest slice holds.
-    segments: executables that a batch goes through (at most one per top layer, and one).
+    segments: executables that a batch goes through (at most one per top layer, and one). With a
+        profile table the engine chooses between that many and a single one.
+    objective: what is planned for with a profile table: "throughput", or "latency" on average.
+    p99_ms: with a profile table, batches stay so small that a request that finds a busy engine
+        with no queue is answered in that time, by the table.
     max_queued_samples: samples accepted and not yet answered, beyond which QueueFull is raised.
     max_steps_in_flight: how far launches run ahead of the device.
     backend: "auto", "xla" or "mosaic".
@@ -37,12 +43,14 @@ class EngineOptions:
     max_batch: int = 8192
     smallest_batch: int = 8
     batch_factor: float = 2
-    max_slice: int = 2048
+    max_slice: int = 8192
     smallest_slice: int = 8
     slice_factor: float = 2
     ids_per_sample: float | None = None
     max_ids_per_sample: int | None = None
     segments: int = 3
+    objective: Objective = "throughput"
+    p99_ms: float | None = None
     max_queued_samples: int = 65536
     max_steps_in_flight: int = 3
     backend: str = "auto"
@@ -57,7 +65,10 @@ class EngineOptions:
         for name in ("batch_factor", "slice_factor"):
             if not getattr(self, name) > 1:
                 raise ValueError(f"options: {name} is {getattr(self, name)!r}, not above 1")
-        for name in ("ids_per_sample", "max_ids_per_sample"):
+        if self.objective not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise ValueError(f"options: objective is {self.objective!r}, not one of {known}")
+        for name in ("ids_per_sample", "max_ids_per_sample", "p99_ms"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"options: {name} is {value!r}, not above 0")

@@ -8,6 +8,7 @@ import jax
 from recflow_jax.engine.segments import Segments
 from scheduling.buckets import smallest_holding
 from scheduling.costs import segment_key, slice_key
+from scheduling.request import SegmentShape
 from scheduling.table import ProfileKey, ProfileMiss, ProfileTable
 
 
@@ -48,11 +49,12 @@ class IdleTimes:
         return self._slice_us[bucket] + self._batch_us[batch]
 
     def _batch_time_us(self, bucket: int) -> float:
-        return sum(self._time_us(segment_key(i, bucket)) for i in self._indices)
-
-    @property
-    def _indices(self) -> range:
-        return range(self._segments.count)
+        cuts = [SegmentShape.all_of(segments, bucket) for segments in self._segments.cuts]
+        measured = [
+            cut for cut in cuts if all(self._table.has(segment_key(shape)) for shape in cut)
+        ]
+        times_us = [sum(self._time_us(segment_key(shape)) for shape in cut) for cut in measured]
+        return min(times_us, default=0.0)
 
     def _time_us(self, key: ProfileKey) -> float:
         """0 for what was not measured: nothing is rejected on a guess."""

@@ -1,20 +1,16 @@
 """A model cut into executables of static shape: what the engine launches and the profiler times.
 
-A slice's executable pools its bags into rows of a batch's buffers (donated, so written in place).
-Segment 0 is bottom MLP and interaction over the batch's first rows, the others share the top MLP's
-layers about evenly by FLOP; with one segment it is all of them. Every shape is compiled at start.
+See `stages` for what they compute. A slice's executable pools its bags into rows of a batch's
+vectors (donated: written in place). Every shape is compiled at start.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from itertools import combinations, pairwise
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.tables import QuantisedTable
@@ -22,32 +18,12 @@ from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.engine.staging import PackedShape, Staging
+from recflow_jax.engine.stages import BatchState, Stages
+from recflow_jax.engine.staging import Staging
 from recflow_jax.layout import Layout
-from recflow_jax.model import (
-    DenseLayer,
-    Params,
-    columns_behind,
-    dense_shapes,
-    interact,
-    mlp,
-    param_shapes,
-    pool,
-    scores,
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class BatchState:
-    """A batch's embeddings on the device, in the compute dtype: pooled [max_batch, pooled_width and
-    the zero columns that the back end wants behind], dense [max_batch, dense_width]. `landed` is
-    ready when the last slice has landed.
-    """
-
-    pooled: Any
-    dense: Any
-    landed: Any
+from recflow_jax.model import Params, param_shapes
+from recflow_jax.rides import Ride, rides
+from scheduling.request import CoRun, SegmentShape
 
 
 class Segments:
@@ -72,16 +48,35 @@ class Segments:
         self.batch_buckets = self.options.batch_buckets
         self.slice_buckets = self.options.slice_buckets(config)
         self.staging = Staging(config, self.layout)
-        self._cuts = _cuts(config, self.options.segments)
-        bound = [self._bound(index) for index in range(self.count)]
-        self._functions = [function for function, _ in bound]
-        self._arguments = [arguments for _, arguments in bound]
+        self.stages = Stages(config, self.params, backend, self.batch_buckets[-1], self.cuts)
         self._executables: dict[Any, Callable[..., Any]] = {}
 
     @property
     def count(self) -> int:
-        """Segments that a batch goes through."""
-        return len(self._cuts)
+        """Segments of the finest cut."""
+        return min(self.options.segments, len(self.config.top_mlp) + 1)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """How many segments a batch can be cut into, ascending."""
+        return tuple(sorted({1, self.count}))
+
+    @property
+    def rides(self) -> tuple[Ride, ...]:
+        """The ways in which a slice can ride with a segment."""
+        offered = rides(self.backend.ops) if self.config.features else ()
+        return tuple(ride for ride in offered if self._can_ride(ride))
+
+    def _can_ride(self, ride: Ride) -> bool:
+        """Whether the kernel takes such layers and bags."""
+        shape = SegmentShape(segments=1, index=0, batch=self.batch_buckets[-1])
+        cell = CoRun(segment=shape, slice=self.slice_buckets[-1], config=str(ride))
+        job = self.stages.co_run_job(cell, self.staging.shape(cell.slice))
+        try:
+            jax.eval_shape(job.function, *job.arguments)
+        except ValueError:
+            return False
+        return True
 
     @property
     def max_ids_per_sample(self) -> int:
@@ -95,141 +90,90 @@ class Segments:
     def embed(self, state: BatchState, packed: np.ndarray | Array) -> BatchState:
         """Pools a slice that `staging` packed into its rows of `state`, which is used up."""
         run = self._executables["slice", len(packed)]
-        return run(self.params.groups, state.pooled, state.dense, packed)
+        return run(self.params.groups, state.vectors, state.dense, packed)
 
-    def start(self, state: BatchState, bucket: int) -> Float[Array, "bucket width"]:
-        """Segment 0 over the first `bucket` rows of `state`, which stays as it is."""
-        run, weights = self._executables[0, bucket], self._arguments[0]
-        return self._on_its_way(0, run(*weights, state.pooled, state.dense))
+    def start(
+        self, shape: SegmentShape, state: BatchState
+    ) -> tuple[Float[Array, "batch width"], BatchState]:
+        """The first segment over the first `shape.batch` rows of `state`, which is used up; what
+        comes back in its place is to be filled anew.
+        """
+        run, weights = self._executables[shape], self.stages.weights(shape)
+        x, vectors = run(*weights, state.vectors, state.dense)
+        return x, replace(state, vectors=vectors)
 
     def run(
-        self, index: int, bucket: int, x: Float[Array, "bucket width"]
-    ) -> Float[Array, "bucket outputs"]:
-        """Segment `index` > 0 of what the one before gave; the last gives float32 scores."""
-        run, weights = self._executables[index, bucket], self._arguments[index]
-        return self._on_its_way(index, run(*weights, x))
+        self, shape: SegmentShape, x: Float[Array, "batch width"]
+    ) -> Float[Array, "batch outputs"]:
+        """A later segment of what the one before gave; the last gives float32 scores."""
+        (x,) = self._executables[shape](*self.stages.weights(shape), x)
+        return x
 
-    def compile_all(self, progress: bool | None = None) -> None:
-        """Compiles every bucket, and runs each once where the first run costs extra.
+    def start_with(
+        self, cell: CoRun, state: BatchState, filling: BatchState, packed: np.ndarray | Array
+    ) -> tuple[Array, BatchState, BatchState]:
+        """`start` of one batch and `embed` into another, in one executable."""
+        flow = (state.vectors, state.dense)
+        (x, vectors), filling = self._with_slice(cell, flow, filling, packed)
+        return x, replace(state, vectors=vectors), filling
+
+    def run_with(
+        self, cell: CoRun, x: Array, filling: BatchState, packed: np.ndarray | Array
+    ) -> tuple[Array, BatchState]:
+        """`run` of one batch and `embed` into another, in one executable."""
+        (x,), filling = self._with_slice(cell, (x,), filling, packed)
+        return x, filling
+
+    def _with_slice(
+        self, cell: CoRun, flow: tuple[Any, ...], filling: BatchState, packed: Any
+    ) -> tuple[tuple[Any, ...], BatchState]:
+        weights = self.stages.weights(cell.segment)
+        into = (self.params.groups, filling.vectors, filling.dense, packed)
+        return self._executables[cell](*weights, *flow, *into)
+
+    def compile_all(
+        self,
+        progress: bool | None = None,
+        *,
+        cuts: Iterable[int] | None = None,
+        co_runs: Iterable[CoRun] = (),
+    ) -> None:
+        """Compiles every bucket of these cuts (None: the finest) and these co-runs, if it is not
+        yet, and runs each once where the first run costs extra.
 
         progress: show a bar; None does so on a terminal when it takes longer than two seconds.
         """
         use_cache(self.options.compilation_cache)
-        self._executables = compile_jobs(
-            self._jobs(), progress, options=self.backend.compiler_options
+        jobs = [*self._jobs({self.count} if cuts is None else {*cuts}), *self._co_run_jobs(co_runs)]
+        jobs = [job for job in jobs if job.key not in self._executables]
+        self._executables |= compile_jobs(
+            jobs,
+            progress,
+            options=self.backend.compiler_options,
+            workers=self.backend.compile_workers,
         )
         if jax.default_backend() != "cpu":
-            self._warm_up()
+            for job in jobs:
+                _warm_up(self._executables[job.key], job)
 
-    def _on_its_way(self, index: int, x: Array) -> Array:
-        """Scores start for the host as soon as they are there."""
-        if index == self.count - 1:
-            x.copy_to_host_async()
-        return x
+    def _jobs(self, cuts: Iterable[int]) -> list[Job]:
+        slices = [self.stages.slice_job(self.staging.shape(b)) for b in self.slice_buckets]
+        sizes = [(cut, bucket) for cut in sorted(cuts) for bucket in self.batch_buckets]
+        batches = [job for size in sizes for job in self.stages.segment_jobs(*size)]
+        return [self.stages.state_job(), *slices, *batches]
 
-    def _bound(self, index: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """A segment's function, and the weights that it is called with (see Backend.bind)."""
-        top = self.params.top[self._cuts[index]]
-        if index == 0:
-            return self.backend.bind(self._first, (self.params.bottom, self.params.cross, top))
-        return self.backend.bind(partial(self._top, index), (top,))
-
-    def _jobs(self) -> list[Job]:
-        jobs = [Job("state", jax.jit(self._zero_state), ())]
-        state = jax.eval_shape(self._zero_state)
-        for bucket in self.slice_buckets:
-            shape = self.staging.shape(bucket)
-            packed = jax.ShapeDtypeStruct((shape.length,), jnp.int32)
-            run = jax.jit(partial(self._embed, shape), donate_argnums=(1, 2))
-            arguments = (self.params.groups, state.pooled, state.dense, packed)
-            jobs.append(Job(("slice", shape.length), run, arguments))
-        return jobs + [job for bucket in self.batch_buckets for job in self._batch_jobs(bucket)]
-
-    def _batch_jobs(self, bucket: int) -> list[Job]:
-        """The segments of one batch size, each fed with what the one before gives."""
-        state = jax.eval_shape(self._zero_state)
-        jobs, flowing = [], (state.pooled, state.dense)
-        for index in range(self.count):
-            function = self._functions[index]
-            if index == 0:
-                function = partial(function, bucket=bucket)
-            arguments = (*self._arguments[index], *flowing)
-            jobs.append(Job((index, bucket), jax.jit(function), arguments))
-            flowing = (jax.eval_shape(function, *arguments),)
-        return jobs
-
-    def _zero_state(self) -> BatchState:
-        dtype, rows = jnp.dtype(self.config.carried_dtype), self.batch_buckets[-1]
-        width = self.config.pooled_width + columns_behind(self.config, self.backend.ops)
-        return BatchState(
-            pooled=jnp.zeros((rows, width), dtype),
-            dense=jnp.zeros((rows, self.config.dense_width), dtype),
-            landed=jnp.int32(0),
-        )
-
-    def _embed(
-        self, shape: PackedShape, groups: Any, pooled: Array, dense: Array, packed: Array
-    ) -> BatchState:
-        row, batch = shape.unpack(packed)
-        new = pool(groups, batch, config=self.config, layout=self.layout, ops=self.backend.ops)
-        new_dense = batch.dense.astype(dense.dtype)
-        return BatchState(
-            pooled=lax.dynamic_update_slice(pooled, new, (row, 0)),
-            dense=lax.dynamic_update_slice(dense, new_dense, (row, 0)),
-            landed=row,
-        )
-
-    def _first(self, weights: Any, pooled: Array, dense: Array, *, bucket: int) -> Array:
-        bottom_layers, cross, top = weights
-        pooled, dense = pooled[:bucket], dense[:bucket]
-        bottom = self._mlp(bottom_layers, dense)
-        vectors = jnp.concatenate([bottom, pooled], axis=1)
-        x = interact(
-            *(cross, vectors),
-            config=self.config,
-            precision=self._precision,
-            ops=self.backend.ops,
-        )
-        return self._top(0, (top,), x)
-
-    def _top(self, index: int, weights: tuple[tuple[DenseLayer, ...]], x: Array) -> Array:
-        (layers,) = weights
-        if index < self.count - 1:
-            return self._mlp(layers, x)
-        return scores(layers[-1], self._mlp(layers[:-1], x), self._precision)
-
-    def _mlp(self, layers: tuple[DenseLayer, ...], x: Array) -> Array:
-        activation, ops = self.config.activation, self.backend.ops
-        return mlp(layers, x, activation, precision=self._precision, ops=ops)
-
-    @property
-    def _precision(self) -> lax.Precision | None:
-        return lax.Precision.HIGHEST if self.config.compute_dtype == "float32" else None
-
-    def _warm_up(self) -> None:
-        """First runs load code and choose algorithms: not on a request's time."""
-        state = self.new_state()
-        for bucket in self.slice_buckets:
-            state = self.embed(state, np.zeros(self.staging.shape(bucket).length, np.int32))
-        for bucket in self.batch_buckets:
-            x = self.start(state, bucket)
-            for index in range(1, self.count):
-                x = self.run(index, bucket, x)
-            x.block_until_ready()
+    def _co_run_jobs(self, cells: Iterable[CoRun]) -> list[Job]:
+        return [self.stages.co_run_job(cell, self.staging.shape(cell.slice)) for cell in cells]
 
 
-def _cuts(config: DLRMConfig, segments: int) -> list[slice]:
-    """Each segment's run of top layers, the longest as short as possible by FLOP.
+def _warm_up(executable: Callable[..., Any], job: Job) -> None:
+    """First runs load code and choose algorithms: not on a request's time."""
 
-    Segment 0 has none, but all where it is the only one; no other goes without.
-    """
-    flop = [inputs * outputs for inputs, outputs in dense_shapes(config)[1]]
-    runs = min(segments - 1, len(flop))
-    if runs == 0:
-        return [slice(0, len(flop))]
-    bounds = [(0, *inner, len(flop)) for inner in combinations(range(1, len(flop)), runs - 1)]
-    best = min(bounds, key=lambda cut: max(sum(flop[a:b]) for a, b in pairwise(cut)))
-    return [slice(0, 0), *(slice(a, b) for a, b in pairwise(best))]
+    def zeros(leaf: Any) -> Any:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
+
+    jax.block_until_ready(executable(*jax.tree.map(zeros, job.arguments)))
 
 
 def _check_params(config: DLRMConfig, params: Params) -> None:

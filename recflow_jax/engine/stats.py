@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduling.request import Segment, Slice
+from scheduling.request import Segment, Slice, Step
 
 PERCENTILES = (50, 95, 99)
 COUNTED = (
@@ -28,7 +28,8 @@ class EngineStats:
 
     Reasons: `input`, `queue_full` and `closed` (raised by submit), `deadline` (could not be
     answered in time, or was answered too late). Batch and slice sizes are samples on average;
-    `batch_buckets` counts batches by the bucket that they were padded to.
+    `batch_buckets` counts batches by the bucket that they were padded to, `batch_segments` by the
+    segments that they were cut into, `co_runs` the steps in one executable by their config.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first.
@@ -46,6 +47,8 @@ class EngineStats:
     slices: int
     steps: int
     batch_buckets: dict[int, int]
+    batch_segments: dict[int, int]
+    co_runs: dict[str, int]
     mean_batch: float
     mean_slice: float
     sample_padding: float
@@ -66,6 +69,8 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._batch_buckets: Counter[int] = Counter()
+        self._batch_segments: Counter[int] = Counter()
+        self._co_runs: Counter[str] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
 
     def accepted(self, samples: int) -> None:
@@ -85,17 +90,25 @@ class Tally:
     def failed(self) -> None:
         self._add(failed=1)
 
-    def launched_slice(self, piece: Slice) -> None:
+    def launched(self, step: Step) -> None:
+        self._add(steps=1)
+        if step.slice is not None:
+            self._launched_slice(step.slice)
+        if step.segment is not None and step.segment.shape.last:
+            self._launched_batch(step.segment)
+        if step.co_run is not None:
+            with self._lock:
+                self._co_runs[step.co_run] += 1
+
+    def _launched_slice(self, piece: Slice) -> None:
         self._add(slices=1, slice_samples=piece.samples, ids=piece.ids, id_room=piece.bucket.ids)
 
-    def launched_segment(self, segment: Segment) -> None:
-        if segment.last:
-            self._add(batches=1, batch_samples=segment.samples, batch_room=segment.bucket)
-            with self._lock:
-                self._batch_buckets[segment.bucket] += 1
-
-    def launched_step(self) -> None:
-        self._add(steps=1)
+    def _launched_batch(self, last: Segment) -> None:
+        shape = last.shape
+        self._add(batches=1, batch_samples=last.samples, batch_room=shape.batch)
+        with self._lock:
+            self._batch_buckets[shape.batch] += 1
+            self._batch_segments[shape.segments] += 1
 
     def _add(self, **counts: int) -> None:
         with self._lock:
@@ -108,7 +121,8 @@ class Tally:
         """All counters at one moment."""
         with self._lock:
             n, rejected = Counter(self._counts), dict(self._rejected)
-            batch_buckets = dict(self._batch_buckets)
+            batch_buckets, co_runs = dict(self._batch_buckets), dict(self._co_runs)
+            batch_segments = dict(self._batch_segments)
             latencies_ms = np.array(self._latencies_us) / 1000
         p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
         return EngineStats(
@@ -116,6 +130,8 @@ class Tally:
             rejected=rejected,
             queued_samples=queued_samples,
             batch_buckets=batch_buckets,
+            batch_segments=batch_segments,
+            co_runs=co_runs,
             mean_batch=n["batch_samples"] / max(n["batches"], 1),
             mean_slice=n["slice_samples"] / max(n["slices"], 1),
             sample_padding=_padding(n["batch_samples"], n["batch_room"]),

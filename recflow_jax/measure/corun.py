@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.corun import CONFIGS, CorunConfig, dense_with_gather
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.mlp import DTYPES, dense
+from pallas_kernels.slots import width
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.layout import Layout
@@ -138,13 +140,14 @@ class _Slices:
         sets = input_sets(config, samples, ids=ids, seed=seed)[:MOST_PROFILED]
         self.batches = device_batches(layout, sets)
         self.groups = params.groups
-        self.options: dict[str, Any] = {"slots": layout.slots, "out_dtype": config.carried_dtype}
+        self.slots, self.out_dtype = layout.slots, config.carried_dtype
         gather = jax.jit(partial(pool, config=config, layout=layout, ops=backend.ops))
         self.gather_us = _kernel_us(gather, [(self.groups, batch) for batch in self.batches])
         self.moved_bytes = gather_bytes(config, layout, sets[0])
         # Compiled once for all layers.
+        options = {"slots": self.slots, "out_dtype": self.out_dtype}
         self.serial = {
-            corun.gather: jax.jit(partial(pooled_gather, config=corun.gather, **self.options))
+            corun.gather: jax.jit(partial(pooled_gather, config=corun.gather, **options))
             for corun in CONFIGS.values()
         }
 
@@ -153,9 +156,15 @@ class _Slices:
 
     def beside(self, operands: tuple[Array, ...], activation: str, config: CorunConfig) -> float:
         """Microseconds of a layer with this work in its launch. Raises WrongKernel."""
-        co_run = jax.jit(
-            partial(dense_with_gather, activation=activation, config=config, **self.options)
-        )
+        shape = len(self.batches[0].dense), width(self.slots)
+
+        @jax.jit
+        def co_run(*operands: Any) -> Any:
+            vectors = lax.empty(shape, jnp.dtype(self.out_dtype))
+            operands = (*operands[:3], vectors, jnp.int32(0), *operands[3:])
+            options = {"activation": activation, "slots": self.slots, "config": config}
+            return dense_with_gather(*operands, left=0, **options)
+
         layer = jax.jit(partial(dense, activation=activation, config=config.mlp))(*operands)
         gather = self.serial[config.gather]
         calls = [(*operands, *self._bags(batch)) for batch in self.batches]

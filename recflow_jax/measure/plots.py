@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from recflow_jax.measure.schemes import Scheme
 from scheduling import ProfileKey, ProfileRow, ProfileTable
 
 COLORS = {
@@ -35,6 +36,7 @@ def bench(report: Mapping[str, Any], path: Path) -> None:
         (part, draw)
         for part, draw in (
             ("offline", _offline),
+            ("overlap", _overlap),
             ("numpy", _stream),
             ("online", _online),
             ("gather", _gather),
@@ -50,20 +52,22 @@ def bench(report: Mapping[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def profile(table: ProfileTable, path: Path) -> None:
-    """Heat map of a profile table: segments by batch size with their sum, slices beside it."""
-    segments = [row for row in table.rows if row.kind == "segment"]
+def profile(table: ProfileTable, schemes: Sequence[Scheme], path: Path) -> None:
+    """Heat maps of a profile table: segments by batch size with their sum, slices, and what one
+    executable gains over a whole batch and a slice one after the other.
+    """
+    finest = max((row.segments or 1 for row in table.rows), default=1)
+    segments = [row for row in table.rows if row.kind == "segment" and row.segments == finest]
     slices = [row for row in table.rows if row.kind == "slice"]
-    steps = [row for row in table.rows if row.kind == "step"]
-    figure, (left, right) = _figure(1, 2, width=13, height=4.6 if not steps else 5.0)
+    whole = [scheme for scheme in schemes if scheme.segments == 1]
+    figure, axes = _figure(1, 2 + bool(whole), width=13 if not whole else 18, height=4.6)
     figure.suptitle(
         f"{table.model} on {table.device} ({table.backend}): median microseconds", fontsize=11
     )
-    _segments_map(left, segments)
-    if steps:
-        _steps_map(right, steps, slices)
-    else:
-        _slices_map(right, slices)
+    _segments_map(axes[0], segments)
+    _slices_map(axes[1], slices)
+    if whole:
+        _gains_map(axes[2], whole)
     save(figure, path)
 
 
@@ -154,6 +158,16 @@ def _offline(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
             label = label.replace("floor (bytes, FLOP)", "empty dispatch (host)")
             ax.hlines(us, *ends, color=FLOOR_COLOR, linestyle=":", label=label)
     _finish_bars(ax, "offline: inputs on the device")
+
+
+def _overlap(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    times = {"co-run": [result["best_us"] for result in results]}
+    for name in results[0]["contenders"]:
+        times[name] = [r["contenders"][name]["timing"]["median_us"] for r in results]
+    for part in ("embedding", "dnn"):
+        times[f"{part} alone"] = [result[part]["median_us"] for result in results]
+    _grouped_bars(ax, [result["batch"] for result in results], times)
+    _finish_bars(ax, "embeddings during the DNN of the batch before")
 
 
 def _stream(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
@@ -284,26 +298,17 @@ def _slices_map(ax: Axes, rows: Sequence[ProfileRow]) -> None:
     ax.set_title("embedding slices", fontsize=10)
 
 
-def _steps_map(ax: Axes, steps: Sequence[ProfileRow], slices: Sequence[ProfileRow]) -> None:
-    """Slices alone, then a step of each slice with all segments of a batch, summed."""
-    sizes = sorted({(row.slice_samples or 0, row.slice_ids or 0) for row in slices})
-    batches = sorted({row.batch for row in steps if row.batch is not None})
-    cells = np.full((len(batches) + 1, len(sizes)), np.nan)
-    for row in slices:
-        cells[0, sizes.index((row.slice_samples or 0, row.slice_ids or 0))] = row.median_us
-    for batch in batches:
-        for column, (samples, ids) in enumerate(sizes):
-            matching = [
-                r.median_us
-                for r in steps
-                if (r.batch, r.slice_samples, r.slice_ids) == (batch, samples, ids)
-            ]
-            if matching:
-                cells[1 + batches.index(batch), column] = sum(matching)
-    names = ["slice alone", *(f"batch {batch:,}" for batch in batches)]
-    _heat_map(ax, cells, names, [f"{samples:,}\n{ids:,} ids" for samples, ids in sizes])
+def _gains_map(ax: Axes, schemes: Sequence[Scheme]) -> None:
+    """Below 1 the planner takes one after the other."""
+    batches = sorted({scheme.batch for scheme in schemes})
+    sizes = sorted({scheme.slice_samples for scheme in schemes})
+    cells = np.full((len(batches), len(sizes)), np.nan)
+    for scheme in schemes:
+        place = batches.index(scheme.batch), sizes.index(scheme.slice_samples)
+        cells[place] = scheme.gain
+    _heat_map(ax, cells, [f"batch {b:,}" for b in batches], [f"{size:,}" for size in sizes])
     ax.set_xlabel("slice size (samples)")
-    ax.set_title("slices, and steps summed over a batch's segments", fontsize=10)
+    ax.set_title("serial time / best time in one executable", fontsize=10)
 
 
 def _slice_name(row: ProfileKey) -> str:

@@ -4,7 +4,9 @@ Inputs lie on the device and calls are queued: what is timed is the device's wor
 where that takes longer. Slices rotate among input sets; segments find what the one before left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,89 +14,108 @@ import jax
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.segments import Segments
-from recflow_jax.measure.timing import Timed, Timing, TimingOptions, measure
-from scheduling import ProfileKey, ProfileRow, SliceBucket, segment_key, slice_key, step_key
+from recflow_jax.measure.timing import (
+    Timed,
+    Timing,
+    TimingOptions,
+    measure,
+    measure_side_by_side,
+)
+from scheduling import CoRun, ProfileKey, ProfileRow, SegmentShape, SliceBucket
+from scheduling.costs import CO_RUN, segment_key, slice_key, step_key
 
 PACKED_SETS = 4
 
 
 class Profiler:
-    """Times the compiled pieces of one model."""
+    """Times the compiled pieces of one model. What it is to time has to be compiled."""
 
     def __init__(self, segments: Segments, *, ids: str, seed: int, timing: TimingOptions) -> None:
         self.segments = segments
         self.timing = timing
         self._ids = ids
         self._seed = seed
-        self._state = segments.new_state()
+        self._filling = segments.new_state()
+        self._running = segments.new_state()
+        self._has_vectors = False
         self._packed: dict[SliceBucket, list[jax.Array]] = {}
-        self._activations: dict[int, list[Any]] = {}
+        self._activations: dict[SegmentShape, Any] = {}
 
     def slice_rows(self, bucket: SliceBucket) -> list[ProfileRow]:
         """The row of one slice size."""
-        timing = self._measure(lambda i: self._embed(bucket, i))
-        return [_row(slice_key(bucket), timing)]
+        return [_row(slice_key(bucket), self._measure(partial(self._embed, bucket)))]
 
-    def segment_rows(self, batch: int) -> list[ProfileRow]:
-        """The rows of all segments of one batch size."""
-        timings = [
-            self._measure(lambda _, index=index: self._run(index, batch))
-            for index in range(self.segments.count)
-        ]
-        return [_row(segment_key(i, batch), timing) for i, timing in enumerate(timings)]
-
-    def step_rows(self, batch: int, bucket: SliceBucket) -> list[ProfileRow]:
-        """The rows of a slice beside each segment, launched one after the other."""
+    def segment_rows(self, segments: int, batch: int) -> list[ProfileRow]:
+        """The rows of all segments of one cut of one batch size."""
         return [
-            _row(step_key(index, batch, bucket), self._measure(self._step(index, batch, bucket)))
-            for index in range(self.segments.count)
+            _row(segment_key(shape), self._measure(lambda _, shape=shape: self._run(shape)))
+            for shape in SegmentShape.all_of(segments, batch)
         ]
+
+    def step_rows(
+        self, shape: SegmentShape, bucket: SliceBucket, rides: Iterable[str]
+    ) -> list[ProfileRow]:
+        """The rows of a segment beside a slice: launched one after the other, and by each ride."""
+
+        def serial(i: int) -> Any:
+            return self._run(shape), self._embed(bucket, i)
+
+        launches = {step_key(shape, bucket): serial}
+        for ride in rides:
+            cell = CoRun(segment=shape, slice=bucket, config=ride)
+            key = step_key(shape, bucket, scheme=CO_RUN, config=ride)
+            launches[key] = partial(self._co_run, cell)
+        timed = {str(key): Timed(launch=launch) for key, launch in launches.items()}
+        timings = measure_side_by_side(timed, self.timing)
+        return [_row(key, timings[str(key)]) for key in launches]
 
     def _measure(self, launch: Callable[[int], Any]) -> Timing:
         return measure(Timed(launch=launch), self.timing)
 
-    def _step(self, index: int, batch: int, bucket: SliceBucket) -> Callable[[int], Any]:
-        other = self.segments.new_state()  # of the batch that fills while another one runs
-
-        def launch(i: int) -> Any:
-            nonlocal other
-            packed = self._inputs(bucket)
-            other = self.segments.embed(other, packed[i % len(packed)])
-            return other.landed, self._run(index, batch)
-
-        return launch
-
     def _embed(self, bucket: SliceBucket, i: int) -> Any:
-        packed = self._inputs(bucket)
-        self._state = self.segments.embed(self._state, packed[i % len(packed)])
-        return self._state.landed
+        self._filling = self.segments.embed(self._filling, self._input(bucket, i))
+        return self._filling.landed
 
-    def _run(self, index: int, batch: int) -> Any:
-        if batch not in self._activations:
-            self._activations[batch] = self._all_activations(batch)
-        if index == 0:
-            return self.segments.start(self._state, batch)
-        return self.segments.run(index, batch, self._activations[batch][index - 1])
+    def _run(self, shape: SegmentShape) -> Any:
+        if shape.index:
+            return self.segments.run(shape, self._before(shape))
+        self._fill()
+        x, self._running = self.segments.start(shape, self._running)
+        return x
 
-    def _all_activations(self, batch: int) -> list[Any]:
-        """What each segment but the last gives, for the next one to take."""
-        self._fill_state()
-        found = [self.segments.start(self._state, batch)]
-        for index in range(1, self.segments.count):
-            found.append(self.segments.run(index, batch, found[-1]))
-        return found
+    def _co_run(self, cell: CoRun, i: int) -> Any:
+        packed = self._input(cell.slice, i)
+        if cell.segment.index:
+            before = self._before(cell.segment)
+            x, self._filling = self.segments.run_with(cell, before, self._filling, packed)
+            return x
+        self._fill()
+        states = (self._running, self._filling)
+        x, self._running, self._filling = self.segments.start_with(cell, *states, packed)
+        return x
 
-    def _fill_state(self) -> None:
+    def _before(self, shape: SegmentShape) -> Any:
+        """What the segment before gives."""
+        if shape not in self._activations:
+            before = SegmentShape.all_of(shape.segments, shape.batch)[shape.index - 1]
+            self._activations[shape] = self._run(before)
+        return self._activations[shape]
+
+    def _fill(self) -> None:
         """Real embeddings in all rows: matrix products of zeros are faster than others."""
+        if self._has_vectors:
+            return
+        self._has_vectors = True
         bucket = self.segments.slice_buckets[-1]
         for row in range(0, self.segments.batch_buckets[-1] - bucket.samples + 1, bucket.samples):
-            self._state = self.segments.embed(self._state, self._pack(bucket, row, self._seed))
+            packed = self._pack(bucket, row, self._seed)
+            self._running = self.segments.embed(self._running, packed)
 
-    def _inputs(self, bucket: SliceBucket) -> list[jax.Array]:
+    def _input(self, bucket: SliceBucket, i: int) -> jax.Array:
         if bucket not in self._packed:
             seeds = range(self._seed, self._seed + PACKED_SETS)
             self._packed[bucket] = [jax.device_put(self._pack(bucket, 0, s)) for s in seeds]
-        return self._packed[bucket]
+        return self._packed[bucket][i % PACKED_SETS]
 
     def _pack(self, bucket: SliceBucket, row: int, seed: int) -> Any:
         batch = generate(self.segments.config, bucket.samples, seed=seed, ids=self._ids)
@@ -109,13 +130,7 @@ def _fitting(batch: JaggedBatch, ids: int) -> JaggedBatch:
 
 def _row(key: ProfileKey, timing: Timing) -> ProfileRow:
     return ProfileRow(
-        kind=key.kind,
-        segment=key.segment,
-        batch=key.batch,
-        slice_samples=key.slice_samples,
-        slice_ids=key.slice_ids,
-        scheme=key.scheme,
-        config=key.config,
+        **asdict(key),
         median_us=timing.median_us,
         p10_us=timing.p10_us,
         p90_us=timing.p90_us,

@@ -23,7 +23,9 @@ from recflow_jax.measure.corun import CorunResult
 from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
 from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
+from recflow_jax.measure.overlap import OverlapResult
 from recflow_jax.measure.stream import StreamResult
+from recflow_jax.measure.timing import Timing
 
 SCHEMA = 1
 WIDTH = 110
@@ -118,8 +120,7 @@ def _timing_cells(result: OfflineResult | StreamResult, name: str) -> list[str]:
         f"{result.batch}" if name == RECFLOW else "",
         name,
         measured.note,
-        f"{timing.median_us:,.0f}",
-        f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+        *_spread(timing),
         "" if name == RECFLOW else f"{result.ratios[name]:.2f}",
     ]
 
@@ -247,6 +248,27 @@ def interaction_table(results: Sequence[InteractionResult]) -> Table:
                 _us(result.device_us[name]),
             )
     return table
+
+
+def overlap_table(results: Sequence[OverlapResult]) -> Table:
+    """Batches in a row: the fastest co-run, then what it is compared with."""
+    table = _table(
+        "overlap: embeddings during the DNN of the batch before, microseconds per batch",
+        *("batch", "contender", "how", "median", "p10-p90", "x co-run", "embedding", "dnn"),
+    )
+    for result in results:
+        alone = (_us(result.embedding.median_us), _us(result.dnn.median_us))
+        best = result.co_runs[result.best]
+        table.add_row(f"{result.batch}", result.best, best.note, *_spread(best.timing), "", *alone)
+        for name, measured in result.contenders.items():
+            speedup = f"{result.speedups[name]:.2f}"
+            table.add_row("", name, measured.note, *_spread(measured.timing), speedup)
+        table.add_section()
+    return table
+
+
+def _spread(timing: Timing) -> tuple[str, str]:
+    return f"{timing.median_us:,.0f}", f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}"
 
 
 def corun_table(results: Sequence[CorunResult]) -> Table:

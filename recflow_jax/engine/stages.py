@@ -1,0 +1,225 @@
+"""What the executables of a model compute: slices, the segments of every cut, co-runs of the two.
+
+A batch is *cut* into one segment, or several: the first is then bottom MLP and interaction over
+the batch's first rows, the others share the top MLP's layers about evenly by FLOP. A co-run is a
+segment with a slice of another batch in its dense layers' launches (see `rides`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations, pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from recflow_jax.backend import Backend
+from recflow_jax.config import DLRMConfig
+from recflow_jax.engine.compilation import Job
+from recflow_jax.engine.staging import PackedShape
+from recflow_jax.layout import Layout
+from recflow_jax.model import (
+    DenseLayer,
+    Ops,
+    Params,
+    columns_behind,
+    dense_shapes,
+    interact,
+    mlp,
+    scores,
+)
+from recflow_jax.rides import Cargo, Carriage, Ride
+from scheduling.request import CoRun, SegmentShape
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BatchState:
+    """A batch on the device, in the compute dtype: vectors [max_batch, bottom MLP's width, pooled
+    width, and the zero columns that the back end wants behind], dense [max_batch, dense_width].
+    `landed` is ready when the last slice has landed.
+    """
+
+    vectors: Any
+    dense: Any
+    landed: Any
+
+
+class Stages:
+    """The functions of one model, to be compiled for static shapes.
+
+    `params` are prepared for the back end; the batch's buffers have `rows` rows. Whatever takes a
+    state's vectors is given them for good and gives them back.
+    """
+
+    def __init__(
+        self, config: DLRMConfig, params: Params, backend: Backend, rows: int, cuts: tuple[int, ...]
+    ) -> None:
+        self._config = config
+        self._groups = params.groups
+        self._ops = backend.ops
+        self._rows = rows
+        self._layout = Layout.of(config)
+        self._top = {cut: _runs(config, cut) for cut in cuts}
+        places = [(cut, index) for cut in cuts for index in range(cut)]
+        self._bound = {place: self._bind(backend, params, *place) for place in places}
+
+    def weights(self, shape: SegmentShape) -> tuple[Any, ...]:
+        """What a segment's executable is called with first (see Backend.bind)."""
+        return self._of(shape)[1]
+
+    def dense_layers(self, shape: SegmentShape) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a segment's dense layers, in the order of their launch."""
+        config = self._config
+        bottom, top = dense_shapes(config)
+        width = config.bottom_width + config.pooled_width
+        narrowing = [(width, config.cross_rank)] * config.cross_layers
+        own = top[self._top[shape.segments][shape.index]]
+        own = own[:-1] if shape.last else own
+        return own if shape.index else [*bottom, *narrowing, *own]
+
+    def state_job(self) -> Job:
+        """A batch's buffers, all zero."""
+        return Job("state", jax.jit(self._zero_state), ())
+
+    def slice_job(self, shape: PackedShape) -> Job:
+        """(groups, vectors, dense, packed) -> BatchState."""
+        run = jax.jit(partial(self._embed, shape), donate_argnums=(1, 2))
+        return Job(("slice", shape.length), run, self._filling(shape))
+
+    def segment_jobs(self, segments: int, batch: int) -> list[Job]:
+        """All segments of a batch: (weights, vectors, dense) -> (x, vectors), then (weights, x) ->
+        (x,).
+        """
+        fed = self._fed(segments, batch)
+        return [Job(shape, _donating(run, shape, flow), flow) for shape, (run, flow) in fed.items()]
+
+    def co_run_job(self, cell: CoRun, shape: PackedShape) -> Job:
+        """The arguments of a segment, then those of a slice -> both of their results."""
+        _, flow = self._fed(cell.segment.segments, cell.segment.batch)[cell.segment]
+        run = partial(self._co_run, cell, shape)
+        donated = (len(flow) + 1, len(flow) + 2)
+        run = _donating(run, cell.segment, flow, *donated)
+        return Job(cell, run, (*flow, *self._filling(shape)))
+
+    def _of(self, shape: SegmentShape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._bound[shape.segments, shape.index]
+
+    def _bind(
+        self, backend: Backend, params: Params, cut: int, index: int
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        top = params.top[self._top[cut][index]]
+        last = index == cut - 1
+        if index == 0:
+            weights = (params.bottom, params.cross, top)
+            return backend.bind(partial(self._first, last), weights)
+        return backend.bind(partial(self._later, last), top)
+
+    def _fed(
+        self, segments: int, batch: int
+    ) -> dict[SegmentShape, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """Each segment's function for one batch size, and what it gets from the one before."""
+        state = jax.eval_shape(self._zero_state)
+        fed, flowing = {}, (state.vectors, state.dense)
+        shape: SegmentShape | None = SegmentShape(segments=segments, index=0, batch=batch)
+        while shape is not None:
+            function, weights = self._of(shape)
+            function = partial(function, batch=batch, ops=self._ops)
+            fed[shape] = (function, (*weights, *flowing))
+            flowing = jax.eval_shape(function, *weights, *flowing)[:1]
+            shape = shape.next
+        return fed
+
+    def _filling(self, shape: PackedShape) -> tuple[Any, ...]:
+        """The arguments that bring a slice into a batch."""
+        state = jax.eval_shape(self._zero_state)
+        packed = jax.ShapeDtypeStruct((shape.length,), jnp.int32)
+        return self._groups, state.vectors, state.dense, packed
+
+    def _zero_state(self) -> BatchState:
+        config = self._config
+        width = config.bottom_width + config.pooled_width + columns_behind(config, self._ops)
+        dtype = jnp.dtype(config.carried_dtype)
+        return BatchState(
+            vectors=jnp.zeros((self._rows, width), dtype),
+            dense=jnp.zeros((self._rows, config.dense_width), dtype),
+            landed=jnp.int32(0),
+        )
+
+    def _embed(self, shape: PackedShape, *filling: Any) -> BatchState:
+        cargo, state = self._unpacked(shape, *filling)
+        return replace(state, vectors=cargo.gathered(self._ops)) if cargo.slots else state
+
+    def _co_run(self, cell: CoRun, shape: PackedShape, *arguments: Any) -> Any:
+        flow, filling = arguments[:-4], arguments[-4:]
+        cargo, state = self._unpacked(shape, *filling)
+        ride = Ride.parse(cell.config)
+        shares = ride.shares(self.dense_layers(cell.segment), shape.samples)
+        carriage = Carriage(ops=self._ops, cargo=cargo, kernel=ride.kernel, shares=shares)
+        function, _ = self._of(cell.segment)
+        out = function(*flow, batch=cell.segment.batch, ops=carriage.loaded_ops)
+        return out, replace(state, vectors=carriage.unload() if cargo.slots else state.vectors)
+
+    def _unpacked(
+        self, shape: PackedShape, groups: Any, vectors: Array, dense: Array, packed: Array
+    ) -> tuple[Cargo, BatchState]:
+        """A slice's bags, and the state that they are to land in, with its dense features."""
+        row, batch = shape.unpack(packed)
+        cargo = Cargo(
+            vectors=vectors,
+            first_row=row,
+            groups=groups,
+            batch=batch,
+            slots=self._layout.slots,
+            left=self._config.bottom_width,
+        )
+        dense = lax.dynamic_update_slice(dense, batch.dense.astype(dense.dtype), (row, 0))
+        return cargo, BatchState(vectors=vectors, dense=dense, landed=row)
+
+    def _first(
+        self, last: bool, weights: Any, vectors: Array, dense: Array, *, batch: int, ops: Ops
+    ) -> tuple[Array, Array]:
+        bottom_layers, cross, top = weights
+        bottom = self._mlp(bottom_layers, dense[:batch], ops)
+        complete = lax.dynamic_update_slice(vectors[:batch], bottom, (0, 0))
+        x = interact(cross, complete, config=self._config, precision=self._precision, ops=ops)
+        (x,) = self._later(last, top, x, batch=batch, ops=ops)
+        return x, complete if batch == self._rows else vectors
+
+    def _later(
+        self, last: bool, layers: tuple[DenseLayer, ...], x: Array, *, batch: int, ops: Ops
+    ) -> tuple[Array]:
+        if not last:
+            return (self._mlp(layers, x, ops),)
+        return (scores(layers[-1], self._mlp(layers[:-1], x, ops), self._precision),)
+
+    def _mlp(self, layers: tuple[DenseLayer, ...], x: Array, ops: Ops) -> Array:
+        return mlp(layers, x, self._config.activation, precision=self._precision, ops=ops)
+
+    @property
+    def _precision(self) -> lax.Precision | None:
+        return lax.Precision.HIGHEST if self._config.compute_dtype == "float32" else None
+
+
+def _donating(
+    function: Callable[..., Any], shape: SegmentShape, flow: tuple[Any, ...], *others: int
+) -> Any:
+    """Jitted; a first segment's vectors, the last but one of what flows in, are used up."""
+    own = (len(flow) - 2,) if shape.index == 0 else ()
+    return jax.jit(function, donate_argnums=(*own, *others))
+
+
+def _runs(config: DLRMConfig, segments: int) -> list[slice]:
+    """Each segment's run of top layers, the longest as short as possible by FLOP.
+
+    Segment 0 has none, but all where it is the only one; no other goes without.
+    """
+    flop = [inputs * outputs for inputs, outputs in dense_shapes(config)[1]]
+    if segments == 1:
+        return [slice(0, len(flop))]
+    bounds = [(0, *inner, len(flop)) for inner in combinations(range(1, len(flop)), segments - 2)]
+    best = min(bounds, key=lambda cut: max(sum(flop[a:b]) for a, b in pairwise(cut)))
+    return [slice(0, 0), *(slice(a, b) for a, b in pairwise(best))]

@@ -1,0 +1,110 @@
+"""What a profile table has to hold, in the order of measuring, and what is ruled out ahead.
+
+A segment and a slice in one executable take at least as long as the longer of the two. Where that
+leaves little to gain, and where their sizes are far apart, nothing but their sum is known.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from recflow_jax.measure.profiler import Profiler
+from recflow_jax.rides import IN_TURN
+from scheduling import CoRun, ProfileKey, ProfileRow, ProfileTable, SegmentShape, SliceBucket
+from scheduling.costs import StepCosts, segment_key, slice_key, step_key
+
+NEAR = 4  # times the samples of one another that slice and batch may have
+LEAST_GAIN = 0.05  # of the sum
+LEAST_US = 20.0  # of a slice, for a kernel that takes it along
+KEPT_RIDES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Rows that are measured and written together: one slice, the segments of a batch, or a step
+    by all its rides, which have to be compiled.
+    """
+
+    first: ProfileKey
+    rows: int
+    measure: Callable[[], list[ProfileRow]]
+    co_runs: tuple[CoRun, ...] = ()
+
+
+class Sweep:
+    """The jobs of one model's segments, the largest of each kind first: they tell how long it will
+    take. quick: no batches but the largest beside slices, which is for trying out.
+    """
+
+    def __init__(self, profiler: Profiler, *, quick: bool = False) -> None:
+        self._profiler = profiler
+        self._segments = profiler.segments
+        self._slices = self._segments.slice_buckets[::-1]
+        self._batches = self._segments.batch_buckets[::-1]
+        self._in_steps = self._batches[:1] if quick else self._batches
+        self._rides = [str(ride) for ride in self._segments.rides]
+
+    def alone(self) -> list[Job]:
+        """All slices, and all segments of all cuts."""
+        slices = [
+            Job(first=slice_key(s), rows=1, measure=partial(self._profiler.slice_rows, s))
+            for s in self._slices
+        ]
+        return slices + [
+            Job(
+                first=segment_key(SegmentShape(segments=cut, index=0, batch=batch)),
+                rows=cut,
+                measure=partial(self._profiler.segment_rows, cut, batch),
+            )
+            for batch in self._batches
+            for cut in self._segments.cuts
+        ]
+
+    def contest(self) -> list[Job]:
+        """Every ride, with the largest slice in the largest batch."""
+        (shape,) = SegmentShape.all_of(1, self._batches[0])
+        return [self._step(shape, self._slices[0], self._rides)] if self._rides else []
+
+    def steps(self, table: ProfileTable) -> list[Job]:
+        """What may pay, by the times of its parts and the fastest rides of the contest."""
+        costs, kernels = StepCosts(table), self._fastest(table)
+        found = []
+        for shape in self._shapes():
+            for size in self._slices:
+                if rides := _worth_trying(costs, shape, size, kernels):
+                    found.append(self._step(shape, size, rides))
+        return found
+
+    def _shapes(self) -> Iterator[SegmentShape]:
+        for cut in self._segments.cuts:
+            for batch in self._in_steps:
+                yield from SegmentShape.all_of(cut, batch)
+
+    def _step(self, shape: SegmentShape, size: SliceBucket, rides: Sequence[str]) -> Job:
+        return Job(
+            first=step_key(shape, size),
+            rows=1 + len(rides),
+            measure=partial(self._profiler.step_rows, shape, size, rides),
+            co_runs=tuple(CoRun(segment=shape, slice=size, config=ride) for ride in rides),
+        )
+
+    def _fastest(self, table: ProfileTable) -> list[str]:
+        """The rides by a kernel that won the contest."""
+        (shape,) = SegmentShape.all_of(1, self._batches[0])
+        times = StepCosts(table).co_runs_us(shape, self._slices[0]) if self._rides else {}
+        return sorted({*times} - {IN_TURN}, key=lambda ride: times[ride])[:KEPT_RIDES]
+
+
+def _worth_trying(
+    costs: StepCosts, shape: SegmentShape, size: SliceBucket, kernels: Sequence[str]
+) -> list[str]:
+    """The rides to measure; none where a step is sure to be best serially, or hardly ever run."""
+    if not 1 / NEAR <= size.samples / shape.batch <= NEAR:
+        return []
+    parts_us = (costs.segment_us(shape), costs.slice_us(size))
+    if min(parts_us) < LEAST_GAIN * sum(parts_us):
+        return []
+    takes_kernels = costs.slice_us(size) >= LEAST_US
+    if shape.segments > 1 and not takes_kernels:
+        return []
+    return [IN_TURN, *(kernels if takes_kernels else ())]

@@ -1,0 +1,263 @@
+"""From measured times to plans: how a batch is cut, what rides beside each segment, and how.
+
+The idea, a scheduler that picks the least-interfering scheme from an offline table: RecFlow (BUPT
+and Meituan). Everything is worked out ahead; at run time a plan is a look-up of a few microseconds.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+from scheduling.buckets import ladder
+from scheduling.costs import StepCosts, segment_key
+from scheduling.request import CoRun, SegmentShape, SliceBucket
+from scheduling.table import ProfileTable
+
+Objective = Literal["throughput", "latency"]
+STAYS = 2  # a request waits for the batch before its own, then for its own, at most
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """What the pipeline asks. `waiting` counts samples of which nothing is launched yet.
+
+    `batch_buckets`: the sizes that batches may have; `cuts`: the segments they may be cut into;
+    `co_runs`: all that `co_run` may answer.
+    """
+
+    @property
+    def batch_buckets(self) -> tuple[int, ...]: ...
+
+    @property
+    def cuts(self) -> frozenset[int]: ...
+
+    @property
+    def co_runs(self) -> tuple[CoRun, ...]: ...
+
+    def segments(self, batch: int, waiting: int) -> int:
+        """Into how many segments to cut a batch of this bucket."""
+        ...
+
+    def slice_beside(self, shape: SegmentShape, waiting: int) -> SliceBucket:
+        """The most to launch beside a segment."""
+        ...
+
+    def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
+        """The config that runs this slice in the segment's launches; None: one after the other."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialPlans:
+    """Without a table: always the same cut, as large a slice as there is, one after the other."""
+
+    count: int
+    batch_buckets: tuple[int, ...]
+    largest_slice: SliceBucket
+
+    @property
+    def cuts(self) -> frozenset[int]:
+        return frozenset({self.count})
+
+    @property
+    def co_runs(self) -> tuple[CoRun, ...]:
+        return ()
+
+    def segments(self, batch: int, waiting: int) -> int:
+        return self.count
+
+    def slice_beside(self, shape: SegmentShape, waiting: int) -> SliceBucket:
+        return self.largest_slice
+
+    def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
+        return None
+
+
+class TablePlans:
+    """The best plans by a profile table, all worked out when it is made.
+
+    throughput: a batch and what waits are through as soon as possible. latency: samples wait as
+    little as possible on average, where as many come in as a batch has while it runs.
+    cuts: those that there may be; None allows all that were measured.
+    p99_ms: no batch is so large that two in a row take longer than that, by the table.
+    Raises ProfileMiss for a table without the slices or without one whole cut, and ValueError for
+    a bound that even the smallest batch does not meet.
+    """
+
+    def __init__(
+        self,
+        table: ProfileTable,
+        batch_buckets: Sequence[int],
+        slice_buckets: Sequence[SliceBucket],
+        *,
+        cuts: Sequence[int] | None = None,
+        objective: Objective = "throughput",
+        p99_ms: float | None = None,
+    ) -> None:
+        if objective not in get_args(Objective):
+            raise ValueError(
+                f"objective {objective!r} is not one of {', '.join(get_args(Objective))}"
+            )
+        self.costs = StepCosts(table)
+        self.objective = objective
+        self._slices = tuple(slice_buckets)
+        self._cuts = _measured_cuts(table, batch_buckets[-1], cuts)
+        self._pending = _pending_sizes(slice_buckets, batch_buckets[-1])
+        self._best = cache(self.costs.best)
+        self._rest = cache(self._cheapest)
+        self.batch_buckets = self._within(batch_buckets, p99_ms)
+        self._segments = {
+            (batch, waiting): self._best_cut(batch, waiting)
+            for batch in self.batch_buckets
+            for waiting in self._pending
+        }
+        self._beside = {
+            (shape, waiting): self._rest(shape, waiting)[1] or self._slices[0]
+            for shape in self._shapes()
+            for waiting in self._pending
+        }
+        self._co_runs = {
+            (shape, size): self._best(shape, size)[1]
+            for shape in self._shapes()
+            for size in self._slices
+        }
+
+    def segments(self, batch: int, waiting: int) -> int:
+        return self._segments[batch, self._rung(waiting)]
+
+    def slice_beside(self, shape: SegmentShape, waiting: int) -> SliceBucket:
+        return self._beside[shape, self._rung(waiting)]
+
+    def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
+        return self._co_runs[shape, size]
+
+    @property
+    def cuts(self) -> frozenset[int]:
+        return frozenset(self._segments.values())
+
+    @property
+    def co_runs(self) -> tuple[CoRun, ...]:
+        return tuple(
+            CoRun(segment=shape, slice=size, config=config)
+            for (shape, size), config in self._co_runs.items()
+            if config is not None and shape.segments in self.cuts
+        )
+
+    def predicted_us(self, batch: int, waiting: int) -> float:
+        """Until a batch of a bucket has run and all that waits is gathered."""
+        shape = SegmentShape(segments=self.segments(batch, waiting), index=0, batch=batch)
+        return self._makespan(shape, waiting)
+
+    def _makespan(self, shape: SegmentShape | None, waiting: int) -> float:
+        if shape is None:
+            return self._alone_us(waiting)
+        if not waiting:
+            return self.costs.segment_us(shape) + self._makespan(shape.next, 0)
+        size = self._fitting(self.slice_beside(shape, waiting), waiting)
+        left = max(waiting - size.samples, 0)
+        return self._best(shape, size)[0] + self._makespan(shape.next, left)
+
+    def _fitting(self, most: SliceBucket, waiting: int) -> SliceBucket:
+        """The bucket of a slice of what waits, up to `most`."""
+        return next(s for s in self._slices if s.samples >= min(waiting, most.samples))
+
+    def _shapes(self) -> Iterable[SegmentShape]:
+        for batch in self.batch_buckets:
+            for segments in self._cuts:
+                for index in range(segments):
+                    yield SegmentShape(segments=segments, index=index, batch=batch)
+
+    def _rung(self, waiting: int) -> int:
+        return self._pending[min(bisect_left(self._pending, waiting), len(self._pending) - 1)]
+
+    def _best_cut(self, batch: int, waiting: int) -> int:
+        def cost(segments: int) -> float:
+            return self._rest(SegmentShape(segments=segments, index=0, batch=batch), waiting)[0]
+
+        return min(self._cuts, key=cost)
+
+    def _cheapest(
+        self, shape: SegmentShape | None, waiting: int
+    ) -> tuple[float, SliceBucket | None]:
+        """The least cost from a segment on, and the slice to launch beside it; None if none waits.
+
+        A slice is launched whenever something waits: nobody waits longer than a step for that.
+        """
+        if shape is None:
+            return self._alone_us(waiting) * self._weight(0, waiting), None
+        weight, coming = self._weight(shape.batch, waiting), self._coming(shape)
+        if not waiting:
+            return weight * self.costs.segment_us(shape) + self._rest(shape.next, coming)[0], None
+        most = self._fitting(self._slices[-1], waiting)
+        costs = {
+            size: weight * self._best(shape, size)[0]
+            + self._rest(shape.next, max(waiting - size.samples, 0) + coming)[0]
+            for size in self._slices
+            if size.samples <= most.samples
+        }
+        best = min(costs, key=lambda size: costs[size])
+        return costs[best], best
+
+    def _weight(self, batch: int, waiting: int) -> float:
+        """Whom a microsecond costs."""
+        return 1.0 if self.objective == "throughput" else float(batch + waiting)
+
+    def _coming(self, shape: SegmentShape) -> int:
+        """Samples that arrive during a segment."""
+        return 0 if self.objective == "throughput" else shape.batch // shape.segments
+
+    def _alone_us(self, waiting: int) -> float:
+        """Slices with nothing beside them."""
+        total = 0.0
+        while waiting > 0:
+            size = self._fitting(self._slices[-1], waiting)
+            total += self.costs.slice_us(size)
+            waiting -= size.samples
+        return total
+
+    def _within(self, batch_buckets: Sequence[int], p99_ms: float | None) -> tuple[int, ...]:
+        """The batch sizes that meet the bound, with as much waiting as the batch has."""
+        if p99_ms is None:
+            return tuple(batch_buckets)
+        whole_us = {b: STAYS * self._fastest_us(b) for b in batch_buckets}
+        meeting = tuple(b for b in batch_buckets if whole_us[b] <= 1000 * p99_ms)
+        if not meeting:
+            raise ValueError(
+                f"p99 of {p99_ms} ms: two batches of {batch_buckets[0]} samples take "
+                f"{whole_us[batch_buckets[0]] / 1000:.3f} ms"
+            )
+        return meeting
+
+    def _fastest_us(self, batch: int) -> float:
+        """The shortest time of a batch with as much waiting, in slices as large as can be."""
+
+        def us(shape: SegmentShape | None, waiting: int) -> float:
+            if shape is None or not waiting:
+                rest = self._alone_us(waiting) if shape is None else 0.0
+                return rest if shape is None else self.costs.segment_us(shape) + us(shape.next, 0)
+            size = self._fitting(self._slices[-1], waiting)
+            left = max(waiting - size.samples, 0)
+            return self._best(shape, size)[0] + us(shape.next, left)
+
+        return min(us(SegmentShape(segments=n, index=0, batch=batch), batch) for n in self._cuts)
+
+
+def _measured_cuts(
+    table: ProfileTable, batch: int, allowed: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The cuts that were measured; ProfileMiss if none of those that may be was."""
+    measured = {row.segments for row in table.rows if row.segments is not None}
+    cuts = measured if allowed is None else measured & {*allowed}
+    if not cuts:
+        finest = max(allowed or (1,))
+        table.time_us(segment_key(SegmentShape(segments=finest, index=0, batch=batch)))
+    return tuple(sorted(cuts))
+
+
+def _pending_sizes(slices: Sequence[SliceBucket], largest_batch: int) -> tuple[int, ...]:
+    """How many samples may wait, in steps: none, the slices, and on to a batch."""
+    sizes = {0, *(size.samples for size in slices)}
+    beyond = ladder(max(largest_batch, slices[-1].samples), slices[-1].samples)
+    return tuple(sorted(sizes | {*beyond}))

@@ -1,0 +1,190 @@
+"""Plans from times that make the best one plain to see, and against all there are."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hand_tables import row, table
+from scheduling.costs import CO_RUN, StepCosts, segment_key, slice_key, step_key
+from scheduling.planner import SerialPlans, TablePlans
+from scheduling.request import CoRun, SegmentShape, SliceBucket
+from scheduling.table import ProfileMiss, ProfileRow
+
+BATCHES = (8, 16)
+SLICES = tuple(SliceBucket(samples=n, ids=10 * n) for n in (4, 8, 16))
+FINEST = 3
+
+
+def shapes(cuts: Sequence[int] = (1, FINEST)) -> Iterator[SegmentShape]:
+    for cut, batch in product(cuts, BATCHES):
+        yield from SegmentShape.all_of(cut, batch)
+
+
+def parts(launch_us: float = 0.0, cuts: Sequence[int] = (1, FINEST)) -> list[ProfileRow]:
+    """A slice of n samples takes n us, a batch of n 2 n us in all, and each launch so many more."""
+    return [
+        *(row(slice_key(size), size.samples + launch_us) for size in SLICES),
+        *(row(segment_key(s), 2 * s.batch / s.segments + launch_us) for s in shapes(cuts)),
+    ]
+
+
+def co_run(shape: SegmentShape, size: SliceBucket, us: float, config: str = "deep") -> ProfileRow:
+    return row(step_key(shape, size, scheme=CO_RUN, config=config), us)
+
+
+def whole(batch: int) -> SegmentShape:
+    return SegmentShape(segments=1, index=0, batch=batch)
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def test_a_step_takes_the_sum_of_its_parts_unless_it_was_measured():
+    costs = StepCosts(table([*parts(), row(step_key(whole(8), SLICES[0]), 17)]))
+    assert costs.serial_us(whole(8), SLICES[0]) == 17
+    assert costs.serial_us(whole(8), SLICES[1]) == 16 + 8
+    assert costs.best(whole(8), SLICES[1]) == (24, None)
+
+
+def test_the_fastest_co_run_is_taken_where_it_beats_serial():
+    rows = [co_run(whole(8), SLICES[0], us, name) for us, name in ((19, "a"), (18, "b"), (30, "c"))]
+    costs = StepCosts(table([*parts(), *rows, co_run(whole(8), SLICES[1], 25)]))
+    assert costs.best(whole(8), SLICES[0]) == (18, "b")
+    assert costs.best(whole(8), SLICES[1]) == (24, None)
+
+
+def test_what_was_not_measured_is_a_miss():
+    with pytest.raises(ProfileMiss, match="slice_samples=5"):
+        StepCosts(table(parts())).slice_us(SliceBucket(samples=5, ids=5))
+
+
+# --- throughput -----------------------------------------------------------------------------------
+
+
+def test_launches_that_cost_time_are_avoided():
+    assert TablePlans(table(parts(launch_us=1)), BATCHES, SLICES).segments(16, 0) == 1
+
+
+def test_more_segments_where_each_hides_a_slice():
+    """Only beside short segments slices are free."""
+    rows = [co_run(s, SLICES[1], 2 * s.batch / 3) for s in shapes((FINEST,))]
+    plans = TablePlans(table([*parts(), *rows]), BATCHES, SLICES)
+    assert plans.segments(16, 16) == FINEST
+    first = SegmentShape(segments=FINEST, index=0, batch=16)
+    assert plans.slice_beside(first, 16) == SLICES[1]
+    assert plans.co_run(first, SLICES[1]) == "deep"
+    assert plans.predicted_us(16, 16) == pytest.approx(32)
+
+
+def test_one_large_slice_where_that_is_what_hides():
+    rows = [co_run(whole(16), SLICES[2], 33), co_run(whole(16), SLICES[0], 32)]
+    plans = TablePlans(table([*parts(), *rows]), BATCHES, SLICES)
+    assert plans.slice_beside(whole(16), 16) == SLICES[2]
+    assert plans.predicted_us(16, 16) == 33
+    assert plans.slice_beside(whole(16), 4) == SLICES[0]
+    assert plans.predicted_us(16, 4) == 32
+
+
+def test_only_what_is_used_has_to_be_compiled():
+    rows = [co_run(whole(16), SLICES[2], 33), co_run(whole(8), SLICES[2], 99)]
+    plans = TablePlans(table([*parts(launch_us=1), *rows]), BATCHES, SLICES)
+    assert plans.cuts == {1}
+    assert plans.co_runs == (CoRun(segment=whole(16), slice=SLICES[2], config="deep"),)
+
+
+def all_plans(costs: StepCosts, shape: SegmentShape | None, waiting: int) -> Iterator[float]:
+    """The times of every way to run the rest of a batch and gather what waits."""
+    largest = SLICES[-1].samples
+    if shape is None:
+        total = 0.0
+        while waiting > 0:
+            total += costs.slice_us(next(s for s in SLICES if s.samples >= min(waiting, largest)))
+            waiting -= largest
+        yield total
+    elif waiting == 0:
+        yield from (costs.segment_us(shape) + rest for rest in all_plans(costs, shape.next, 0))
+    else:
+        for size in SLICES[: 1 + [s.samples >= waiting for s in SLICES].index(True)]:
+            own, left = costs.best(shape, size)[0], max(waiting - size.samples, 0)
+            yield from (own + rest for rest in all_plans(costs, shape.next, left))
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_no_plan_is_faster_than_the_one_taken(data: st.DataObject):
+    times = st.floats(1, 100)
+    rows = [row(r.key, data.draw(times)) for r in parts()]
+    rows += [co_run(s, size, data.draw(times)) for s in shapes() for size in SLICES]
+    plans = TablePlans(table(rows), BATCHES, SLICES)
+    for batch, waiting in product(BATCHES, (0, 4, 8)):
+        starts = [SegmentShape(segments=cut, index=0, batch=batch) for cut in (1, FINEST)]
+        best = min(us for start in starts for us in all_plans(plans.costs, start, waiting))
+        assert plans.predicted_us(batch, waiting) == pytest.approx(best)
+
+
+# --- latency --------------------------------------------------------------------------------------
+
+
+def test_fine_cuts_let_arrivals_in_sooner():
+    hidden = [co_run(s, z, 2 * s.batch / FINEST + 0.1) for s in shapes((FINEST,)) for z in SLICES]
+    rows = [*parts(launch_us=0.1), *hidden]
+    assert TablePlans(table(rows), BATCHES, SLICES).segments(16, 0) == 1
+    assert TablePlans(table(rows), BATCHES, SLICES, objective="latency").segments(16, 0) == FINEST
+
+
+def test_batches_are_kept_small_enough_for_a_p99():
+    """Two whole batches of 16 with as much waiting take 2 * (32 + 16) us, two of 8 half of that."""
+
+    def at_most(us: float) -> tuple[int, ...]:
+        return TablePlans(table(parts()), BATCHES, SLICES, p99_ms=us / 1000).batch_buckets
+
+    assert at_most(96) == BATCHES
+    assert at_most(95) == (8,)
+    with pytest.raises(ValueError, match="p99 of 0.047 ms: two batches of 8 samples take 0.048 ms"):
+        at_most(47)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TablePlans(table(parts()), BATCHES, SLICES, objective=cast(Any, "fame")),
+            "'fame' is not one",
+        ),
+        (lambda: TablePlans(table(parts()[1:]), BATCHES, SLICES), "slice_samples=4"),
+        (lambda: TablePlans(table(parts()), (8, 16, 32), SLICES), "batch=32"),
+        (lambda: TablePlans(table(parts(cuts=(1,))), BATCHES, SLICES, cuts=(3,)), "segments=3"),
+    ],
+)
+def test_what_cannot_be_planned(make: Callable[[], TablePlans], message: str):
+    with pytest.raises((ValueError, ProfileMiss), match=message):
+        make()
+
+
+def test_cuts_that_are_not_offered_are_not_taken():
+    plans = TablePlans(table(parts()), BATCHES, SLICES, objective="latency", cuts=(1, 2))
+    assert plans.cuts == {1}
+
+
+def test_a_look_up_takes_microseconds():
+    plans = TablePlans(table(parts()), BATCHES, SLICES)
+    started, count = time.perf_counter(), 1000
+    for waiting in range(count):
+        shape = SegmentShape(segments=plans.segments(16, waiting), index=0, batch=16)
+        plans.co_run(shape, plans.slice_beside(shape, waiting))
+    assert (time.perf_counter() - started) / count < 200e-6
+
+
+def test_serial_plans_launch_all_there_is():
+    plans = SerialPlans(count=2, batch_buckets=BATCHES, largest_slice=SLICES[-1])
+    shape = SegmentShape(segments=plans.segments(8, 99), index=1, batch=8)
+    assert shape.last and plans.slice_beside(shape, 1) == SLICES[-1]
+    assert plans.co_run(shape, SLICES[0]) is None and plans.co_runs == ()
