@@ -1,7 +1,7 @@
 """What a step costs on the device, by a profile table; and the table's keys."""
 
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from scheduling.request import SegmentShape, SliceBucket, Step, StepShape
 from scheduling.table import ProfileKey, ProfileTable
@@ -65,6 +65,7 @@ class StepCosts:
         return self._table.time_us(step_key(shape, size, scheme=CO_RUN, config=co_run))
 
 
+@runtime_checkable
 class StepTimes(Protocol):
     """How long the device takes for a step, once it starts."""
 

@@ -8,7 +8,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from scheduling.pipeline import Action, Arrive, Event, Expire, StepDone
 from scheduling.request import Part, Request, Step, StepShape
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Decides what runs next: `Pipeline`, or another one with its surface."""
 
@@ -71,7 +72,7 @@ class SimulatedRun:
     @property
     def span_us(self) -> float:
         """From the first arrival to the end of the last step."""
-        return self.end_us - self.arrived_us[0] if len(self.arrived_us) else 0.0
+        return self.end_us - float(self.arrived_us[0]) if len(self.arrived_us) else 0.0
 
     @property
     def device_busy_share(self) -> float:

@@ -12,8 +12,6 @@ def row(key: ProfileKey, us: float) -> ProfileRow:
     return ProfileRow(**asdict(key), **times)
 
 
-def table(rows: Sequence[ProfileRow], **names: str) -> ProfileTable:
-    texts: dict[str, Any] = dict.fromkeys(
-        ("device", "backend", "model", "fingerprint", "created"), "x"
-    )
+def table(rows: Sequence[ProfileRow], **names: Any) -> ProfileTable:
+    texts = dict.fromkeys(("device", "backend", "model", "fingerprint", "created"), "x")
     return ProfileTable(**texts | names, versions={}, rows=tuple(rows))

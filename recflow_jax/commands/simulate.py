@@ -118,7 +118,7 @@ def _header(table: ProfileTable, gpu: Gpu, traffic: Traffic) -> dict[str, Any]:
         "sizes": report.as_json(gpu.sizes),
         "objective": gpu.plans.objective,
         "host": report.as_json(gpu.host),
-        "arrivals": "bursts" if traffic.burst else "Poisson",
+        "arrivals": "bursty" if traffic.burst else "Poisson",
         "mean_request_samples": traffic.mean_samples,
         "seconds": traffic.seconds,
         "seed": traffic.seed,
@@ -148,7 +148,7 @@ def _capacity(gpu: Gpu, traffic: Traffic, qps: float, p99_ms: float) -> dict[str
             f"{found[INCREMENTAL].idle_p99_ms:.4g} ms (p99 of requests that come alone)"
         )
     report.show(_capacity_table(qps, p99_ms, found))
-    report.show(_steps_table(each.steps))
+    report.show(_steps_table(each))
     return found
 
 
@@ -164,7 +164,7 @@ def _loads(
             points.append(simulate_point(gpu, traffic, rate, share))
             advance()
     report.show(_loads_table(points, saturation))
-    report.show(_steps_table(points[-1].contenders[INCREMENTAL].steps))
+    report.show(_steps_table(points[-1].contenders[INCREMENTAL]))
     return {"saturation": saturation, "points": report.as_json(points)}
 
 
@@ -224,13 +224,13 @@ def _capacity_table(qps: float, p99_ms: float, found: dict[str, Capacity]) -> Ta
     return table
 
 
-def _steps_table(steps: Sequence[StepUse]) -> Table:
+def _steps_table(load: SimulatedLoad) -> Table:
     """The plan as it was used."""
-    title = f"steps of {INCREMENTAL} batching at this load, the most frequent first"
+    title = f"plan used at {load.qps:,.0f} requests/s"
     table = _new_table(title, "batch cut into", "slice of", "rides", "steps")
-    for use in steps[:STEPS_SHOWN]:
+    for use in load.steps[:STEPS_SHOWN]:
         table.add_row(*_cells(use), f"{use.share:.1%}")
-    if rest := steps[STEPS_SHOWN:]:
+    if rest := load.steps[STEPS_SHOWN:]:
         table.add_row("others", "", "", f"{sum(use.share for use in rest):.1%}")
     return table
 

@@ -117,7 +117,7 @@ def _summary(done: SimulatedRun, qps: float) -> SimulatedLoad:
     counted = slice(int(WARM_UP_SHARE * len(done.samples)), None)
     latencies_ms = done.latencies_us[counted] / 1000
     p50, p95, p99, p99_9 = np.percentile(latencies_ms, [50, 95, 99, 99.9]).tolist()
-    span_us = done.answered_us[counted].max() - done.arrived_us[counted][0]
+    span_us = float(done.answered_us[counted].max() - done.arrived_us[counted][0])
     buckets, counts = np.unique(done.batch_buckets, return_counts=True)
     return SimulatedLoad(
         qps=qps,
@@ -131,8 +131,8 @@ def _summary(done: SimulatedRun, qps: float) -> SimulatedLoad:
         mean_batch=float(done.batch_samples.mean()),
         batches=dict(zip(buckets.tolist(), counts.tolist(), strict=True)),
         steps=_uses(done.steps_by_shape),
-        device_busy_share=float(done.device_busy_share),
-        launcher_busy_share=float(done.launcher_busy_share),
+        device_busy_share=done.device_busy_share,
+        launcher_busy_share=done.launcher_busy_share,
     )
 
 
