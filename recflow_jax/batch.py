@@ -92,7 +92,7 @@ class JaggedBatch:
         n bags, (values, offsets [n + 1]) or, for a weighted feature, (values, offsets, weights);
         without them its weights are 1. Raises InputError.
         """
-        dense = _dense_array(config, dense)
+        dense = dense_array(config, dense)
         known = {feature.name for feature in config.features}
         for name in [*sorted(set(sparse) - known), *sorted(known - set(sparse))]:
             there = "is not in the model" if name in sparse else "is missing"
@@ -110,7 +110,8 @@ class _Column:
     weights: np.ndarray | None
 
 
-def _dense_array(config: DLRMConfig, dense: Any) -> np.ndarray:
+def dense_array(config: DLRMConfig, dense: Any) -> np.ndarray:
+    """float32 [n, dense_width] of what was handed over. Raises InputError."""
     try:
         array = np.asarray(dense, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -224,7 +225,7 @@ def check_batch(config: DLRMConfig, batch: JaggedBatch) -> None:
     Checked: shapes and dtypes, NaN and infinite dense features, offsets, ids in range, finite
     weights, bags of a `none`-pooled feature no longer than its hotness.
     """
-    _check_shapes(config, batch)
+    check_shapes(config, batch)
     _check_dense(batch.dense)
     _check_all_offsets(config, batch)
     _check_ids(config, batch)
@@ -232,8 +233,9 @@ def check_batch(config: DLRMConfig, batch: JaggedBatch) -> None:
     _check_weights(config, batch)
 
 
-def _check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
-    _dense_array(config, batch.dense)
+def check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
+    """The part of `check_batch` that looks at no element. Raises InputError."""
+    dense_array(config, batch.dense)
     if batch.dense.dtype != np.float32:
         raise InputError(f"dense features are {batch.dense.dtype}, not float32")
     expected = batch.samples * len(config.features) + 1
@@ -316,7 +318,7 @@ def _raise_first_outside(config: DLRMConfig, batch: JaggedBatch) -> None:
 
 
 def _check_hotness(config: DLRMConfig, batch: JaggedBatch) -> None:
-    limits = [f.hotness if f.pooling == "none" else MAX_IDS for f in config.features]
+    limits = [f.longest_bag or MAX_IDS for f in config.features]
     if min(limits, default=MAX_IDS) == MAX_IDS:
         return
     lengths = np.diff(batch.offsets).reshape(batch.samples, len(limits))

@@ -190,6 +190,7 @@ bench = typer.Typer(
     epilog=_example(
         "recflow bench model --model dlrm-kaggle --against jax,torch --batch 256,4096",
         "recflow bench kernels --model dlrm-kaggle --batch 4096",
+        "recflow bench host --model dlrm-kaggle",
     ),
     rich_markup_mode=None,
 )
@@ -394,6 +395,181 @@ def simulate(
         host=host,
         out=out,
         figure=figure,
+    )
+
+
+@bench.command(
+    "host",
+    epilog=_example(
+        "recflow bench host --model dlrm-kaggle",
+        "recflow bench host --model dlrm-v2 --request 1,64,512 --out host.json",
+    ),
+)
+def bench_host(
+    model: Model,
+    request: Annotated[str, typer.Option(help="Samples per request.")] = "1,64,512",
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    steady: Steady = False,
+    out: Out = None,
+) -> None:
+    """Measure what a request costs on the host.
+
+    The engine runs on a device that is done at once, and has no tables. Microseconds per request
+    and per sample, and of processor time in each stage. Lists are separated by commas.
+    """
+    config = _config(model, None, None, None)
+    from recflow_jax.commands.bench import bench_host
+
+    bench_host(
+        config,
+        request_sizes=_list("--request", request, int),
+        ids=ids,
+        seed=seed,
+        timing=_timing(steady) if steady else None,
+        out=out,
+    )
+
+
+@bench.command(
+    "serve",
+    epilog=_example(
+        "recflow bench serve --model dlrm-kaggle --max-rows-per-table 100000",
+        "recflow bench serve --model my.toml --qps 500,1000 --request-samples 64 --out serve.json",
+    ),
+)
+def bench_serve(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    load: Annotated[str, typer.Option(help="Shares of the lowest saturation.")] = "0.2,0.5,0.8",
+    qps: Annotated[str, typer.Option(help="Requests per second, not shares.")] = "",
+    request_samples: Annotated[
+        int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each load.", min=0.1)] = 5.0,
+    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    backend: BackendName = "auto",
+    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
+    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Compare a server with the engine alone.
+
+    Starts `recflow serve` and sends it, over HTTP and gRPC, and the engine in this process the same
+    Poisson arrivals; then counts the CPU time of HTTP beside a bare ASGI app. Both processes hold
+    the model. Lists are separated by commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    loads, rates = _list("--load", load, float), _list("--qps", qps, float)
+    from recflow_jax.commands.bench_serve import bench_serve
+    from recflow_jax.engine.options import EngineOptions
+    from recflow_jax.measure.online import OnlineOptions
+
+    bench_serve(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        online=OnlineOptions(
+            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds
+        ),
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+    )
+
+
+@app.command(
+    epilog=_example(
+        "recflow serve --params demo/movielens.safetensors",
+        "recflow serve --model dlrm-kaggle --max-rows-per-table 100000 --random-params",
+    )
+)
+def serve(
+    params: Annotated[Path | None, typer.Option(help="The model (safetensors).")] = None,
+    model: Annotated[
+        str, typer.Option(help="A name or TOML file.  [default: the one inside --params]")
+    ] = "",
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    random_params: Annotated[
+        bool, typer.Option("--random-params", help="Draw parameters of --model, to try things.")
+    ] = False,
+    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    backend: BackendName = "auto",
+    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
+    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_queued_samples: Annotated[
+        int, typer.Option(help="Samples inside, beyond which requests get 429.", min=1)
+    ] = 65536,
+    name: Annotated[str | None, typer.Option(help="Its name in URLs.  [default: its own]")] = None,
+    model_version: Annotated[str, typer.Option(help="Its version in URLs.")] = "1",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8001,
+    grpc: Annotated[bool, typer.Option(help="Serve gRPC beside HTTP.")] = True,
+    max_body_mib: Annotated[int, typer.Option(help="Of one request.", min=1)] = 64,
+    max_requests: Annotated[int, typer.Option(help="Inside at once.", min=1)] = 1024,
+    max_buffered_mib: Annotated[int, typer.Option(help="Of all requests inside.", min=1)] = 1024,
+    timeout_s: Annotated[float, typer.Option(help="Of requests that bring none.")] = 10,
+    drain_s: Annotated[float, typer.Option(help="For those inside, after SIGTERM.")] = 30,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; with --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Holds the token that clients must send.")
+    ] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Least to log.")
+    ] = "info",
+    log_format: Annotated[
+        Literal["json", "text"] | None, typer.Option(help="[default: text on a terminal]")
+    ] = None,
+) -> None:
+    """Serve a model over HTTP and gRPC.
+
+    Speaks the Open Inference Protocol v2 until SIGTERM; then it answers what it has accepted, and
+    ends. See docs/serving.md.
+    """
+    varied = any((max_rows_per_table, table_dtype, compute_dtype))
+    if varied and not model:
+        raise ValueError("serve: --max-rows-per-table and dtypes vary --model, which is missing")
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype) if model else None
+    from recflow_jax.commands.serve import serve
+    from recflow_jax.engine.options import EngineOptions
+    from recflow_jax.serving.options import ServerOptions
+
+    serve(
+        config,
+        params=params,
+        random=random_params,
+        profile=profile,
+        engine=EngineOptions(
+            backend=backend,
+            max_batch=max_batch,
+            segments=segments,
+            max_queued_samples=max_queued_samples,
+        ),
+        server=ServerOptions(
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port if grpc else None,
+            max_body_bytes=max_body_mib * 2**20,
+            max_requests=max_requests,
+            max_buffered_bytes=max_buffered_mib * 2**20,
+            default_timeout_s=timeout_s,
+            drain_s=drain_s,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            token=token_file.read_text().strip() if token_file else None,
+        ),
+        name=name,
+        version=model_version,
+        log_level=log_level,
+        log_format=log_format,
     )
 
 

@@ -160,6 +160,11 @@ class FeatureConfig:
         """How many vectors of the table's dim the feature adds to a sample's pooled row."""
         return self.hotness
 
+    @property
+    def longest_bag(self) -> int | None:
+        """The most ids that a bag may have, or None for any number."""
+        return self.hotness if self.pooling == "none" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class DLRMConfig:
@@ -280,7 +285,15 @@ class DLRMConfig:
         """Rows of each feature's table: ids of feature f are in [0, feature_rows[f])."""
         return tuple(self.table_of(feature).rows for feature in self.features)
 
-    @property
+    @cached_property
+    def fixed_bags(self) -> tuple[int, ...] | None:
+        """How long each feature's bags are expected to be, or None where any may vary."""
+        bags = [feature.bag for feature in self.features]
+        if any(bag.kind != "fixed" or bag.coverage < 1 for bag in bags):
+            return None
+        return tuple(min(int(f.bag.mean), f.longest_bag or int(f.bag.mean)) for f in self.features)
+
+    @cached_property
     def weighted(self) -> bool:
         """Whether any feature takes a weight per id."""
         return any(feature.weighted for feature in self.features)

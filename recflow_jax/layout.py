@@ -98,14 +98,17 @@ class Layout:
 
     def slot_offsets(self, batch: JaggedBatch) -> np.ndarray:
         """int32 [samples * slots + 1]: where each slot's ids start."""
+        return self.slots_of(batch.offsets)
+
+    def slots_of(self, offsets: np.ndarray) -> np.ndarray:
+        """int32 [samples * slots + 1]: where each slot's ids start, from the bags' `offsets`."""
         if self.one_slot_per_feature:
-            return batch.offsets.astype(np.int32)
-        starts = np.stack([batch.offsets[:-1], batch.offsets[1:]])
-        starts = starts.reshape(2, batch.samples, len(self.feature_bases))
+            return offsets.astype(np.int32)
+        starts = np.stack([offsets[:-1], offsets[1:]]).reshape(2, -1, len(self.feature_bases))
         starts = starts[:, :, list(self.slot_features)]
         within = _index_within_feature(self.slot_features)
-        offsets = np.minimum(starts[0] + within, starts[1]).ravel()
-        return np.append(offsets, batch.offsets[-1]).astype(np.int32)
+        slots = np.minimum(starts[0] + within, starts[1]).ravel()
+        return np.append(slots, offsets[-1]).astype(np.int32)
 
 
 def _check_rows(groups: tuple[Group, ...]) -> None:

@@ -39,7 +39,7 @@ class Request:
         if offsets[0] != 0:
             raise ValueError(f"request {self.id}: id_offsets starts at {offsets[0]}, not at 0")
         falls = offsets[1:] < offsets[:-1]
-        if falls.any():
+        if np.count_nonzero(falls):
             raise ValueError(f"request {self.id}: id_offsets falls at sample {falls.argmax()}")
 
     @property

@@ -5,6 +5,7 @@ the first: 2 * (dense + 10 * ids) with two segments.
 """
 
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,7 @@ OPTIONS = EngineOptions(
     max_queued_samples=64,
     max_ids_per_sample=600,
     segments=2,
+    freeze_heap=False,
 )
 
 
@@ -49,6 +51,7 @@ class FakeArray:
 
     def block_until_ready(self) -> None:
         assert self.device.runs.wait(60)
+        time.sleep(self.device.takes_s)
         if self.lost:
             raise DeviceBroke("the card fell out")
 
@@ -60,8 +63,9 @@ class FakeArray:
 
 
 class FakeSegments(Segments):
-    """`hold()` keeps every step from ending until `go_on()`; `break_next(what)` makes one dispatch
-    ("embed", "start", "run") raise; `lose_next(what)` makes one fail on the device, later.
+    """`takes_s` is how long a result takes. `hold()` keeps every step from ending until `go_on()`;
+    `break_next(what)` makes one dispatch ("embed", "start", "run") raise; `lose_next(what)` makes
+    one fail on the device, later.
     """
 
     def __init__(self, options: EngineOptions = OPTIONS) -> None:
@@ -74,6 +78,7 @@ class FakeSegments(Segments):
         self.staging = Staging(CONFIG, self.layout)
         self.runs = threading.Event()
         self.runs.set()
+        self.takes_s = 0.0
         self.states_made = 0
         self.batches_seen: list[list[float]] = []
         self._break: set[str] = set()

@@ -13,5 +13,7 @@ def row(key: ProfileKey, us: float) -> ProfileRow:
 
 
 def table(rows: Sequence[ProfileRow], **names: Any) -> ProfileTable:
-    texts = dict.fromkeys(("device", "backend", "model", "fingerprint", "created"), "x")
+    texts: dict[str, Any] = dict.fromkeys(
+        ("device", "backend", "model", "fingerprint", "created"), "x"
+    )
     return ProfileTable(**texts | names, versions={}, rows=tuple(rows))

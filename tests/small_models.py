@@ -66,6 +66,21 @@ DCN = DLRMConfig(
 )
 NO_DENSE = DLRMConfig(name="no_dense", tables=TABLES, features=ALIKE, top_mlp=(8, 1))
 NO_SPARSE = DLRMConfig(name="no_sparse", tables=(), features=(), dense_width=6, top_mlp=(8, 3))
+FIXED = DLRMConfig(
+    name="fixed",
+    tables=TABLES,
+    features=(
+        ONE,
+        FeatureConfig(name="items", table="items", bag=BagConfig(mean=4)),
+        FeatureConfig(name="mean", table="words", pooling="mean", bag=BagConfig(mean=2)),
+        FeatureConfig(
+            name="laid_out", table="words", pooling="none", hotness=3, bag=BagConfig(mean=2)
+        ),
+    ),
+    dense_width=5,
+    bottom_mlp=(8,),
+    top_mlp=(16, 1),
+)
 BF16 = DCN.with_dtypes(tables="bfloat16", compute="bfloat16")
 FP16 = DOT.with_dtypes(tables="float16", compute="float16")
 
@@ -85,6 +100,7 @@ SMALL = EngineOptions(
     slice_factor=4,
     max_queued_samples=1000,
     compilation_cache=None,
+    freeze_heap=False,
 )
 
 

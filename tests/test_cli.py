@@ -14,8 +14,9 @@ import pytest
 from recflow_jax import cli, console
 from recflow_jax.commands import info
 from recflow_jax.measure.timing import STEADY
+from recflow_jax.serving.options import ServerOptions
 
-COMMANDS = ("demo", "train", "profile", "bench", "simulate", "tune", "info")
+COMMANDS = ("demo", "train", "profile", "bench", "simulate", "serve", "tune", "info")
 
 TINY = """
 name = "tiny"
@@ -71,7 +72,10 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
     return function.call_args
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench model", "bench kernels"])
+COMPARING = [f"bench {name}" for name in ("model", "kernels", "host", "serve")]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *COMPARING])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
@@ -92,7 +96,7 @@ def test_help_names_commands_and_exit_codes(
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
-        (["serv"], "serv"),
+        (["serf"], "serf"),
         (["profile"], "--model"),
         (["profile", "--model", "no-such-model"], "no-such-model"),
         (["profile", "--model", "no-such.toml"], "no-such.toml"),
@@ -101,6 +105,7 @@ def test_help_names_commands_and_exit_codes(
         (["profile", "--model", "rm1", "--max-batch", "0"], "--max-batch"),
         (["bench", "model", "--model", "rm1", "--batch", "256,many"], "'256,many'"),
         (["bench", "kernels", "--model", "rm1", "--backend", "triton"], "triton"),
+        (["bench", "host", "--model", "rm1", "--request", "0"], "[0]"),
         (["train", "netflix", "--out", "x"], "netflix"),
         (["info", "--jsn"], "--jsn"),
     ],
@@ -257,6 +262,40 @@ def test_bench_kernels_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> No
     assert call.kwargs["batches"] == (8,)
     assert call.kwargs["out"] == Path("g.json")
     assert call.kwargs["timing"] == STEADY
+
+
+def test_serve_options(monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("open sesame\n")
+    engine = ("--max-batch", "64", "--max-queued-samples", "100")
+    server = ("--host", "0.0.0.0", "--no-grpc", "--max-body-mib", "1", "--token-file", str(token))
+    call = called(
+        monkeypatch, "serve", "--model", tiny, "--random-params", *engine, *server, "--name", "n"
+    )
+    assert call.args[0].name == "tiny"
+    assert (call.kwargs["random"], call.kwargs["params"], call.kwargs["name"]) == (True, None, "n")
+    assert call.kwargs["engine"].max_batch == 64
+    assert call.kwargs["engine"].max_queued_samples == 100
+    assert call.kwargs["server"] == ServerOptions(
+        host="0.0.0.0", grpc_port=None, max_body_bytes=2**20, token="open sesame"
+    )
+
+
+def test_served_models_are_varied_only_if_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", "--params", "p", "--table-dtype", "int8"]) == console.BAD_INPUT
+    assert "vary --model, which is missing" in error_line(capsys)
+
+
+def test_bench_host_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    call = called(monkeypatch, "bench host", "--model", tiny, "--request", "1,8", "--steady")
+    assert call.args[0].name == "tiny"
+    assert call.kwargs == {
+        "request_sizes": (1, 8),
+        "ids": "uniform",
+        "seed": 0,
+        "timing": STEADY,
+        "out": None,
+    }
 
 
 def test_a_missing_gpu_and_missing_data_are_missing() -> None:

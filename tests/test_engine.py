@@ -15,11 +15,13 @@ from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
+from recflow_jax.measure.host import by_name
 from small_models import (
     BF16,
     CONCAT,
     DCN,
     DOT,
+    FIXED,
     FLOAT32_MODELS,
     FP16,
     NO_DENSE,
@@ -90,7 +92,7 @@ def ask_from_threads(engine: Engine, batch: JaggedBatch, seed: int, threads: int
     return scores
 
 
-@pytest.mark.parametrize("config", [*FLOAT32_MODELS, BF16, FP16], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [*FLOAT32_MODELS, FIXED, BF16, FP16], ids=lambda c: c.name)
 def test_answers_are_the_reference_whatever_the_arrivals(config: DLRMConfig):
     """And nothing is traced or compiled after the start."""
     batch = generate(config, 150, seed=0)
@@ -140,6 +142,13 @@ def test_features_by_name():
         assert_same_scores(DOT, engine.predict(dense, sparse), expected)
         assert_same_scores(DOT, engine.submit(dense, sparse).result(), expected)
         assert_same_scores(DOT, engine.predict(batch), expected)
+
+
+def test_fixed_bags_by_name():
+    batch = generate(FIXED, 9, seed=0)
+    with engine_of(FIXED) as engine:
+        found = engine.submit(batch.dense, by_name(FIXED, batch)).result(timeout=SOON_S)
+    assert_same_scores(FIXED, found, reference_scores(FIXED, params_of(FIXED), batch))
 
 
 @pytest.mark.parametrize("config", FLOAT32_MODELS, ids=lambda c: c.name)

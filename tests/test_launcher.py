@@ -5,7 +5,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ from recflow_jax.engine.errors import (
     QueueFull,
     StepFailed,
 )
-from scheduling.pipeline import Pipeline
+from scheduling.pipeline import Action, Arrive, Cancel, Event, Pipeline
 
 SOON_S = 30
 
@@ -120,6 +120,29 @@ def test_requests_that_arrive_meanwhile_share_the_next_batch(engine: Engine, dev
     device.go_on()
     assert [result(answer) for answer in later] == [scores(3), scores(4), scores(5)]
     assert len(device.batches_seen) < 5
+
+
+def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(
+    engine: Engine, device: FakeSegments, monkeypatch: pytest.MonkeyPatch
+):
+    """It hears of them together, with what it has to know at once: here that one is given up."""
+    held, step = fill_the_device(engine, device), Pipeline.step
+    heard: list[list[type]] = []
+
+    def listening(pipeline: Pipeline, now_us: int, events: Sequence[Event] = ()) -> list[Action]:
+        heard.append([type(event) for event in events])
+        return step(pipeline, now_us, events)
+
+    monkeypatch.setattr(Pipeline, "step", listening)
+    answers = []
+    for value in range(5):
+        answers.append(engine.submit(samples(value)))
+        time.sleep(0.001)  # in which it would hear of one alone
+    assert answers.pop().cancel()
+    eventually(lambda: heard)
+    assert heard[0] == [Arrive] * 5 + [Cancel]
+    device.go_on()
+    assert [result(answer) for answer in (held, *answers)][1:] == [scores(i) for i in range(4)]
 
 
 def test_two_batch_buffers_serve_any_number_of_batches(engine: Engine, device: FakeSegments):
@@ -505,7 +528,7 @@ def test_a_lost_state_does_not_go_round(what: str):
         answers = [engine.submit(samples(*range(8))) for _ in range(40)]
         device.go_on()
         wait(answers, timeout=SOON_S)
-        assert 1 <= engine.stats().failed <= 3
+        assert 1 <= engine.stats().failed <= 4
 
 
 def test_a_broken_launcher_fails_everyone_and_hangs_nobody(
@@ -540,7 +563,8 @@ def test_counts_are_those_done_by_hand(engine: Engine):
     assert (stats.batches, stats.slices, stats.steps) == (2, 2, 6)
     assert (stats.mean_batch, stats.mean_slice) == (3, 3)
     assert (stats.sample_padding, stats.id_padding) == (1 / 4, 1 - 6 / 640)
-    assert stats.batch_buckets == {4: 2}
+    assert stats.batch_buckets == stats.slice_buckets == {4: 2}
+    assert sum(stats.step_times.values()) == 6 and stats.steps_us > 0
     assert stats.rejected == {"input": 1}
     assert 0 < stats.latency_p50_ms <= stats.latency_p95_ms <= stats.latency_p99_ms < 10_000
     assert (stats.backend, stats.backend_reason, stats.profile) == ("xla", "asked for", None)

@@ -46,8 +46,9 @@ def run_batch(segments: Segments, batch, cuts, bucket: int) -> np.ndarray:
     state = segments.new_state()
     for start, stop in pairwise(cuts):
         fitting = next(b for b in segments.slice_buckets if b.samples >= stop - start)
-        packed = segments.staging.pack(fitting, start, [batch.part(start, stop)])
-        state = segments.embed(state, packed)
+        samples = segments.preparer.prepare(batch.part(start, stop))
+        packed = segments.staging.pack(fitting, start, [samples])
+        state = segments.embed(state, packed.array)
     first, *later = SegmentShape.all_of(segments.count, bucket)
     x, _ = segments.start(first, state)
     for shape in later:
@@ -102,7 +103,8 @@ def test_a_co_run_is_a_segment_and_a_slice(config: DLRMConfig, count: int):
     segments = riding(config, dataclasses.replace(SMALL, segments=count))
     bucket = segments.slice_buckets[-1]
     batches = [generate(config, 8, seed=seed) for seed in range(2)]
-    packed = [segments.staging.pack(bucket, 4, [batch]) for batch in batches]
+    samples = [segments.preparer.prepare(batch) for batch in batches]
+    packed = [segments.staging.pack(bucket, 4, [s]).array.copy() for s in samples]
     expected = [run_batch(segments, batch, (0, 8), 16) for batch in batches]
     assert [str(ride) for ride in segments.rides] == ["in-turn", "plain/one", "plain/all"]
     for ride in segments.rides:
@@ -163,7 +165,9 @@ def test_a_state_is_used_up_by_the_next_slice():
     """The buffers are donated, so a slice writes in place."""
     segments, batch = compiled(CONCAT), generate(CONCAT, 1, seed=0)
     state = segments.new_state()
-    later = segments.embed(state, segments.staging.pack(segments.slice_buckets[0], 0, [batch]))
+    samples = segments.preparer.prepare(batch)
+    packed = segments.staging.pack(segments.slice_buckets[0], 0, [samples])
+    later = segments.embed(state, packed.array)
     assert state.vectors.is_deleted() and not later.vectors.is_deleted()
     assert later.vectors.shape == (16, CONCAT.bottom_width + CONCAT.pooled_width)
 

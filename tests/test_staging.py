@@ -1,86 +1,139 @@
 """Slices packed on the host and unpacked on the device are the same samples."""
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
-from recflow_jax.engine.staging import Staging
+from recflow_jax.engine.prepared import Prepared, Preparer
+from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.layout import Layout
+from recflow_jax.model import DeviceBatch
 from scheduling.request import SliceBucket
-from small_models import CONCAT, DOT, NO_DENSE, NO_SPARSE, device_batch
+from small_models import CONCAT, DOT, FIXED, JAGGED, NO_DENSE, NO_SPARSE, device_batch
 
-BUCKET = SliceBucket(samples=8, ids=256)
-MODELS = (CONCAT, DOT, NO_DENSE, NO_SPARSE)
+BUCKET = SliceBucket(samples=8, ids=384)
+LARGER = SliceBucket(samples=16, ids=768)
+MODELS = (CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE)
+VARIED = dataclasses.replace(
+    FIXED,
+    features=tuple(
+        dataclasses.replace(f, bag=dataclasses.replace(JAGGED, max=3)) for f in FIXED.features
+    ),
+)
+"""FIXED's model, but bags that are not as FIXED expects them."""
 
 
 def staging(config: DLRMConfig) -> Staging:
     return Staging(config, Layout.of(config))
 
 
-def same(found, expected) -> None:
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def prepared(config: DLRMConfig, batch: JaggedBatch) -> Prepared:
+    return Preparer(config, Layout.of(config), max_ids=BUCKET.ids).prepare(batch)
+
+
+def drawn(config: DLRMConfig, samples: int, seed: int) -> Prepared:
+    return prepared(config, generate(config, samples, seed=seed))
+
+
+def unpacked(packer: Staging, bucket: SliceBucket, buffer: Buffer) -> tuple[int, DeviceBatch]:
+    row, batch = packer.shape(bucket).unpack(jnp.asarray(buffer.array))
+    return int(row), batch
+
+
+def assert_holds(config: DLRMConfig, found: DeviceBatch, expected: JaggedBatch) -> None:
+    """The samples of `expected` and behind them samples of zeros with empty bags."""
+    n, ids, plain = expected.samples, len(expected.values), device_batch(config, expected)
+    np.testing.assert_array_equal(found.dense[:n], plain.dense)
+    assert not np.any(found.dense[n:])
+    np.testing.assert_array_equal(found.rows[:ids], plain.rows)
+    np.testing.assert_array_equal(found.offsets[: len(plain.offsets)], plain.offsets)
+    assert np.all(found.offsets[len(plain.offsets) :] == ids)
+    if config.weighted:
+        np.testing.assert_array_equal(found.weights[:ids], plain.weights)
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
 @pytest.mark.parametrize("cuts", [(0, 7), (0, 1, 3, 7), (0, 2, 2, 7), (2, 3)])
 def test_parts_arrive_as_one_batch(config: DLRMConfig, cuts: tuple[int, ...]):
     whole = generate(config, 7, seed=3)
-    parts = [whole.part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-    joined = whole.part(cuts[0], cuts[-1])
+    parts = [prepared(config, whole.part(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
     packer = staging(config)
-    row, batch = packer.shape(BUCKET).unpack(jnp.asarray(packer.pack(BUCKET, 5, parts)))
-    n, ids, expected = joined.samples, len(joined.values), device_batch(config, joined)
+    row, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 5, parts))
     assert row == 5
-    same(batch.dense[:n], expected.dense)
-    same(batch.rows[:ids], expected.rows)
-    same(batch.offsets[: len(expected.offsets)], expected.offsets)
-    if config.weighted:
-        same(batch.weights[:ids], expected.weights)
+    assert_holds(config, batch, whole.part(cuts[0], cuts[-1]))
+
+
+@st.composite
+def slices(draw: st.DrawFn, config: DLRMConfig) -> list[tuple[JaggedBatch, tuple[int, ...]]]:
+    """Requests that fit a slice together, and of each the samples [start, stop) that are in it."""
+    sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(lambda n: sum(n) <= 8))
+    parts = []
+    for samples in sizes:
+        source = draw(st.sampled_from([config, VARIED])) if config is FIXED else config
+        before, behind = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+        seed = draw(st.integers(0, 99))
+        request = generate(source, before + samples + behind, seed=seed)
+        parts.append((request, (before, before + samples)))
+    return parts
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
-def test_padding_is_empty_even_in_a_used_buffer(config: DLRMConfig):
-    packer = staging(config)
-    packer.give_back(packer.pack(BUCKET, 0, [generate(config, 8, seed=1)]))
-    few = generate(config, 2, seed=2)
-    _, batch = packer.shape(BUCKET).unpack(jnp.asarray(packer.pack(BUCKET, 0, [few])))
-    slots = len(Layout.of(config).slots)
-    assert not np.any(batch.dense[2:])
-    assert np.all(batch.offsets[2 * slots :] == len(few.values))
+@given(data=st.data())
+@settings(max_examples=30)
+def test_slices_are_those_packed_plainly_whatever_the_buffer_held(
+    config: DLRMConfig, data: st.DataObject
+):
+    """Parts of requests with all kinds of features, one slice after another in the same buffer."""
+    packer, used = staging(config), None
+    for parts in data.draw(st.lists(slices(config), min_size=1, max_size=4)):
+        cut = [prepared(config, request).part(*place) for request, place in parts]
+        buffer = packer.pack(BUCKET, 3, cut)
+        assert used is None or buffer is used
+        joined = JaggedBatch.join([request.part(*place) for request, place in parts])
+        assert_holds(config, unpacked(packer, BUCKET, buffer)[1], joined)
+        packer.give_back(buffer)
+        used = buffer
 
 
-def test_wide_ids_become_int32():
-    config, packer = DOT, staging(DOT)
-    few = generate(config, 2, seed=2)
-    wide = JaggedBatch(dense=few.dense, values=few.values.astype(np.uint64), offsets=few.offsets)
-    buffer = packer.pack(BUCKET, 0, [wide])
-    assert buffer.dtype == np.int32
-    same(buffer, staging(config).pack(BUCKET, 0, [few]))
+def test_a_larger_bucket_after_a_smaller_one_has_offsets_of_its_own():
+    packer = staging(FIXED)
+    for bucket, samples in ((BUCKET, 8), (LARGER, 16), (BUCKET, 3)):
+        batch = generate(FIXED, samples, seed=samples)
+        buffer = packer.pack(bucket, 0, [prepared(FIXED, batch)])
+        assert_holds(FIXED, unpacked(packer, bucket, buffer)[1], batch)
+
+
+def test_offsets_of_as_many_fixed_bags_as_before_are_left_alone():
+    packer = staging(FIXED)
+    buffer = packer.pack(BUCKET, 0, [drawn(FIXED, 3, seed=1)])
+    buffer.offsets[:] = 7
+    packer.give_back(buffer)
+    again = packer.pack(BUCKET, 0, [drawn(FIXED, 1, seed=2), drawn(FIXED, 2, seed=3)])
+    assert again is buffer and np.all(again.offsets == 7)
 
 
 def test_a_buffer_is_reused_only_after_it_is_given_back():
-    packer, few = staging(DOT), generate(DOT, 2, seed=2)
+    packer, few = staging(DOT), drawn(DOT, 2, seed=2)
     first = packer.pack(BUCKET, 0, [few])
     second = packer.pack(BUCKET, 0, [few])
     assert first is not second
     packer.give_back(first)
-    larger = SliceBucket(samples=8, ids=384)
-    assert packer.pack(larger, 0, [few]) is not first
+    assert packer.pack(LARGER, 0, [few]) is not first
     assert packer.pack(BUCKET, 0, [few]) is first
 
 
 def test_bits_survive():
     """Denormals and negative zero travel as they are."""
     dense = np.array([[1e-42, -0.0, 3.4e38, 0.1, -1]], np.float32)
-    drawn = generate(CONCAT, 1, seed=0)
-    sample = JaggedBatch(
-        dense=dense, values=drawn.values, offsets=drawn.offsets, weights=drawn.weights
-    )
+    sample = dataclasses.replace(generate(CONCAT, 1, seed=0), dense=dense)
     packer = staging(CONCAT)
-    buffer = packer.pack(BUCKET, 0, [sample])
+    buffer = packer.pack(BUCKET, 0, [prepared(CONCAT, sample)])
     place = packer.shape(BUCKET).places["dense"]
-    assert buffer[place].tobytes()[:20] == dense.tobytes()
+    assert buffer.array[place].tobytes()[:20] == dense.tobytes()

@@ -1,7 +1,8 @@
 """`recflow bench`: the engine beside plain JAX and torch, and kernels beside their floors, on equal
-inputs, in one run.
+inputs, in one run; and what the engine costs on the host.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.measure import plots, report
+from recflow_jax.measure import host, plots, report
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
 from recflow_jax.measure.corun import bench_corun
@@ -112,6 +113,32 @@ def bench_kernels(
         report.show(table)
         result[kernel] = report.as_json(measured)
     return _finish(result, out, figure)
+
+
+def bench_host(
+    config: DLRMConfig,
+    *,
+    request_sizes: Sequence[int] = (1, 64, 512),
+    ids: str = "uniform",
+    seed: int = 0,
+    timing: TimingOptions | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measures the host's time for requests of each size, on a device that is done at once; prints,
+    writes and returns as `bench_model` does. Raises ValueError, and Missing where threads have no
+    clocks of their own.
+    """
+    if not request_sizes or min(request_sizes) < 1:
+        raise ValueError(f"requests are of {list(request_sizes)} samples, not of at least 1")
+    options, backend = timing or host.TIMING, choose_backend("xla")
+    header = report.header(config, backend, ids=ids, seed=seed, versions=versions())
+    with progress("host", len(request_sizes)) as advance:
+        measured = host.bench_host(
+            config, request_sizes, ids=ids, seed=seed, options=options, advance=advance
+        )
+    report.show(report.host_table(measured))
+    result = header | {"timing": report.as_json(options), "cpus": os.cpu_count()}
+    return _finish(result | {"host": report.as_json(measured)}, out, None)
 
 
 def _kernels_of(config: DLRMConfig) -> list[str]:

@@ -6,8 +6,9 @@ import numpy as np
 
 from recflow_jax.engine.launcher import fail_step
 from recflow_jax.engine.ledger import Ledger
-from recflow_jax.engine.messages import Fault, Flight, Inbox
+from recflow_jax.engine.messages import Fault, Flight, Inbox, now_us
 from recflow_jax.engine.staging import Staging
+from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import StepDone
 
 
@@ -21,11 +22,13 @@ class Completion:
         inbox: Inbox,
         flights: SimpleQueue[Flight | None],
         ledger: Ledger,
+        tally: Tally,
     ) -> None:
         self._staging = staging
         self._inbox = inbox
         self._flights = flights
         self._ledger = ledger
+        self._tally = tally
 
     def run(self) -> None:
         """Until the launcher says that there is no more."""
@@ -43,9 +46,10 @@ class Completion:
         except Exception as error:
             self._inbox.put(Fault(error))
             self._fail(flight, error)
+        self._tally.ended_step(now_us() - flight.launched_us)
         self._inbox.put(StepDone(step_id=flight.step_id))
         if scores is not None:
-            self._answer(flight, scores)
+            self._ledger.add(flight.parts, scores)
 
     def _wait(self, flight: Flight) -> np.ndarray | None:
         """The scores on the host, once the step has ended; None if it makes none."""
@@ -54,10 +58,6 @@ class Completion:
         if flight.buffer is not None:
             self._staging.give_back(flight.buffer)
         return None if flight.scores is None else np.asarray(flight.scores)
-
-    def _answer(self, flight: Flight, scores: np.ndarray) -> None:
-        for row, part in flight.parts:
-            self._ledger.add(part, scores[row : row + part.samples])
 
     def _fail(self, flight: Flight, fault: Exception) -> None:
         fail_step(self._ledger, (part.request_id for _, part in flight.parts), fault)

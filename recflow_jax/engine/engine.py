@@ -16,18 +16,20 @@ from typing import Any, Self
 import numpy as np
 
 from recflow_jax.backend import Backend, choose_backend
-from recflow_jax.batch import InputError, JaggedBatch
+from recflow_jax.batch import InputError
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
-from recflow_jax.engine.intake import Sparse, Terms, checked_batch, new_request
+from recflow_jax.engine.heap import HEAP
+from recflow_jax.engine.intake import Sparse, Terms, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, now_us
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
 from recflow_jax.engine.planning import pipeline_config, plans_of
+from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stats import EngineStats, Tally
@@ -88,7 +90,8 @@ class Engine:
     ) -> None:
         self._segments = segments
         largest_slice = pipeline_config(segments, plans).largest_slice
-        self._max_ids = min(segments.max_ids_per_sample, largest_slice.ids)
+        max_ids = min(segments.max_ids_per_sample, largest_slice.ids)
+        self._preparer = Preparer(segments.config, segments.layout, max_ids=max_ids)
         self._idle_times = None if table is None else IdleTimes(table, segments)
         self._profile = None if table is None else _profile_name(table, profile)
         self._request_ids = itertools.count()
@@ -100,13 +103,14 @@ class Engine:
             inbox=inbox,
             tally=self._tally,
         )
-        shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger}
+        shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger, "tally": self._tally}
         self._threads = [
-            _started("launcher", Launcher(segments, plans, tally=self._tally, **shared).run),
+            _started("launcher", Launcher(segments, plans, **shared).run),
             _started("completion", Completion(segments.staging, **shared).run),
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
         self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
+        self._thaw = HEAP.freeze(self) if self.options.freeze_heap else None
 
     @property
     def config(self) -> DLRMConfig:
@@ -139,8 +143,8 @@ class Engine:
         the launch, or before the answer is there: an answer is never late.
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
-        batch = self._checked(dense, sparse, most=self.options.max_queued_samples, copy=True)
-        return self._enter(batch, terms)
+        samples = self._prepared(dense, sparse, most=self.options.max_queued_samples)
+        return self._enter(samples, terms)
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.
@@ -150,12 +154,12 @@ class Engine:
         """
         if threading.current_thread() in self._threads:
             raise EngineError("predict would wait for its own thread: use submit in callbacks")
-        batch = self._checked(dense, sparse)
+        samples = self._prepared(dense, sparse)
         most = self.options.max_queued_samples
-        if batch.samples <= most:
-            return self._enter_now(batch).result()
+        if samples.samples <= most:
+            return self._enter_now(samples).result()
         size = max(most // PIECES_WAITING, 1)
-        return predict_in_pieces(batch, size, self.config.outputs, self._enter_now)
+        return predict_in_pieces(samples, size, self.config.outputs, self._enter_now)
 
     def stats(self) -> EngineStats:
         """What was accepted, answered, rejected, launched so far, and how long answers took."""
@@ -173,6 +177,8 @@ class Engine:
         In a callback of an answer it does not wait.
         """
         _close(self._ledger, self._threads, drain=drain)
+        if self._thaw is not None:
+            self._thaw()
 
     def __enter__(self) -> Self:
         return self
@@ -185,28 +191,26 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _checked(
-        self, dense: Any, sparse: Sparse | None, *, most: int | None = None, copy: bool = False
-    ) -> JaggedBatch:
+    def _prepared(self, dense: Any, sparse: Sparse | None, *, most: int | None = None) -> Prepared:
         try:
-            batch = checked_batch(self.config, dense, sparse, max_ids=self._max_ids, copy=copy)
-            if most is not None and batch.samples > most:
+            samples = prepare(self._preparer, dense, sparse)
+            if most is not None and samples.samples > most:
                 raise InputError(
-                    f"{batch.samples} samples are more than the queue ever holds, {most}; "
+                    f"{samples.samples} samples are more than the queue ever holds, {most}; "
                     "predict takes any number"
                 )
-            return batch
+            return samples
         except InputError:
             self._tally.rejected("input")
             raise
 
-    def _enter_now(self, batch: JaggedBatch) -> Answer:
-        return self._enter(batch, Terms(arrived_us=now_us()))
+    def _enter_now(self, samples: Prepared) -> Answer:
+        return self._enter(samples, Terms(arrived_us=now_us()))
 
-    def _enter(self, batch: JaggedBatch, terms: Terms) -> Answer:
-        if not batch.samples:
+    def _enter(self, samples: Prepared, terms: Terms) -> Answer:
+        if not samples.samples:
             return self._empty_answer()
-        submitted = new_request(next(self._request_ids), batch, terms)
+        submitted = new_request(next(self._request_ids), samples, terms)
         if terms.deadline_us is not None:
             self._check_deadline(submitted.request, terms.deadline_us)
         return self._ledger.accept(submitted)

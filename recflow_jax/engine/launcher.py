@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.errors import EngineClosed, StepFailed
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import (
@@ -22,6 +21,7 @@ from recflow_jax.engine.messages import (
     now_us,
 )
 from recflow_jax.engine.planning import pipeline_config
+from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
@@ -71,7 +71,7 @@ class Launcher:
         self._flights = flights
         self._ledger = ledger
         self._tally = tally
-        self._waiting: dict[int, JaggedBatch] = {}
+        self._waiting: dict[int, Prepared] = {}
         self._batches: dict[int, _Batch] = {}
         self._free_states: list[BatchState] = []
         self._close: Close | None = None
@@ -80,7 +80,7 @@ class Launcher:
         """Until it is told to close; never ends with a request left open."""
         try:
             while not self._is_done():
-                messages = self._inbox.wait(self._patience_s())
+                messages = self._inbox.wait(self._patience_s(), can_launch=self._can_launch)
                 actions = self._pipeline.step(now_us(), [*self._events(messages)])
                 self._act(actions)
             self._give_up("the engine was closed before it came to the request")
@@ -91,6 +91,10 @@ class Launcher:
 
     def _is_done(self) -> bool:
         return self._close is not None and (not self._close.drain or self._pipeline.idle)
+
+    @property
+    def _can_launch(self) -> bool:
+        return self._pipeline.steps_in_flight < self._segments.options.max_steps_in_flight
 
     def _patience_s(self) -> float | None:
         deadline_us = self._pipeline.next_deadline_us
@@ -124,7 +128,7 @@ class Launcher:
                 self._flights.put(self._launch(action.step))
 
     def _launch(self, step: Step) -> Flight:
-        flight = Flight(step_id=step.id, results=[])
+        flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
         running = self._batches[step.segment.batch_id] if step.segment else _Batch()
         filling, samples = self._load(step.slice) if step.slice else (_Batch(), [])
         if step.co_run is not None and not (running.fault or filling.fault):
@@ -144,7 +148,7 @@ class Launcher:
         step: Step,
         running: _Batch,
         filling: _Batch,
-        samples: list[JaggedBatch],
+        samples: list[Prepared],
         flight: Flight,
     ) -> None:
         """The older batch's segment first, then the younger one's slice."""
@@ -158,15 +162,15 @@ class Launcher:
                 filling.state = self._segments.embed(state, packed)
                 flight.results.append(filling.state.landed)
 
-    def _load(self, piece: Slice) -> tuple[_Batch, list[JaggedBatch]]:
+    def _load(self, piece: Slice) -> tuple[_Batch, list[Prepared]]:
         """The batch that a slice joins, and the slice's samples."""
         batch = self._batches.setdefault(piece.batch_id, _Batch())
         batch.request_ids.update(part.request_id for part in piece.parts)
         return batch, [self._samples_of(part) for part in piece.parts]
 
-    def _packed(self, piece: Slice, samples: list[JaggedBatch], flight: Flight) -> np.ndarray:
+    def _packed(self, piece: Slice, samples: list[Prepared], flight: Flight) -> np.ndarray:
         flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, samples)
-        return flight.buffer
+        return flight.buffer.array
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
         if batch.state is not None:
@@ -181,7 +185,7 @@ class Launcher:
         step: Step,
         running: _Batch,
         filling: _Batch,
-        samples: list[JaggedBatch],
+        samples: list[Prepared],
         flight: Flight,
     ) -> None:
         """Segment and slice in one executable."""
@@ -213,7 +217,7 @@ class Launcher:
         """Two are in use at most: a later batch's slices run behind the segment that read it."""
         return self._free_states.pop() if self._free_states else self._segments.new_state()
 
-    def _samples_of(self, part: Part) -> JaggedBatch:
+    def _samples_of(self, part: Part) -> Prepared:
         """The part's samples; with the request's last part they are let go."""
         samples = self._waiting[part.request_id]
         if part.stop == samples.samples:

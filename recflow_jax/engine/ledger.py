@@ -1,8 +1,7 @@
 """Every accepted request until its one end: answered, cancelled, expired or failed."""
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,7 +66,7 @@ class Ledger:
         with self._door:
             self._let_in(request.samples)
             self._open[request.id] = _Open(request, answer, scores, request.samples)
-            self._inbox.put(submitted)
+            self._tell(submitted)
         self._tally.accepted(request.samples)
         return answer
 
@@ -78,11 +77,14 @@ class Ledger:
             if close is not None:
                 self._inbox.put(close)
 
-    def add(self, part: Part, scores: np.ndarray) -> None:
-        """Takes the scores of a part, and answers the request if it was the last one."""
-        entry = self._open.get(part.request_id)
-        if entry is not None and entry.add(part, scores):
-            self._finish(part.request_id)
+    def add(self, parts: Iterable[tuple[int, Part]], scores: np.ndarray) -> None:
+        """Takes a batch's scores, a part's from its row on; answers who has all of his own now."""
+        complete = [
+            part.request_id
+            for row, part in parts
+            if self._add(part, scores[row : row + part.samples])
+        ]
+        self._finish([entry for i in complete if (entry := self._open.pop(i, None)) is not None])
 
     def expire(self, request_id: int) -> None:
         """The deadline came before the launch."""
@@ -130,11 +132,31 @@ class Ledger:
             waiting, most = self._admission.samples, self._admission.max_samples
             raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
 
-    def _finish(self, request_id: int) -> None:
-        entry = self._take_out(request_id)
-        if entry is None:
-            return
-        now, request = now_us(), entry.request
+    def _tell(self, submitted: Submitted) -> None:
+        """The launcher has to see to a deadline in time, even if it can launch nothing."""
+        if submitted.request.deadline_us is None:
+            self._inbox.put_arrival(submitted)
+        else:
+            self._inbox.put(submitted)
+
+    def _add(self, part: Part, scores: np.ndarray) -> bool:
+        entry = self._open.get(part.request_id)
+        return entry is not None and entry.add(part, scores)
+
+    def _finish(self, entries: Sequence[_Open]) -> None:
+        """Nobody sees his answer before all are counted, and have left the queue."""
+        self._admission.leave(sum([entry.request.samples for entry in entries]))
+        now = now_us()
+        timely = [entry for entry in entries if self._is_timely(entry, now)]
+        self._tally.answered(
+            samples=sum([entry.request.samples for entry in timely]),
+            latencies_us=[now - entry.request.arrived_us for entry in timely],
+        )
+        for entry in timely:
+            _settle(entry.answer.set_result, entry.scores)
+
+    def _is_timely(self, entry: _Open, now: int) -> bool:
+        """Whether the answer is still wanted; ends the request if it is not."""
         if not entry.answer.set_running_or_notify_cancel():
             self._tally.cancelled()
         elif late_us := entry.late_us(now):
@@ -142,8 +164,8 @@ class Ledger:
             message = f"the answer came {late_us / 1000:.3f} ms after the deadline"
             _settle(entry.answer.set_exception, DeadlineExceeded(message))
         else:
-            self._tally.answered(request.samples, now - request.arrived_us)
-            _settle(entry.answer.set_result, entry.scores)
+            return True
+        return False
 
     def _cancel(self, request_id: int) -> None:
         entry = self._take_out(request_id)
@@ -161,5 +183,7 @@ class Ledger:
 
 def _settle(settle: Callable[[Any], None], outcome: Any) -> None:
     """A caller's callback may raise even SystemExit: that must not end the engine's thread."""
-    with suppress(BaseException):
+    try:
         settle(outcome)
+    except BaseException:
+        pass

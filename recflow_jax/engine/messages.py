@@ -5,18 +5,19 @@ the completion thread.
 """
 
 import time
-from collections.abc import Callable
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
-
-from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.prepared import Prepared
+from recflow_jax.engine.staging import Buffer
 from scheduling.pipeline import StepDone
 from scheduling.request import Part, Request
 
 LONGEST_WAIT_S = 3600.0
+ARRIVALS_TO_WAKE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Submitted:
     """A request was accepted, with these samples."""
 
     request: Request
-    samples: JaggedBatch
+    samples: Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +57,61 @@ class Flight:
     """A launched step: the arrays that are ready when it has ended, and whose answers it makes."""
 
     step_id: int
+    launched_us: int
     results: list[Any]
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
-    buffer: np.ndarray | None = None
+    buffer: Buffer | None = None
 
 
 class Inbox:
-    """The launcher's mail: any thread puts, one thread takes all that is there."""
+    """The launcher's mail: any thread puts, one thread takes all that is there.
+
+    Putting rings the bell only where that thread sleeps, and would want to know.
+    """
 
     def __init__(self) -> None:
-        self._messages: SimpleQueue[Message] = SimpleQueue()
-        self.put: Callable[[Message], None] = self._messages.put
+        self._messages: deque[Message] = deque()
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._asleep = False
+        self._has_urgent = False
+        self._arrivals_to_wake = 1
 
-    def wait(self, timeout_s: float | None) -> list[Message]:
-        """All messages, as soon as there is one; none after `timeout_s` seconds."""
+    def put(self, message: Message) -> None:
+        """Something that the launcher wants to know at once."""
+        self._messages.append(message)
+        self._has_urgent = True
+        self._ring()
+
+    def put_arrival(self, message: Submitted) -> None:
+        """A request that may wait for as long as nothing can be launched."""
+        self._messages.append(message)
+        if len(self._messages) >= self._arrivals_to_wake:
+            self._ring()
+
+    def wait(self, timeout_s: float | None, *, can_launch: bool = True) -> list[Message]:
+        """All messages, as soon as there is one; after `timeout_s` seconds, or rarely, none.
+
+        Unless it `can_launch`, the launcher sleeps until there are several arrivals.
+        """
+        self._arrivals_to_wake = 1 if can_launch else ARRIVALS_TO_WAKE
+        # A message is put before the bell is looked at, and looked for after it is hung up.
+        self._asleep = True
+        if not self._has_urgent and len(self._messages) < self._arrivals_to_wake:
+            self._sleep(timeout_s)
+        self._asleep = self._has_urgent = False
+        return [self._messages.popleft() for _ in range(len(self._messages))]
+
+    def _sleep(self, timeout_s: float | None) -> None:
         if timeout_s is not None:
             timeout_s = min(max(timeout_s, 0), LONGEST_WAIT_S)
-        messages: list[Message] = []
-        try:
-            messages.append(self._messages.get(timeout=timeout_s))
-            while True:
-                messages.append(self._messages.get_nowait())
-        except Empty:
-            pass
-        return messages
+        with suppress(Empty):
+            self._bell.get(timeout=timeout_s)
+
+    def _ring(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._bell.put(None)
 
 
 def now_us() -> int:

@@ -8,7 +8,7 @@ from scheduling.pipeline import PipelineConfig
 from scheduling.planner import Plans, SerialPlans, TablePlans
 from scheduling.table import ProfileMiss, ProfileTable, ProfileTableError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("recflow.engine")
 
 
 def plans_of(segments: Segments, table: ProfileTable | None) -> Plans:
@@ -57,7 +57,7 @@ def pipeline_config(segments: Segments, plans: Plans) -> PipelineConfig:
 @cache
 def _say_serial(model: str) -> None:
     """Once."""
-    logger.warning(
+    log.warning(
         "no profile table: embeddings and MLPs of %s run one after the other; "
         "recflow profile makes a table",
         model,

@@ -6,6 +6,7 @@ vectors (donated: written in place). Every shape is compiled at start.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
 from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.stages import BatchState, Stages
 from recflow_jax.engine.staging import Staging
 from recflow_jax.layout import Layout
@@ -82,6 +84,11 @@ class Segments:
     def max_ids_per_sample(self) -> int:
         """The most ids that one sample may have."""
         return self.options.max_ids_per_sample or self.slice_buckets[-1].ids
+
+    @cached_property
+    def preparer(self) -> Preparer:
+        """What makes samples ready for `staging`."""
+        return Preparer(self.config, self.layout, max_ids=self.max_ids_per_sample)
 
     def new_state(self) -> BatchState:
         """Buffers of a batch, all zero."""

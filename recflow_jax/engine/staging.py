@@ -17,8 +17,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32
 
-from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
+from recflow_jax.engine.fixed_bags import bag_offsets
+from recflow_jax.engine.prepared import Prepared
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch
 from scheduling.request import SliceBucket
@@ -77,6 +78,39 @@ class PackedShape:
         return fields["first_row"][0], batch
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Buffer:
+    """The int32 buffer of a slice, its fields as views, and what they hold from the slice before.
+
+    dense: float32 [room, dense_width], zero behind the first `samples` rows. offsets: those of
+    `fixed_samples` samples with fixed bags and of empty ones behind, if it is not None.
+    """
+
+    array: np.ndarray
+    rows: np.ndarray
+    weights: np.ndarray
+    dense: np.ndarray
+    offsets: np.ndarray
+    first_row: np.ndarray
+    samples: int = 0
+    fixed_samples: int | None = 0
+
+    @classmethod
+    def of(cls, shape: PackedShape) -> "Buffer":
+        """A buffer of no samples."""
+        array = np.zeros(shape.length, np.int32)
+        places = shape.places
+        dense = array[places["dense"]].view(np.float32)
+        return cls(
+            array=array,
+            rows=array[places["rows"]],
+            weights=array[places["weights"]].view(np.float32),
+            dense=dense.reshape(shape.samples, shape.dense_width),
+            offsets=array[places["offsets"]],
+            first_row=array[places["first_row"]],
+        )
+
+
 class Staging:
     """The buffers that slices are packed into, kept for the next slice of the same bucket.
 
@@ -87,7 +121,8 @@ class Staging:
         self._config = config
         self._layout = layout
         self._shapes: dict[SliceBucket, PackedShape] = {}
-        self._free: defaultdict[int, deque[np.ndarray]] = defaultdict(deque)
+        self._free: defaultdict[int, deque[Buffer]] = defaultdict(deque)
+        self._fixed_slots = np.zeros(0, np.int32)
 
     def shape(self, bucket: SliceBucket) -> PackedShape:
         """The layout of `bucket`'s buffers."""
@@ -95,53 +130,61 @@ class Staging:
             self._shapes[bucket] = PackedShape.of(self._config, self._layout, bucket)
         return self._shapes[bucket]
 
-    def pack(self, bucket: SliceBucket, row: int, parts: Sequence[JaggedBatch]) -> np.ndarray:
-        """The samples of `parts`, in order, to land at `row`: int32 [shape(bucket).length].
-
-        `parts` must have been checked and fit the bucket.
-        """
-        shape = self.shape(bucket)
-        buffer = self._take(shape.length)
-        fields = {name: buffer[place] for name, place in shape.places.items()}
-        joined = _join(shape, fields, parts)
-        fields["rows"][: len(joined.values)] = self._layout.rows(joined)
-        offsets = self._layout.slot_offsets(joined)
-        fields["offsets"][: len(offsets)] = offsets
-        fields["offsets"][len(offsets) :] = offsets[-1]
-        fields["first_row"][0] = row
+    def pack(self, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
+        """The samples of `parts`, in order, to land at `row`. They must fit the bucket."""
+        buffer = self._take(self.shape(bucket))
+        samples = sum([part.samples for part in parts])
+        self._write_ids(buffer, parts)
+        self._write_offsets(buffer, samples, parts)
+        np.concatenate([part.dense for part in parts], out=buffer.dense[:samples])
+        buffer.dense[samples : buffer.samples] = 0
+        buffer.samples = samples
+        buffer.first_row[0] = row
         return buffer
 
-    def give_back(self, buffer: np.ndarray) -> None:
+    def give_back(self, buffer: Buffer) -> None:
         """Let a later slice overwrite `buffer`."""
-        self._free[len(buffer)].append(buffer)
+        self._free[len(buffer.array)].append(buffer)
 
-    def _take(self, length: int) -> np.ndarray:
+    def _take(self, shape: PackedShape) -> Buffer:
         try:
-            return self._free[length].pop()
+            return self._free[shape.length].pop()
         except IndexError:
-            return np.zeros(length, np.int32)
+            return Buffer.of(shape)
 
+    def _write_ids(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
+        ids = sum([len(part.rows) for part in parts])
+        np.concatenate([part.rows for part in parts], out=buffer.rows[:ids])
+        if len(buffer.weights):
+            weights = [part.weights for part in parts if part.weights is not None]
+            np.concatenate(weights, out=buffer.weights[:ids])
 
-def _join(
-    shape: PackedShape, fields: dict[str, np.ndarray], parts: Sequence[JaggedBatch]
-) -> JaggedBatch:
-    """The parts as one batch; dense features and weights are views of the buffer."""
-    offsets = _joined_offsets(parts)
-    samples, ids = sum(len(part.dense) for part in parts), offsets[-1]
-    dense = fields["dense"].view(np.float32).reshape(shape.samples, shape.dense_width)
-    np.concatenate([part.dense for part in parts], out=dense[:samples])
-    dense[samples:] = 0
-    if shape.weighted:
-        weights = fields["weights"].view(np.float32)[:ids]
-        np.concatenate([p.weights for p in parts if p.weights is not None], out=weights)
-    values = fields["rows"][:ids]
-    np.concatenate([part.values for part in parts], out=values, casting="unsafe")
-    return JaggedBatch(dense=dense[:samples], values=values, offsets=offsets)
+    def _write_offsets(self, buffer: Buffer, samples: int, parts: Sequence[Prepared]) -> None:
+        """Fixed bags always have the same offsets, which may still be there."""
+        if any([part.slot_offsets is not None for part in parts]):
+            self._write_jagged(buffer, parts)
+        elif buffer.fixed_samples != samples:
+            slots = self._slots_of_fixed(samples)
+            buffer.offsets[: len(slots)] = slots
+            buffer.offsets[len(slots) :] = slots[-1]
+            buffer.fixed_samples = samples
 
+    def _write_jagged(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
+        slot = ids = 0
+        for part in parts:
+            slots = part.slot_offsets
+            if slots is None:
+                slots = self._slots_of_fixed(part.samples)
+            end = slot + len(slots) - 1
+            np.add(slots[:-1], ids, out=buffer.offsets[slot:end])
+            slot, ids = end, ids + len(part.rows)
+        buffer.offsets[slot:] = ids
+        buffer.fixed_samples = None
 
-def _joined_offsets(parts: Sequence[JaggedBatch]) -> np.ndarray:
-    """int64 [bags + 1] of all parts' bags, over their ids end to end."""
-    shifts = np.array([0, *accumulate(len(part.values) for part in parts)])
-    bags = [len(part.offsets) - 1 for part in parts]
-    starts = np.concatenate([part.offsets[:-1] for part in parts])
-    return np.append(starts + np.repeat(shifts[:-1], bags), shifts[-1])
+    def _slots_of_fixed(self, samples: int) -> np.ndarray:
+        """The slots' offsets of so many samples with fixed bags."""
+        length = samples * len(self._layout.slots) + 1
+        if len(self._fixed_slots) < length:
+            offsets = bag_offsets(self._config.fixed_bags or (), samples)
+            self._fixed_slots = self._layout.slots_of(offsets)
+        return self._fixed_slots[:length]

@@ -1,7 +1,9 @@
 """What an engine has done so far, counted as it happens."""
 
+import math
 import threading
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from scheduling.request import Segment, Slice, Step
 
 PERCENTILES = (50, 95, 99)
+STEP_BOUNDS_US = (50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6, math.inf)
 COUNTED = (
     "requests_accepted",
     "samples_accepted",
@@ -28,8 +31,10 @@ class EngineStats:
 
     Reasons: `input`, `queue_full` and `closed` (raised by submit), `deadline` (could not be
     answered in time, or was answered too late). Batch and slice sizes are samples on average;
-    `batch_buckets` counts batches by the bucket that they were padded to, `batch_segments` by the
-    segments that they were cut into, `co_runs` the steps in one executable by their config.
+    `batch_buckets` and `slice_buckets` count batches and slices by the bucket that they were padded
+    to, `batch_segments` batches by the segments that they were cut into, `co_runs` the steps in one
+    executable by their config, `step_times` steps by the first of STEP_BOUNDS_US that their time
+    did not exceed, from launch to end, behind whatever was in flight; `steps_us` is their sum.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first.
@@ -49,6 +54,9 @@ class EngineStats:
     batch_buckets: dict[int, int]
     batch_segments: dict[int, int]
     co_runs: dict[str, int]
+    slice_buckets: dict[int, int]
+    step_times: dict[float, int]
+    steps_us: int
     mean_batch: float
     mean_slice: float
     sample_padding: float
@@ -71,14 +79,16 @@ class Tally:
         self._batch_buckets: Counter[int] = Counter()
         self._batch_segments: Counter[int] = Counter()
         self._co_runs: Counter[str] = Counter()
+        self._slice_buckets: Counter[int] = Counter()
+        self._step_times: Counter[float] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
 
     def accepted(self, samples: int) -> None:
         self._add(requests_accepted=1, samples_accepted=samples)
 
-    def answered(self, samples: int, latency_us: int) -> None:
-        self._add(requests_answered=1, samples_answered=samples)
-        self._latencies_us.append(latency_us)
+    def answered(self, samples: int, latencies_us: Sequence[int]) -> None:
+        self._add(requests_answered=len(latencies_us), samples_answered=samples)
+        self._latencies_us.extend(latencies_us)
 
     def rejected(self, reason: str) -> None:
         with self._lock:
@@ -102,6 +112,8 @@ class Tally:
 
     def _launched_slice(self, piece: Slice) -> None:
         self._add(slices=1, slice_samples=piece.samples, ids=piece.ids, id_room=piece.bucket.ids)
+        with self._lock:
+            self._slice_buckets[piece.bucket.samples] += 1
 
     def _launched_batch(self, last: Segment) -> None:
         shape = last.shape
@@ -109,6 +121,12 @@ class Tally:
         with self._lock:
             self._batch_buckets[shape.batch] += 1
             self._batch_segments[shape.segments] += 1
+
+    def ended_step(self, took_us: int) -> None:
+        self._add(steps_us=took_us)
+        bound = next(bound for bound in STEP_BOUNDS_US if took_us <= bound)
+        with self._lock:
+            self._step_times[bound] += 1
 
     def _add(self, **counts: int) -> None:
         with self._lock:
@@ -123,6 +141,8 @@ class Tally:
             n, rejected = Counter(self._counts), dict(self._rejected)
             batch_buckets, co_runs = dict(self._batch_buckets), dict(self._co_runs)
             batch_segments = dict(self._batch_segments)
+            slice_buckets = dict(self._slice_buckets)
+            step_times = dict(self._step_times)
             latencies_ms = np.array(self._latencies_us) / 1000
         p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
         return EngineStats(
@@ -132,6 +152,9 @@ class Tally:
             batch_buckets=batch_buckets,
             batch_segments=batch_segments,
             co_runs=co_runs,
+            slice_buckets=slice_buckets,
+            step_times=step_times,
+            steps_us=n["steps_us"],
             mean_batch=n["batch_samples"] / max(n["batches"], 1),
             mean_slice=n["slice_samples"] / max(n["slices"], 1),
             sample_padding=_padding(n["batch_samples"], n["batch_room"]),

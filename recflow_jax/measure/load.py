@@ -6,8 +6,9 @@ holds up whoever sends, cannot hide it.
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +29,21 @@ class LoadError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadResult:
-    """What was offered, what came back. Latencies in milliseconds, from due time to answer."""
+    """What was offered, what came back. Latencies in milliseconds, from due time to answer.
+
+    failures: how many failed, by the error's type.
+    """
 
     offered_per_s: float
     answered_per_s: float
     samples_per_s: float
     requests: int
     failed: int
+    failures: dict[str, int]
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    p999_ms: float
     max_ms: float
 
     @property
@@ -71,17 +77,17 @@ class _Answers:
 
     def __init__(self, count: int):
         self.times_s = np.full(count, np.nan)
-        self.failed = 0
+        self.failures: Counter[str] = Counter()
         self._left = count
         self._lock = threading.Lock()
         self._all_answered = threading.Event()
 
     def record(self, index: int, future: "Future[Any]") -> None:
         now = time.perf_counter()
-        failed = future.cancelled() or future.exception() is not None
+        error = CancelledError() if future.cancelled() else future.exception()
         with self._lock:
-            if failed:
-                self.failed += 1
+            if error is not None:
+                self.failures[type(error).__name__] += 1
             else:
                 self.times_s[index] = now
             self._left -= 1
@@ -132,9 +138,9 @@ def _result(answers: _Answers, due_s: np.ndarray, samples: np.ndarray) -> LoadRe
     counted = np.arange(count) >= int(WARM_UP_SHARE * count)
     answered = counted & np.isfinite(answers.times_s)
     if not answered.any():
-        raise LoadError(f"none of {count} requests was answered")
+        raise LoadError(f"none of {count} requests was answered: {dict(answers.failures)}")
     latencies_ms = 1e3 * (answers.times_s - due_s)[answered]
-    p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99]).tolist()
+    p50, p95, p99, p999 = np.percentile(latencies_ms, [50, 95, 99, 99.9]).tolist()
     start_s = due_s[counted][0]
     span_s = max(answers.times_s[answered].max() - start_s, 1e-9)
     return LoadResult(
@@ -142,10 +148,12 @@ def _result(answers: _Answers, due_s: np.ndarray, samples: np.ndarray) -> LoadRe
         answered_per_s=float(answered.sum() / span_s),
         samples_per_s=float(samples[answered].sum() / span_s),
         requests=count,
-        failed=answers.failed,
+        failed=answers.failures.total(),
+        failures=dict(answers.failures),
         p50_ms=p50,
         p95_ms=p95,
         p99_ms=p99,
+        p999_ms=p999,
         max_ms=float(latencies_ms.max()),
     )
 

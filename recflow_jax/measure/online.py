@@ -54,6 +54,12 @@ class OnlineOptions:
         if not self.seconds > 0:
             raise ValueError(f"online: seconds is {self.seconds}, not above 0")
 
+    def rates(self, saturation: float) -> list[tuple[float | None, float]]:
+        """Each load as a share of `saturation`, if it is one, and in requests per second."""
+        if self.qps:
+            return [(None, qps) for qps in self.qps]
+        return [(share, share * saturation) for share in self.loads]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlinePoint:
@@ -111,7 +117,7 @@ def bench_online(
                 qps=qps,
                 contenders=offer(servers, requests, qps, options.seconds, seed, advance),
             )
-            for share, qps in _rates(options, min(saturation.values()))
+            for share, qps in options.rates(min(saturation.values()))
         ]
     return OnlineResult(
         max_batch=engine.options.max_batch,
@@ -200,9 +206,3 @@ def offer(
         results[name] = run_open_loop(submit, requests, due_s)
         advance()
     return results
-
-
-def _rates(options: OnlineOptions, saturation: float) -> list[tuple[float | None, float]]:
-    if options.qps:
-        return [(None, qps) for qps in options.qps]
-    return [(share, share * saturation) for share in options.loads]

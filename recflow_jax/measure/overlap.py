@@ -133,8 +133,7 @@ class BatchPipeline:
         (self._bucket,) = self._segments.slice_buckets
         (self._shape,) = SegmentShape.all_of(1, samples)
         self._segments.compile_all(co_runs=map(self._cell, self.rides))
-        pack = partial(self._segments.staging.pack, self._bucket, 0)
-        self._packed = [jax.device_put(pack([batch])) for batch in sets]
+        self._packed = [jax.device_put(self._pack(batch)) for batch in sets]
         self._running, self._filling = (
             self._segments.embed(self._segments.new_state(), packed) for packed in self._packed[:2]
         )
@@ -181,6 +180,10 @@ class BatchPipeline:
         x, free, filled = self._segments.start_with(cell, *states, self._input(i))
         self._running, self._filling = filled, free
         return x
+
+    def _pack(self, batch: JaggedBatch) -> np.ndarray:
+        samples = self._segments.preparer.prepare(batch)
+        return self._segments.staging.pack(self._bucket, 0, [samples]).array
 
     def _cell(self, ride: str) -> CoRun:
         return CoRun(segment=self._shape, slice=self._bucket, config=ride)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from recflow_jax.measure.schemes import Scheme
 from scheduling import ProfileKey, ProfileRow, ProfileTable
@@ -312,7 +312,7 @@ def _gains_map(ax: Axes, schemes: Sequence[Scheme]) -> None:
 
 
 def _slice_name(row: ProfileKey) -> str:
-    return f"{row.slice_samples:,}\n{row.slice_ids:,} ids"
+    return f"{row.slice_samples:,}\n{EngFormatter(places=1, sep='')(row.slice_ids or 0)}"
 
 
 def _heat_map(ax: Axes, cells: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:

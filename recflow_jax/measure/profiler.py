@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.data.workloads import generate
@@ -117,9 +118,10 @@ class Profiler:
             self._packed[bucket] = [jax.device_put(self._pack(bucket, 0, s)) for s in seeds]
         return self._packed[bucket][i % PACKED_SETS]
 
-    def _pack(self, bucket: SliceBucket, row: int, seed: int) -> Any:
+    def _pack(self, bucket: SliceBucket, row: int, seed: int) -> np.ndarray:
         batch = generate(self.segments.config, bucket.samples, seed=seed, ids=self._ids)
-        return self.segments.staging.pack(bucket, row, [_fitting(batch, bucket.ids)])
+        samples = self.segments.preparer.prepare(_fitting(batch, bucket.ids))
+        return self.segments.staging.pack(bucket, row, [samples]).array
 
 
 def _fitting(batch: JaggedBatch, ids: int) -> JaggedBatch:

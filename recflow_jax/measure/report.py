@@ -20,10 +20,12 @@ from recflow_jax.console import console
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.corun import CorunResult
+from recflow_jax.measure.host import HostResult
 from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
 from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
+from recflow_jax.measure.served import HttpCost, ServedResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
 
@@ -31,7 +33,13 @@ SCHEMA = 1
 WIDTH = 110
 
 Result = (
-    OfflineResult | StreamResult | OnlineResult | GatherResult | DenseResult | InteractionResult
+    OfflineResult
+    | StreamResult
+    | OnlineResult
+    | ServedResult
+    | GatherResult
+    | DenseResult
+    | InteractionResult
 )
 
 
@@ -107,7 +115,7 @@ def show(table: Table) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
-        text = column in ("contender", "how", "layer")
+        text = column in ("contender", "how", "layer", "given as")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 
@@ -182,6 +190,41 @@ def online_table(result: OnlineResult) -> Table:
                 end_section=name == list(point.contenders)[-1],
             )
     return table
+
+
+def served_table(result: ServedResult) -> Table:
+    """Latency by load, of the engine in this process and of a server over both protocols."""
+    saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
+    table = _table(
+        f"served: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
+        f"saturation in requests/s: {saturation}",
+        *("load", "requests/s", "asked", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "answered/s"),
+        "failed",
+    )
+    for point in result.points:
+        for name, load in point.contenders.items():
+            share = "" if point.share is None else f"{point.share:.0%}"
+            first = name == next(iter(point.contenders))
+            latencies = (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)
+            table.add_row(
+                share if first else "",
+                f"{point.qps:,.0f}" if first else "",
+                name,
+                *(f"{ms:,.2f}" for ms in latencies),
+                f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
+                ", ".join(f"{n} {why}" for why, n in load.failures.items()) or "0",
+                end_section=name == list(point.contenders)[-1],
+            )
+    return table
+
+
+def http_cost_line(cost: HttpCost) -> str:
+    """CPU time per request."""
+    return (
+        f"HTTP: {cost.served_us:,.0f} us of CPU per request of {cost.request_samples} samples, "
+        f"{cost.over_bare:.2f} x the {cost.bare_us:,.0f} us of a bare ASGI app that asks the same "
+        f"engine; an echo takes {cost.echo_us:,.0f} us"
+    )
 
 
 def _us(us: float | None) -> str:
@@ -285,5 +328,24 @@ def corun_table(results: Sequence[CorunResult]) -> Table:
             *(_us(result.best_us), result.best),
             f"{result.best_over_sum:.2f}",
             f"{result.best_us / result.max_us:.2f}",
+        )
+    return table
+
+
+def host_table(results: Sequence[HostResult]) -> Table:
+    """Time per request and per sample, and where it goes."""
+    table = _table(
+        "host: requests at saturation, on a device that is done at once; processor time by stage",
+        *("samples", "given as", "us each", "p10-p90", "us/sample", "submit", "pack", "launch"),
+        *("resolve", "sum", "batch"),
+    )
+    for result in results:
+        timing, stages = result.timing, result.stages
+        table.add_row(
+            *(str(result.request_samples), result.given_as, _us(timing.median_us)),
+            f"{timing.p10_us:,.0f}-{timing.p90_us:,.0f}",
+            f"{result.us_per_sample:,.3f}",
+            *(_us(stages.submit_us), _us(stages.pack_us), _us(stages.launch_us)),
+            *(_us(stages.resolve_us), _us(stages.sum_us), f"{result.mean_batch:,.0f}"),
         )
     return table

@@ -15,8 +15,7 @@ from scheduling.costs import StepCosts, segment_key, slice_key, step_key
 
 NEAR = 4  # times the samples of one another that slice and batch may have
 LEAST_GAIN = 0.05  # of the sum
-LEAST_US = 20.0  # of a slice, for a kernel that takes it along
-KEPT_RIDES = 2
+LEAST_US = 8.0  # of a slice, beyond its launch, for a kernel that takes it along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +65,12 @@ class Sweep:
         return [self._step(shape, self._slices[0], self._rides)] if self._rides else []
 
     def steps(self, table: ProfileTable) -> list[Job]:
-        """What may pay, by the times of its parts and the fastest rides of the contest."""
-        costs, kernels = StepCosts(table), self._fastest(table)
+        """What may pay, by the times of its parts and the ride that won the contest."""
+        costs, winner = StepCosts(table), self._winner(table)
         found = []
         for shape in self._shapes():
-            for size in self._slices:
-                if rides := _worth_trying(costs, shape, size, kernels):
+            for size in self._slices if self._rides else ():
+                if rides := self._worth_trying(costs, shape, size, winner):
                     found.append(self._step(shape, size, rides))
         return found
 
@@ -88,23 +87,22 @@ class Sweep:
             co_runs=tuple(CoRun(segment=shape, slice=size, config=ride) for ride in rides),
         )
 
-    def _fastest(self, table: ProfileTable) -> list[str]:
-        """The rides by a kernel that won the contest."""
+    def _winner(self, table: ProfileTable) -> list[str]:
+        """The fastest ride with a kernel, if there is one."""
         (shape,) = SegmentShape.all_of(1, self._batches[0])
-        times = StepCosts(table).co_runs_us(shape, self._slices[0]) if self._rides else {}
-        return sorted({*times} - {IN_TURN}, key=lambda ride: times[ride])[:KEPT_RIDES]
+        times = StepCosts(table).co_runs_us(shape, self._slices[0])
+        return sorted({*times} - {IN_TURN}, key=lambda ride: times[ride])[:1]
 
-
-def _worth_trying(
-    costs: StepCosts, shape: SegmentShape, size: SliceBucket, kernels: Sequence[str]
-) -> list[str]:
-    """The rides to measure; none where a step is sure to be best serially, or hardly ever run."""
-    if not 1 / NEAR <= size.samples / shape.batch <= NEAR:
-        return []
-    parts_us = (costs.segment_us(shape), costs.slice_us(size))
-    if min(parts_us) < LEAST_GAIN * sum(parts_us):
-        return []
-    takes_kernels = costs.slice_us(size) >= LEAST_US
-    if shape.segments > 1 and not takes_kernels:
-        return []
-    return [IN_TURN, *(kernels if takes_kernels else ())]
+    def _worth_trying(
+        self, costs: StepCosts, shape: SegmentShape, size: SliceBucket, winner: Sequence[str]
+    ) -> list[str]:
+        """The rides to measure; none for what is best serially for sure, or hardly ever run."""
+        if not 1 / NEAR <= size.samples / shape.batch <= NEAR:
+            return []
+        parts_us = (costs.segment_us(shape), costs.slice_us(size))
+        if min(parts_us) < LEAST_GAIN * sum(parts_us):
+            return []
+        is_work = costs.slice_us(size) - costs.slice_us(self._slices[-1]) >= LEAST_US
+        if shape.segments > 1 and not is_work:
+            return []
+        return [IN_TURN, *(winner if is_work else ())]

@@ -1,0 +1,100 @@
+"""`recflow bench serve`: a server over HTTP and gRPC beside the engine in this process."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.calibration import ready
+from recflow_jax.commands.info import versions
+from recflow_jax.config import DLRMConfig
+from recflow_jax.console import Missing, console, progress
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.measure import report
+from recflow_jax.measure.contenders import RECFLOW
+from recflow_jax.measure.launched import SHARING, launched
+from recflow_jax.measure.online import OnlineOptions, Servers, check_served, request_pool
+from recflow_jax.measure.served import bench_served
+from recflow_jax.model import Params
+from recflow_jax.params import init_params, save_params
+
+try:
+    from recflow_jax.measure.clients import GrpcClient, HttpClient
+    from recflow_jax.measure.http_cost import measure_http_cost
+except ModuleNotFoundError as error:
+    raise Missing(f"{error}: pip install 'recflow-jax[serve]'") from error
+
+HTTP, GRPC = "HTTP", "gRPC"
+
+
+def bench_serve(
+    config: DLRMConfig,
+    *,
+    engine: EngineOptions,
+    online: OnlineOptions,
+    profile: Path | None = None,
+    ids: str = "uniform",
+    seed: int = 0,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measures, prints a table, writes JSON to `out`; returns the JSON.
+
+    Starts `recflow serve` with the same parameters, drawn from `seed`, in a process of its own, and
+    sends it and the engine here the same requests at the same times. Raises WrongAnswers before
+    anything is timed, NotLaunched, LoadError.
+    """
+    os.environ.update(SHARING)
+    params = init_params(config, seed=seed)
+    config = ready(config, params, ids=ids, seed=seed)
+    requests = request_pool(config, ids=ids, seed=seed, request_samples=online.request_samples)
+    with Engine(config, params, options=engine, profile=profile) as own:
+        result = report.header(config, own.backend, ids=ids, seed=seed, versions=versions())
+        with _servers(own, params, requests, profile) as servers:
+            check_served(config, params, requests, servers)
+            measurements = len(servers) * (1 + len(online.qps or online.loads))
+            with progress("serving", measurements) as advance:
+                served = bench_served(servers, requests, seed=seed, options=online, advance=advance)
+    report.show(report.served_table(served))
+    cost = measure_http_cost(config, requests[0])
+    console.print(report.http_cost_line(cost), markup=False)
+    result |= {"served": report.as_json(served), "http": report.as_json(cost)}
+    if out is not None:
+        report.save_json(out, result)
+        console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    return result
+
+
+@contextmanager
+def _servers(
+    engine: Engine, params: Params, requests: Sequence[JaggedBatch], profile: Path | None
+) -> Iterator[Servers]:
+    """The engine, and a server of the same parameters over both protocols."""
+    config = engine.config
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save_params(folder / "model.safetensors", config, params)
+        arguments = _arguments(engine.options, folder / "model.safetensors", profile)
+        ports = stack.enter_context(launched(arguments))
+        path = f"/v2/models/{config.name}/infer"
+        http = HttpClient(ports.http_port, path, requests, outputs=config.outputs)
+        stack.enter_context(http)
+        grpc = GrpcClient(ports.grpc_port, config.name, requests, outputs=config.outputs)
+        stack.enter_context(grpc)
+        yield {RECFLOW: engine.submit, HTTP: http.submit, GRPC: grpc.submit}
+
+
+def _arguments(options: EngineOptions, params: Path, profile: Path | None) -> list[str]:
+    """The command line of a server with the same engine."""
+    values = {
+        "--params": params,
+        "--max-batch": options.max_batch,
+        "--segments": options.segments,
+        "--max-queued-samples": options.max_queued_samples,
+        "--backend": options.backend,
+        "--profile": profile,
+    }
+    return [word for n, value in values.items() if value is not None for word in (n, str(value))]

@@ -1,0 +1,74 @@
+"""`recflow serve`: one model behind the Open Inference Protocol, until it is told to end."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from recflow_jax.config import DLRMConfig
+from recflow_jax.console import Missing
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.params import init_params, load_params
+
+try:
+    import uvloop
+
+    from recflow_jax.serving import logs
+    from recflow_jax.serving.options import ServerOptions
+    from recflow_jax.serving.server import Ending, Server
+except ModuleNotFoundError as error:
+    raise Missing(f"{error}: pip install 'recflow-jax[serve]'") from error
+
+
+def serve(
+    config: DLRMConfig | None,
+    *,
+    params: Path | None,
+    random: bool,
+    profile: Path | None,
+    engine: EngineOptions,
+    server: ServerOptions,
+    name: str | None,
+    version: str,
+    log_level: logs.LogLevel,
+    log_format: logs.LogFormat | None,
+) -> None:
+    """Serves until SIGTERM or SIGINT. Raises SystemExit if what was accepted was not all answered.
+
+    config: None takes that of the file `params`. random: drawn parameters instead, to try things.
+    Raises ValueError if there is neither or both, OSError for ports that are taken.
+    """
+    if (params is None) != random or (random and config is None):
+        raise ValueError("serve takes --params FILE, or --model with --random-params to try it")
+    logs.set_up(log_level, log_format)
+
+    def load() -> Engine:
+        if params is None:
+            assert config is not None
+            return Engine(config, init_params(config), options=engine, profile=profile)
+        found, loaded = load_params(params, config=config)
+        return Engine(found, loaded, options=engine, profile=profile)
+
+    ending = uvloop.run(_until_signal(Server(load, name=name, version=version, options=server)))
+    _leave(ending)
+
+
+async def _until_signal(server: Server) -> Ending:
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    return await server.run(stop)
+
+
+def _leave(ending: Ending) -> None:
+    """A thread that waits for a device that never answers would keep Python from ending."""
+    code = 0 if ending.drained else 1
+    if not ending.quiet:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)

@@ -1,0 +1,191 @@
+"""Samples as they wait for their slice: checked, their ids int32 rows of the tables already.
+
+All work per id is done here, on the caller's thread, in few passes: the launcher only copies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recflow_jax.batch import (
+    MAX_IDS,
+    InputError,
+    JaggedBatch,
+    check_batch,
+    check_shapes,
+    dense_array,
+)
+from recflow_jax.config import DLRMConfig
+from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, write_rows
+from recflow_jax.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """`n` samples in arrays that nobody else writes to, to be copied into slices.
+
+    dense: float32 [n, dense_width]. rows: int32 [total], each id as a row of its group.
+    id_offsets: int64 [n + 1], the ids before each sample. slot_offsets: int32 [n * slots + 1],
+    where each slot's rows start, or None where all bags are as `DLRMConfig.fixed_bags` says.
+    weights: float32 [total], or None where no feature is weighted.
+    """
+
+    dense: np.ndarray
+    rows: np.ndarray
+    id_offsets: np.ndarray
+    slot_offsets: np.ndarray | None
+    weights: np.ndarray | None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples, n."""
+        return len(self.dense)
+
+    def part(self, start: int, stop: int) -> "Prepared":
+        """Samples [start, stop), as views where numpy allows."""
+        ids = self.id_offsets[start : stop + 1]
+        place = slice(ids[0], ids[-1])
+        return Prepared(
+            dense=self.dense[start:stop],
+            rows=self.rows[place],
+            id_offsets=ids - ids[0],
+            slot_offsets=self._slots_of(start, stop),
+            weights=None if self.weights is None else self.weights[place],
+        )
+
+    def _slots_of(self, start: int, stop: int) -> np.ndarray | None:
+        if self.slot_offsets is None:
+            return None
+        slots = (len(self.slot_offsets) - 1) // max(self.samples, 1)
+        offsets = self.slot_offsets[start * slots : stop * slots + 1]
+        return offsets - offsets[0]
+
+
+class Preparer:
+    """Checks and prepares samples of one model; any thread may call.
+
+    It sees only whether all is well: what is not, `check_batch` finds and names.
+    """
+
+    def __init__(self, config: DLRMConfig, layout: Layout, *, max_ids: int) -> None:
+        self._config = config
+        self._layout = layout
+        self._max_ids = max_ids
+        self._limits = np.array(config.feature_rows, np.uint32)
+        self._bases = np.array(layout.feature_bases, np.int32)
+        self._longest = np.array([f.longest_bag or MAX_IDS for f in config.features])
+        self._bounded = bool((self._longest < MAX_IDS).any())
+        self._fixed = None
+        if config.fixed_bags is not None and sum(config.fixed_bags) <= max_ids:
+            lengths = dict(zip([f.name for f in config.features], config.fixed_bags, strict=True))
+            self._fixed = FixedBags(lengths, self._limits, self._bases)
+
+    def prepare(self, batch: JaggedBatch) -> Prepared:
+        """The samples as they are now, whatever becomes of `batch`'s arrays.
+
+        Raises InputError that names feature, sample and value.
+        """
+        check_shapes(self._config, batch)
+        if self._fixed is not None and self._fixed.are_in(batch):
+            prepared = self._prepare_fixed(self._fixed, batch.dense, batch.values, batch.weights)
+        else:
+            prepared = self._prepare_jagged(batch)
+        if prepared is None:
+            check_batch(self._config, batch)
+            raise InputError("the samples changed while they were checked")
+        return prepared
+
+    def prepare_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared:
+        """`prepare` of what JaggedBatch.from_features takes; fixed bags do without the batch."""
+        prepared = self._prepare_fixed_features(dense, sparse)
+        if prepared is None:
+            return self.prepare(JaggedBatch.from_features(self._config, dense, sparse))
+        return prepared
+
+    def _prepare_fixed_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared | None:
+        if self._fixed is None or self._config.weighted:
+            return None
+        dense = dense_array(self._config, dense)
+        values = self._fixed.join(sparse, len(dense))
+        return None if values is None else self._prepare_fixed(self._fixed, dense, values, None)
+
+    def _prepare_fixed(
+        self,
+        bags: FixedBags,
+        dense: np.ndarray,
+        values: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> Prepared | None:
+        rows = bags.rows(values)
+        if rows is None:
+            return None
+        return _with_floats(dense, weights, rows, bags.id_offsets(len(dense)), None)
+
+    def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
+        offsets, n = batch.offsets.copy(), batch.samples
+        lengths = offsets[1:] - offsets[:-1]
+        if not self._bags_are_well(batch, offsets, lengths):
+            return None
+        id_offsets = offsets[:: batch.features].copy() if batch.features else np.zeros(n + 1, int)
+        rows = self._jagged_rows(batch.values, id_offsets, lengths)
+        if rows is None:
+            return None
+        _check_ids_per_sample(id_offsets, self._max_ids)
+        slots = self._layout.slots_of(offsets)
+        return _with_floats(batch.dense, batch.weights, rows, id_offsets, slots)
+
+    def _jagged_rows(
+        self, values: np.ndarray, id_offsets: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray | None:
+        """Block by block of samples: about BLOCK_IDS ids."""
+        samples, features = len(id_offsets) - 1, len(self._limits)
+        rows = np.empty(len(values), np.int32)
+        step = min(max(BLOCK_IDS * samples // max(len(values), 1), 1), samples)
+        limits, bases = np.tile(self._limits, step), np.tile(self._bases, step)
+        for start in range(0, samples, max(step, 1)):
+            ids = slice(id_offsets[start], id_offsets[min(start + step, samples)])
+            counts = lengths[start * features : (start + step) * features]
+            of_ids = [np.repeat(each[: len(counts)], counts) for each in (limits, bases)]
+            if not write_rows(values[ids], *of_ids, out=rows[ids]):
+                return None
+        return rows
+
+    def _bags_are_well(self, batch: JaggedBatch, offsets: np.ndarray, lengths: np.ndarray) -> bool:
+        if offsets[0] != 0 or offsets[-1] != len(batch.values) or np.count_nonzero(lengths < 0):
+            return False
+        too_long = self._bounded and lengths.reshape(-1, len(self._longest)) > self._longest
+        return not np.count_nonzero(too_long)
+
+
+def _with_floats(
+    dense: np.ndarray,
+    weights: np.ndarray | None,
+    rows: np.ndarray,
+    id_offsets: np.ndarray,
+    slot_offsets: np.ndarray | None,
+) -> Prepared | None:
+    dense, weights = dense.copy(), None if weights is None else weights.copy()
+    if not _is_finite(dense) or not (weights is None or _is_finite(weights)):
+        return None
+    return Prepared(
+        dense=dense,
+        rows=rows,
+        id_offsets=id_offsets,
+        slot_offsets=slot_offsets,
+        weights=weights,
+    )
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    return bool(np.count_nonzero(np.isfinite(values)) == values.size)
+
+
+def _check_ids_per_sample(id_offsets: np.ndarray, most: int) -> None:
+    if id_offsets[-1] <= most:
+        return
+    ids = np.diff(id_offsets)
+    sample = int(ids.argmax())
+    if ids[sample] > most:
+        raise InputError(f"sample {sample} has {ids[sample]} ids in all, more than {most}")

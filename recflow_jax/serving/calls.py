@@ -1,0 +1,73 @@
+"""A request and its answer as both protocols have them, once decoded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recflow_jax.batch import InputError
+from recflow_jax.serving.inputs import SCORES
+
+US_PER_S = 1e6
+_INT64 = range(-(2**63), 2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferCall:
+    """What a client asks: scores of the samples in `tensors`.
+
+    timeout_s: the client's deadline, from the request's arrival; None if it has none. priority:
+    lower ones run first.
+    """
+
+    model: str
+    version: str = ""
+    id: str = ""
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    timeout_s: float | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferAnswer:
+    """The scores, float32 [n, outputs], and which model gave them."""
+
+    model: str
+    version: str
+    id: str
+    scores: np.ndarray
+
+
+def timeout_of(parameters: Mapping[str, Any], transport_s: float | None) -> float | None:
+    """Seconds to the earlier of the deadlines that the request (its parameter `timeout`, in
+    microseconds, 0 for none) and its transport set; None without. Raises InputError.
+    """
+    timeout_us = _whole(parameters, "timeout", 0)
+    if timeout_us < 0:
+        raise InputError(f"parameter 'timeout' is {timeout_us}, below 0 microseconds")
+    if not timeout_us:
+        return transport_s
+    timeout_s = timeout_us / US_PER_S
+    return timeout_s if transport_s is None else min(timeout_s, transport_s)
+
+
+def priority_of(parameters: Mapping[str, Any]) -> int:
+    """The parameter `priority`. Raises InputError."""
+    return _whole(parameters, "priority", 0)
+
+
+def check_outputs(names: list[Any]) -> None:
+    """Raises InputError for an output that no model has."""
+    for name in names:
+        if name != SCORES:
+            raise InputError(f"output {name!r} is not one of the model's: {SCORES}")
+
+
+def _whole(parameters: Mapping[str, Any], name: str, default: int) -> int:
+    if name not in parameters:
+        return default
+    value = parameters[name]
+    if type(value) is not int or value not in _INT64:
+        raise InputError(f"parameter {name!r} is {value!r}, not a whole number")
+    return value

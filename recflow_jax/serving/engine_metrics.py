@@ -1,0 +1,110 @@
+"""The engine's own counters for Prometheus, read when they are asked for."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.stats import STEP_BOUNDS_US, EngineStats
+from recflow_jax.serving.calls import US_PER_S
+
+COUNTERS = {
+    "requests_accepted": "Requests that the engine let in.",
+    "samples_accepted": "Samples of those.",
+    "requests_answered": "Requests with an answer.",
+    "samples_answered": "Samples of those.",
+    "cancelled": "Requests that were given up.",
+    "failed": "Requests that the device failed.",
+    "batches": "Batches launched.",
+    "slices": "Slices of embedding work launched.",
+    "steps": "Launches to the device.",
+}
+GAUGES = {
+    "queued_samples": "Samples accepted and not yet answered.",
+    "sample_padding": "The part of all rows of batches that was padding.",
+    "id_padding": "The part of all ids of slices that was padding.",
+}
+
+
+class EngineCollector(Collector):
+    """Reports one engine under a model's name and version."""
+
+    def __init__(self, engine: Engine, *, model: str, version: str) -> None:
+        self._engine = engine
+        self._labels = {"model": model, "version": version}
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering asks no engine."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, at one moment."""
+        stats = self._engine.stats()
+        for name, text in COUNTERS.items():
+            yield self._counter(name, text, "", {"": getattr(stats, name)})
+        yield self._counter("rejected", "Requests refused or too late.", "reason", stats.rejected)
+        yield from self._histograms(stats)
+        for name, text in GAUGES.items():
+            yield self._gauge(name, text, "", {"": getattr(stats, name)})
+        plan = {stats.profile or "none": 1}
+        yield self._gauge("plan", "The profile table in use.", "profile", plan)
+        yield self._gauge("device_bytes", "Memory in use by device.", "device", _device_bytes())
+
+    def _histograms(self, stats: EngineStats) -> Iterator[Metric]:
+        options, config = self._engine.options, self._engine.config
+        batches = {size: stats.batch_buckets.get(size, 0) for size in options.batch_buckets}
+        samples = stats.mean_batch * stats.batches
+        yield self._histogram("batch_samples", "Samples by batch.", batches, samples)
+        sizes = [bucket.samples for bucket in options.slice_buckets(config)]
+        slices = {size: stats.slice_buckets.get(size, 0) for size in sizes}
+        samples = stats.mean_slice * stats.slices
+        yield self._histogram("slice_samples", "Samples by slice.", slices, samples)
+        times_s = {bound / US_PER_S: stats.step_times.get(bound, 0) for bound in STEP_BOUNDS_US}
+        text = "A step's time from launch to end, behind whatever was in flight."
+        yield self._histogram("step_seconds", text, times_s, stats.steps_us / US_PER_S)
+
+    def _histogram(self, name: str, text: str, counts: Mapping[Any, int], total: float) -> Metric:
+        """counts: by ascending upper bound, each of its own bucket alone; `total` over all."""
+        family = HistogramMetricFamily(f"recflow_engine_{name}", text, labels=[*self._labels])
+        every = {**counts, math.inf: counts.get(math.inf, 0)}
+        below = zip(map(floatToGoString, every), itertools.accumulate(every.values()), strict=True)
+        family.add_metric([*self._labels.values()], list(below), total)
+        return family
+
+    def _counter(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        return self._filled(CounterMetricFamily, name, text, label, values)
+
+    def _gauge(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        return self._filled(GaugeMetricFamily, name, text, label, values)
+
+    def _filled(
+        self,
+        kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+        name: str,
+        text: str,
+        label: str,
+        values: Mapping[str, float],
+    ) -> Metric:
+        labels = [*self._labels, *([label] if label else [])]
+        family = kind(f"recflow_engine_{name}", text, labels=labels)
+        for value, number in values.items():
+            own = [value] if label else []
+            family.add_metric([*self._labels.values(), *own], number)
+        return family
+
+
+def _device_bytes() -> dict[str, int]:
+    """Of the devices that tell."""
+    told = {str(device.id): device.memory_stats() for device in jax.local_devices()}
+    return {name: stats["bytes_in_use"] for name, stats in told.items() if stats}

@@ -1,0 +1,106 @@
+"""The launcher's mail: all of it comes, in order, and wakes the launcher only where it has to."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+
+import numpy as np
+import pytest
+
+from recflow_jax.engine.intake import Terms, new_request
+from recflow_jax.engine.messages import ARRIVALS_TO_WAKE, Dropped, Inbox, Message, Submitted
+from recflow_jax.engine.prepared import Prepared
+
+LONG_S = 60
+SOON_S = 30
+
+
+def arrival(request_id: int) -> Submitted:
+    samples = Prepared(
+        dense=np.zeros((1, 1), np.float32),
+        rows=np.zeros(1, np.int32),
+        id_offsets=np.array([0, 1]),
+        slot_offsets=None,
+        weights=None,
+    )
+    return new_request(request_id, samples, Terms(arrived_us=0))
+
+
+def request_id(message: Message) -> int:
+    assert isinstance(message, Submitted | Dropped)
+    return message.request.id if isinstance(message, Submitted) else message.request_id
+
+
+def test_messages_come_in_their_order():
+    inbox, messages = Inbox(), [arrival(0), Dropped(0), arrival(1)]
+    inbox.put_arrival(messages[0])
+    inbox.put(messages[1])
+    inbox.put_arrival(messages[2])
+    assert inbox.wait(None) == messages
+    assert inbox.wait(0) == []
+
+
+@pytest.mark.parametrize("can_launch", [True, False])
+def test_an_urgent_message_wakes_and_keeps_awake(can_launch: bool):
+    inbox = Inbox()
+    with ThreadPoolExecutor(1) as pool:
+        woken = pool.submit(inbox.wait, LONG_S, can_launch=can_launch)
+        inbox.put(Dropped(7))
+        assert woken.result(SOON_S) == [Dropped(7)]
+        inbox.put(Dropped(8))
+        awake = pool.submit(inbox.wait, LONG_S, can_launch=can_launch)
+        assert awake.result(SOON_S) == [Dropped(8)]
+
+
+def test_an_arrival_wakes_who_can_launch():
+    inbox, request = Inbox(), arrival(0)
+    with ThreadPoolExecutor(1) as pool:
+        woken = pool.submit(inbox.wait, LONG_S)
+        inbox.put_arrival(request)
+        assert woken.result(SOON_S) == [request]
+
+
+def test_arrivals_wake_who_cannot_launch_only_together():
+    inbox, requests = Inbox(), [arrival(i) for i in range(ARRIVALS_TO_WAKE)]
+    for request in requests[:-1]:
+        inbox.put_arrival(request)
+    with ThreadPoolExecutor(1) as pool:
+        woken = pool.submit(inbox.wait, LONG_S, can_launch=False)
+        assert not woken.done()
+        inbox.put_arrival(requests[-1])
+        assert woken.result(SOON_S) == requests
+
+
+def test_arrivals_that_did_not_wake_are_there_afterwards():
+    inbox, request = Inbox(), arrival(0)
+    inbox.put_arrival(request)
+    assert inbox.wait(0, can_launch=False) == [request]
+
+
+def test_nothing_is_lost_or_doubled_between_many_threads():
+    """The taker sleeps between messages, now waiting for arrivals too, now not."""
+    inbox, threads, each = Inbox(), 4, 500
+
+    def send(first: int) -> None:
+        for i in range(first, first + each):
+            inbox.put(Dropped(i)) if i % 7 == 0 else inbox.put_arrival(arrival(i))
+
+    senders = [threading.Thread(target=send, args=(each * i,)) for i in range(threads)]
+    for sender in senders:
+        sender.start()
+    seen: list[int] = []
+    started = time.monotonic()
+    for can_launch in cycle((True, False)):
+        last = inbox.wait(LONG_S if can_launch else 0.001, can_launch=can_launch)
+        seen += [request_id(message) for message in last]
+        if len(seen) == threads * each:
+            break
+    assert time.monotonic() - started < SOON_S
+    for sender in senders:
+        sender.join()
+    assert sorted(seen) == [*range(threads * each)]
+    assert all(
+        [i for i in seen if i // each == sender] == sorted(i for i in seen if i // each == sender)
+        for sender in range(threads)
+    )

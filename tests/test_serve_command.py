@@ -1,0 +1,115 @@
+"""`recflow serve` as a process: what it says, what it answers, how it ends."""
+
+import importlib
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from recflow_jax import cli, console
+from recflow_jax.params import init_params, save_params
+from recflow_jax.serving.server import Ending
+from request_tensors import as_json, packed, request
+from running_server import SOON_S
+from small_models import NO_DENSE, reference_scores
+
+COMMAND = [sys.executable, "-m", "recflow_jax", "serve", "--http-port", "0", "--log-format", "json"]
+SMALL = ["--max-batch", "8", "--segments", "1", "--no-grpc"]
+
+
+class Process:
+    """A server of its own; its log as it comes."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [*COMMAND, *SMALL, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                self._lines.put(line)
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        while True:
+            told = json.loads(self._lines.get(timeout=SOON_S))
+            if told["event"] == event:
+                return told
+
+    def end(self) -> int:
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(SOON_S)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(SOON_S)
+        self._reader.join(SOON_S)
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_params(path, NO_DENSE, init_params(NO_DENSE, seed=1))
+    return path
+
+
+@pytest.fixture
+def process(params: Path) -> Iterator[Process]:
+    process = Process("--params", str(params))
+    yield process
+    process.kill()
+
+
+def test_it_serves_a_model_until_sigterm(process: Process) -> None:
+    url = f"http://127.0.0.1:{process.wait_for('listening')['http_port']}"
+    ready = process.wait_for("ready")
+    assert (ready["model"], ready["backend"], ready["level"]) == ("no_dense", "xla", "info")
+    batch = request(NO_DENSE, 3, seed=1)
+    body = as_json(packed(NO_DENSE, batch))
+    answer = httpx.post(f"{url}/v2/models/no_dense/infer", json=body, timeout=SOON_S)
+    expected = reference_scores(NO_DENSE, init_params(NO_DENSE, seed=1), batch)
+    assert answer.json()["outputs"][0]["data"] == pytest.approx(expected.ravel().tolist(), rel=1e-4)
+    assert process.end() == 0
+    assert process.wait_for("ended")["drained"] is True
+
+
+def test_it_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.run(["serve"]) == console.BAD_INPUT
+    assert "serve takes --params FILE, or --model with --random-params" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "recflow_jax.commands.serve")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert cli.run(["serve"]) == console.MISSING
+    assert "pip install 'recflow-jax[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("drained", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_says_whether_all_was_answered(
+    drained: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    command = importlib.import_module("recflow_jax.commands.serve")
+    with pytest.raises(SystemExit) if code else nullcontext():
+        command._leave(Ending(drained=drained, quiet=True))
+    assert exits == []
+    with suppress(SystemExit):  # the real one does not come back
+        command._leave(Ending(drained=drained, quiet=False))
+    assert exits == [code]
