@@ -309,6 +309,95 @@ def bench_kernels(
     )
 
 
+@app.command(
+    epilog=_example(
+        "recflow simulate --model dlrm-v2 --max-rows-per-table 2000000 --profile profiles/x.json",
+        "recflow simulate --model my.toml --profile profiles/x.json --qps 2e6 --p99 10 --burst",
+    )
+)
+def simulate(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="Profile table of this model.")],
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    qps: Annotated[float | None, typer.Option(help="Requests per second.")] = None,
+    p99: Annotated[
+        float | None, typer.Option(help="In ms, with --qps: how many GPUs hold it?")
+    ] = None,
+    load: Annotated[
+        str, typer.Option(help="Without --qps: shares of saturation.")
+    ] = "0.1,0.3,0.5,0.7,0.8,0.9,0.95",
+    objective: Annotated[
+        Literal["throughput", "latency"], typer.Option(help="What the engine plans for.")
+    ] = "throughput",
+    plan_p99: Annotated[
+        float | None, typer.Option(help="In ms: the engine's p99_ms, which keeps batches small.")
+    ] = None,
+    serial_wait_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Serial batching collects so long.  "
+            "[default: the best of 0 to 5 ms and of four batch limits, at each load]",
+            min=0,
+        ),
+    ] = None,
+    request_samples: Annotated[
+        int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    burst: Annotated[
+        bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Of each load (at least 10,000 requests).", min=0.1)
+    ] = 5.0,
+    seed: Seed = 0,
+    launch_us: Annotated[float, typer.Option(help="Host, per launch.", min=0)] = 20,
+    sample_ns: Annotated[float, typer.Option(help="Host, per sample packed.", min=0)] = 50,
+    id_ns: Annotated[float, typer.Option(help="Host, per id packed.", min=0)] = 0.5,
+    upload_gb_s: Annotated[float, typer.Option(help="Copies to the device.", min=1e-3)] = 12,
+    answer_us: Annotated[float, typer.Option(help="From step's end to answer.", min=0)] = 30,
+    out: Out = None,
+    figure: Figure = None,
+) -> None:
+    """Foretell latency and the number of GPUs from a profile table.
+
+    Runs the engine's scheduler with the plans that it makes from the table, and serial batching
+    beside it, on a virtual clock. Says how both do, and which cuts, slices and rides the plans
+    used. Needs no GPU: steps take what the table says, the host what the options say, whose
+    defaults are orders of magnitude for a server with a PCIe GPU.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    loads = _list("--load", load, float)
+    from recflow_jax.commands.simulate import simulate
+    from scheduling import HostCosts
+
+    host = HostCosts(
+        launch_us=launch_us,
+        sample_us=sample_ns / 1000,
+        id_us=id_ns / 1000,
+        byte_us=1 / (1000 * upload_gb_s),
+        answer_us=answer_us,
+    )
+    simulate(
+        config,
+        profile=profile,
+        qps=qps,
+        p99_ms=p99,
+        loads=loads,
+        objective=objective,
+        plan_p99_ms=plan_p99,
+        serial_wait_ms=serial_wait_ms,
+        request_samples=request_samples,
+        burst=burst,
+        seconds=seconds,
+        seed=seed,
+        host=host,
+        out=out,
+        figure=figure,
+    )
+
+
 @bench.command(
     "host",
     epilog=_example(

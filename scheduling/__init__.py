@@ -2,11 +2,14 @@
 
 `request` has the types that flow, `buckets` the ladders of static sizes, `pipeline` the incremental
 batching, `admission` the bound on work inside, `table` the measured times, `costs` what steps cost
-by them, `planner` the best plans.
+by them, `planner` the best plans. `simulator` runs all of it on a virtual clock, with the host's
+`host_costs`; `serial_batching` is what to compare with.
 """
 
 from scheduling.admission import Admission
 from scheduling.buckets import ladder, smallest_holding
+from scheduling.costs import StepTimes, TableTimes
+from scheduling.host_costs import HostCosts
 from scheduling.pipeline import (
     Action,
     Arrive,
@@ -28,7 +31,10 @@ from scheduling.request import (
     Slice,
     SliceBucket,
     Step,
+    StepShape,
 )
+from scheduling.serial_batching import SerialBatching
+from scheduling.simulator import Policy, SimulatedRun, simulate
 from scheduling.table import (
     MissPolicy,
     ProfileKey,
@@ -46,12 +52,14 @@ __all__ = [
     "CoRun",
     "Event",
     "Expire",
+    "HostCosts",
     "Launch",
     "MissPolicy",
     "Part",
     "Pipeline",
     "PipelineConfig",
     "Plans",
+    "Policy",
     "ProfileKey",
     "ProfileMiss",
     "ProfileRow",
@@ -60,12 +68,18 @@ __all__ = [
     "Request",
     "Segment",
     "SegmentShape",
+    "SerialBatching",
     "SerialPlans",
+    "SimulatedRun",
     "Slice",
     "SliceBucket",
     "Step",
     "StepDone",
+    "StepShape",
+    "StepTimes",
     "TablePlans",
+    "TableTimes",
     "ladder",
+    "simulate",
     "smallest_holding",
 ]

@@ -1,6 +1,9 @@
 """What a step costs on the device, by a profile table; and the table's keys."""
 
-from scheduling.request import SegmentShape, SliceBucket
+from functools import cache
+from typing import Protocol, runtime_checkable
+
+from scheduling.request import SegmentShape, SliceBucket, Step, StepShape
 from scheduling.table import ProfileKey, ProfileTable
 
 SERIAL = "serial"
@@ -42,11 +45,46 @@ class StepCosts:
         keys = {c: step_key(shape, size, scheme=CO_RUN, config=c) for c in self._configs}
         return {c: self._table.time_us(key) for c, key in keys.items() if self._table.has(key)}
 
+    def step_us(self, step: StepShape) -> float:
+        """Whatever a step has, by its own scheme; a co-run, too, has to be measured."""
+        if step.segment and step.slice:
+            return self._pair_us(step.segment, step.slice, step.co_run)
+        if step.segment:
+            return self.segment_us(step.segment)
+        return self.slice_us(step.slice) if step.slice else 0.0
+
     def best(self, shape: SegmentShape, size: SliceBucket) -> tuple[float, str | None]:
         """The shortest time of a step, and the config if it is a co-run's."""
         serial = (self.serial_us(shape, size), None)
         co_runs = [(us, config) for config, us in self.co_runs_us(shape, size).items()]
         return min([serial, *co_runs], key=lambda timed: timed[0])
+
+    def _pair_us(self, shape: SegmentShape, size: SliceBucket, co_run: str | None) -> float:
+        if co_run is None:
+            return self.serial_us(shape, size)
+        return self._table.time_us(step_key(shape, size, scheme=CO_RUN, config=co_run))
+
+
+@runtime_checkable
+class StepTimes(Protocol):
+    """How long the device takes for a step, once it starts."""
+
+    def step_us(self, step: Step) -> float:
+        """Microseconds."""
+        ...
+
+
+class TableTimes:
+    """Every step takes the median time of its scheme in a profile table; each is looked up once.
+
+    Raises ProfileMiss as `StepCosts` does.
+    """
+
+    def __init__(self, table: ProfileTable) -> None:
+        self._known_us = cache(StepCosts(table).step_us)
+
+    def step_us(self, step: Step) -> float:
+        return self._known_us(step.shape)
 
 
 def slice_key(size: SliceBucket) -> ProfileKey:

@@ -11,7 +11,7 @@ in its batch's buffer before the batch's first segment starts; two buffers, used
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
 
@@ -54,6 +54,11 @@ class PipelineConfig:
     @property
     def largest_slice(self) -> SliceBucket:
         return self.slice_buckets[-1]
+
+    def of_batches(self, batch_buckets: tuple[int, ...]) -> "PipelineConfig":
+        """These batch sizes instead, and no slice that is larger than all of them."""
+        fitting = tuple(s for s in self.slice_buckets if s.samples <= batch_buckets[-1])
+        return replace(self, batch_buckets=batch_buckets, slice_buckets=fitting)
 
     def largest_slice_at(self, row: int) -> SliceBucket | None:
         """The largest bucket that, padding included, fits the batch's buffer from `row` on."""

@@ -105,6 +105,15 @@ class CoRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The static shape of a step: what its time on the device depends on."""
+
+    segment: SegmentShape | None
+    slice: SliceBucket | None
+    co_run: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """Embedding work of one step.
 
@@ -146,3 +155,12 @@ class Step:
     slice: Slice | None
     segment: Segment | None
     co_run: str | None = None
+
+    @property
+    def shape(self) -> StepShape:
+        """Its static shape."""
+        return StepShape(
+            segment=self.segment and self.segment.shape,
+            slice=self.slice and self.slice.bucket,
+            co_run=self.co_run,
+        )

@@ -16,7 +16,7 @@ from recflow_jax.commands import info
 from recflow_jax.measure.timing import STEADY
 from recflow_jax.serving.options import ServerOptions
 
-COMMANDS = ("demo", "train", "profile", "bench", "serve", "tune", "info")
+COMMANDS = ("demo", "train", "profile", "bench", "simulate", "serve", "tune", "info")
 
 TINY = """
 name = "tiny"
@@ -158,6 +158,43 @@ def test_train_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_options(monkeypatch: pytest.MonkeyPatch) -> None:
     call = called(monkeypatch, "demo", "--quick", "--out", "d", "--data", "ml-100k")
     assert call.kwargs == {"out": Path("d"), "quick": True, "data": Path("ml-100k")}
+
+
+def test_simulate_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    plans = ("--objective", "latency", "--plan-p99", "3", "--serial-wait-ms", "1")
+    rates = ("--sample-ns", "40", "--id-ns", "2", "--upload-gb-s", "10", "--load", "0.5")
+    call = called(
+        monkeypatch,
+        "simulate",
+        "--model",
+        tiny,
+        "--profile",
+        "t.json",
+        "--qps",
+        "2e6",
+        *plans,
+        *rates,
+    )
+    assert call.args[0].name == "tiny"
+    host = call.kwargs.pop("host")
+    assert (host.launch_us, host.sample_us, host.id_us, host.byte_us, host.answer_us) == (
+        *(20, 0.04, 0.002, 1e-4, 30),
+    )
+    assert call.kwargs == {
+        "profile": Path("t.json"),
+        "qps": 2e6,
+        "p99_ms": None,
+        "loads": (0.5,),
+        "objective": "latency",
+        "plan_p99_ms": 3,
+        "serial_wait_ms": 1,
+        "request_samples": None,
+        "burst": False,
+        "seconds": 5.0,
+        "seed": 0,
+        "out": None,
+        "figure": None,
+    }
 
 
 def test_profile_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.measure.load import (
     LoadError,
+    burst_arrivals_s,
     poisson_arrivals_s,
     run_open_loop,
     saturation_samples_per_s,
@@ -45,6 +46,16 @@ def test_poisson_gaps_have_the_asked_mean() -> None:
     assert due_s[0] == 0 and (gaps >= 0).all()
     assert gaps.mean() == pytest.approx(0.01, rel=0.05)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
+
+
+def test_bursts_come_at_four_times_the_rate_for_a_tenth_of_each_second() -> None:
+    due_s = burst_arrivals_s(1000, 30_000, seed=1)
+    assert (np.diff(due_s) >= 0).all()
+    second, rest = np.divmod(due_s[due_s < 29], 1)
+    assert np.bincount(second.astype(int)).mean() == pytest.approx(1000, rel=0.03)
+    assert (rest < 0.1).mean() == pytest.approx(0.4, rel=0.03)
+    quiet = rest[rest >= 0.1]
+    assert ((0.1 <= quiet) & (quiet < 0.55)).mean() == pytest.approx(0.5, rel=0.03)
 
 
 def test_a_rate_of_zero_is_an_error() -> None:

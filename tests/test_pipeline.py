@@ -330,6 +330,12 @@ def _fastest_arrival_us(waiting: int) -> float:
     return float(np.median(times_us))
 
 
+def test_smaller_batches_take_no_larger_slices():
+    sizes = SMALL.of_batches((3,))
+    assert (sizes.batch_buckets, sizes.slice_buckets) == ((3,), SMALL.slice_buckets[:1])
+    assert SMALL.of_batches(SMALL.batch_buckets) == SMALL
+
+
 def test_a_step_costs_the_same_however_many_requests_wait():
     few, many = _fastest_arrival_us(waiting=1000), _fastest_arrival_us(waiting=50_000)
     assert many < 4 * few  # fifty times, if anything ran over all that wait

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import product
 from typing import Any, cast
 
@@ -10,24 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hand_tables import row, table
 from scheduling.costs import CO_RUN, StepCosts, segment_key, slice_key, step_key
 from scheduling.planner import SerialPlans, TablePlans
 from scheduling.request import CoRun, SegmentShape, SliceBucket
-from scheduling.table import ProfileKey, ProfileMiss, ProfileRow, ProfileTable
+from scheduling.table import ProfileMiss, ProfileRow
 
 BATCHES = (8, 16)
 SLICES = tuple(SliceBucket(samples=n, ids=10 * n) for n in (4, 8, 16))
 FINEST = 3
-
-
-def row(key: ProfileKey, us: float) -> ProfileRow:
-    times: dict[str, Any] = {"median_us": us, "p10_us": us, "p90_us": us, "samples": 1}
-    return ProfileRow(**asdict(key), **times)
-
-
-def table(rows: Sequence[ProfileRow]) -> ProfileTable:
-    texts = dict.fromkeys(("device", "backend", "model", "fingerprint", "created"), "x")
-    return ProfileTable(**texts, versions={}, rows=tuple(rows))
 
 
 def shapes(cuts: Sequence[int] = (1, FINEST)) -> Iterator[SegmentShape]:

@@ -45,13 +45,13 @@ def plans_of(segments: Segments, table: ProfileTable | None) -> Plans:
 
 def pipeline_config(segments: Segments, plans: Plans) -> PipelineConfig:
     """The pipeline of these segments, in the sizes that are planned with."""
-    largest = plans.batch_buckets[-1]
-    return PipelineConfig(
-        batch_buckets=plans.batch_buckets,
-        slice_buckets=tuple(s for s in segments.slice_buckets if s.samples <= largest),
+    sizes = PipelineConfig(
+        batch_buckets=segments.batch_buckets,
+        slice_buckets=segments.slice_buckets,
         segments=segments.count,
         max_steps_in_flight=segments.options.max_steps_in_flight,
     )
+    return sizes.of_batches(plans.batch_buckets)
 
 
 @cache

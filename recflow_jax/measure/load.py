@@ -19,6 +19,8 @@ from recflow_jax.batch import JaggedBatch
 
 Submit = Callable[[JaggedBatch], "Future[Any]"]
 WARM_UP_SHARE = 0.1
+BURST_FACTOR = 4
+BURST_SHARE = 0.1  # of each second
 
 
 class LoadError(RuntimeError):
@@ -56,6 +58,18 @@ def poisson_arrivals_s(per_s: float, count: int, *, seed: int) -> Float[np.ndarr
         raise ValueError(f"load: {per_s} requests per second is not above 0")
     gaps = np.random.default_rng(seed).exponential(1 / per_s, count)
     return np.cumsum(gaps) - gaps[0] if count else gaps
+
+
+def burst_arrivals_s(per_s: float, count: int, *, seed: int) -> Float[np.ndarray, " count"]:
+    """Times of `count` arrivals at `per_s` per second on average, from 0: Poisson at four times
+    that for the first 100 ms of each second, and at two thirds of it for the rest.
+    """
+    even_s = poisson_arrivals_s(per_s, count, seed=seed)
+    second, rest = np.divmod(even_s, 1)
+    in_burst = BURST_SHARE * BURST_FACTOR
+    quiet = (1 - in_burst) / (1 - BURST_SHARE)
+    after_burst = BURST_SHARE + (rest - in_burst) / quiet
+    return second + np.where(rest < in_burst, rest / BURST_FACTOR, after_burst)
 
 
 class _Answers:

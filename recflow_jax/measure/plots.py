@@ -21,6 +21,8 @@ COLORS = {
     "jax-per-table": "#b9a13a",
     "torch": "#a34a4a",
     "reference": "#e08a1e",
+    "incremental": "#1f6fb4",
+    "serial": "#e08a1e",
 }
 RECFLOW = "recflow"
 OTHER_COLOR = "#666666"
@@ -66,6 +68,18 @@ def profile(table: ProfileTable, schemes: Sequence[Scheme], path: Path) -> None:
     _slices_map(axes[1], slices)
     if whole:
         _gains_map(axes[2], whole)
+    save(figure, path)
+
+
+def simulation(result: Mapping[str, Any], path: Path) -> None:
+    """Latency of one GPU by load, under both policies, as `recflow simulate` foretells it."""
+    figure, (ax,) = _figure(1, width=8, height=4.4)
+    _latencies(ax, result, {"p50_ms": ":", "p99_ms": "-"})
+    ax.set_title(
+        f"{result['model']['name']} on one {result['device']}, simulated: "
+        f"{result['arrivals']} arrivals",
+        fontsize=10,
+    )
     save(figure, path)
 
 
@@ -195,10 +209,16 @@ def _grouped_bars(ax: Axes, batches: Sequence[int], values: Mapping[str, Sequenc
 
 
 def _online(ax: Axes, result: Mapping[str, Any]) -> None:
+    _latencies(ax, result, {"p50_ms": ":", "p95_ms": "--", "p99_ms": "-"})
+    ax.set_title("online: open-loop Poisson arrivals", fontsize=10)
+
+
+def _latencies(ax: Axes, result: Mapping[str, Any], styles: Mapping[str, str]) -> None:
+    """Latency by load, a line per contender and percentile."""
     points = result["points"]
     for name in points[0]["contenders"]:
         loads = [point["qps"] for point in points]
-        for percentile, style in (("p50_ms", ":"), ("p95_ms", "--"), ("p99_ms", "-")):
+        for percentile, style in styles.items():
             times = [point["contenders"][name][percentile] for point in points]
             label = f"{name} {percentile[:3]}"
             ax.plot(loads, times, style, marker="o", markersize=4, color=_color(name), label=label)
@@ -210,7 +230,6 @@ def _online(ax: Axes, result: Mapping[str, Any]) -> None:
         f"requests per second offered ({result['mean_request_samples']:.0f} samples each)"
     )
     ax.set_ylabel("milliseconds, arrival to answer")
-    ax.set_title("online: open-loop Poisson arrivals", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, ncols=2)
 

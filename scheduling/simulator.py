@@ -1,0 +1,231 @@
+"""The engine on a virtual clock: the same pipeline, a device of known times, a host of known costs.
+
+As in the engine, one launcher takes all mail there is, asks the pipeline and launches step after
+step; copies to the device go one after the other, and the device runs the steps in their order.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from scheduling.costs import StepTimes
+from scheduling.host_costs import HostCosts
+from scheduling.pipeline import Action, Arrive, Event, Expire, StepDone
+from scheduling.request import Part, Request, Step, StepShape
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides what runs next: `Pipeline`, or another one with its surface."""
+
+    def step(self, now_us: int, events: Sequence[Event] = ()) -> list[Action]:
+        """What to do now that `events` have happened."""
+        ...
+
+    @property
+    def next_deadline_us(self) -> int | None:
+        """When to ask again, if nothing happens before."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SimulatedRun:
+    """What became of the requests, in the order of their arrival; times in microseconds.
+
+    launched_us: when the first samples were launched, nan where the deadline came before.
+    answered_us: nan where the deadline was missed, before the launch or by the answer.
+    batch_samples, batch_buckets: of each batch, what it held and what it was padded to.
+    steps_by_shape: how many steps of each static shape there were.
+    device_busy_us, launcher_busy_us: of the time until `end_us`, when the device had done all.
+    """
+
+    arrived_us: np.ndarray
+    launched_us: np.ndarray
+    answered_us: np.ndarray
+    samples: np.ndarray
+    batch_samples: np.ndarray
+    batch_buckets: np.ndarray
+    steps_by_shape: Mapping[StepShape, int]
+    device_busy_us: float
+    launcher_busy_us: float
+    end_us: float
+
+    @property
+    def latencies_us(self) -> np.ndarray:
+        """From arrival to answer."""
+        return self.answered_us - self.arrived_us
+
+    @property
+    def waits_us(self) -> np.ndarray:
+        """From arrival to the launch of the first samples."""
+        return self.launched_us - self.arrived_us
+
+    @property
+    def steps(self) -> int:
+        """How many were launched."""
+        return sum(self.steps_by_shape.values())
+
+    @property
+    def span_us(self) -> float:
+        """From the first arrival to the end of the last step."""
+        return self.end_us - float(self.arrived_us[0]) if len(self.arrived_us) else 0.0
+
+    @property
+    def device_busy_share(self) -> float:
+        """The part of the span in which the device ran steps."""
+        return self.device_busy_us / self.span_us if self.span_us else 0.0
+
+    @property
+    def launcher_busy_share(self) -> float:
+        """The part of the span in which the launcher launched."""
+        return self.launcher_busy_us / self.span_us if self.span_us else 0.0
+
+
+def simulate(
+    policy: Policy, requests: Iterable[Request], *, times: StepTimes, host: HostCosts
+) -> SimulatedRun:
+    """Serves `requests`, which arrive at their `arrived_us`, until all have had their end.
+
+    They are drawn one by one, so they may be a generator. `policy` must be new. Raises ValueError
+    for arrivals that do not ascend and an id that comes twice, and what `times` raises.
+    """
+    engine = _Engine(policy, requests, times, host)
+    engine.run()
+    return engine.outcome()
+
+
+@dataclass(slots=True)
+class _Served:
+    """A request, and what became of it so far."""
+
+    arrived_us: int
+    samples: int
+    deadline_us: float
+    launched_us: float = math.nan
+    answered_us: float = math.nan
+
+
+@dataclass(slots=True)
+class _Launched:
+    """All steps so far; `flights` are those that the launcher does not know the end of."""
+
+    by_shape: Counter[StepShape] = field(default_factory=Counter)
+    flights: deque[tuple[float, int]] = field(default_factory=deque)
+    batch_samples: list[int] = field(default_factory=list)
+    batch_buckets: list[int] = field(default_factory=list)
+
+
+class _Engine:
+    """Four clocks: the launcher's, the copies', the device's, and the arrivals'."""
+
+    def __init__(
+        self, policy: Policy, requests: Iterable[Request], times: StepTimes, host: HostCosts
+    ) -> None:
+        self._policy = policy
+        self._requests = iter(requests)
+        self._times = times
+        self._host = host
+        self._next = next(self._requests, None)
+        self._served: dict[int, _Served] = {}
+        self._launched = _Launched()
+        self._now_us = 0.0
+        self._copied_us = 0.0
+        self._device_free_us = 0.0
+        self._device_busy_us = 0.0
+        self._launcher_busy_us = 0.0
+
+    def run(self) -> None:
+        while (next_us := self._next_mail_us()) < math.inf:
+            self._now_us = max(self._now_us, next_us)
+            self._act(self._policy.step(int(self._now_us), self._mail()))
+
+    def _next_mail_us(self) -> float:
+        """When the launcher has something to do: an arrival, a step's end, a deadline."""
+        flights, deadline_us = self._launched.flights, self._policy.next_deadline_us
+        return min(
+            math.inf if self._next is None else self._next.arrived_us,
+            flights[0][0] if flights else math.inf,
+            math.inf if deadline_us is None else deadline_us,
+        )
+
+    def _mail(self) -> list[Event]:
+        events: list[Event] = []
+        while self._next is not None and self._next.arrived_us <= self._now_us:
+            events.append(Arrive(request=self._next))
+            self._take_next(self._next)
+        flights = self._launched.flights
+        while flights and flights[0][0] <= self._now_us:
+            events.append(StepDone(step_id=flights.popleft()[1]))
+        return events
+
+    def _take_next(self, request: Request) -> None:
+        if request.id in self._served:
+            raise ValueError(f"request {request.id} arrives twice")
+        self._served[request.id] = _Served(
+            arrived_us=request.arrived_us,
+            samples=request.samples,
+            deadline_us=math.inf if request.deadline_us is None else request.deadline_us,
+        )
+        self._next = next(self._requests, None)
+        if self._next is not None and self._next.arrived_us < request.arrived_us:
+            raise ValueError(f"request {self._next.id} arrives before request {request.id}")
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if not isinstance(action, Expire):
+                self._launch(action.step)
+
+    def _launch(self, step: Step) -> None:
+        launching_us = self._host.launching_us(step)
+        self._now_us += launching_us
+        self._launcher_busy_us += launching_us
+        known_us = self._end_us(step) + self._host.answer_us
+        self._launched.flights.append((known_us, step.id))
+        self._launched.by_shape[step.shape] += 1
+        if step.slice is not None:
+            self._note_launch(step.slice.parts)
+        if step.segment is not None and step.segment.shape.last:
+            self._launched.batch_samples.append(step.segment.samples)
+            self._launched.batch_buckets.append(step.segment.shape.batch)
+            self._note_answers(step.segment.parts, known_us)
+
+    def _end_us(self, step: Step) -> float:
+        """When the device has run the step that was launched now."""
+        ready_us = self._now_us
+        if step.slice is not None:
+            self._copied_us = max(self._copied_us, self._now_us) + self._host.upload_us(step)
+            ready_us = self._copied_us
+        step_us = self._times.step_us(step)
+        self._device_free_us = max(self._device_free_us, ready_us) + step_us
+        self._device_busy_us += step_us
+        return self._device_free_us
+
+    def _note_launch(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            if part.start == 0:
+                self._served[part.request_id].launched_us = self._now_us
+
+    def _note_answers(self, parts: Iterable[tuple[int, Part]], known_us: float) -> None:
+        for _, part in parts:
+            served = self._served[part.request_id]
+            if part.stop == served.samples and known_us <= served.deadline_us:
+                served.answered_us = known_us
+
+    def outcome(self) -> SimulatedRun:
+        served, launched = self._served.values(), self._launched
+        return SimulatedRun(
+            arrived_us=np.array([one.arrived_us for one in served], np.float64),
+            launched_us=np.array([one.launched_us for one in served], np.float64),
+            answered_us=np.array([one.answered_us for one in served], np.float64),
+            samples=np.array([one.samples for one in served], np.int64),
+            batch_samples=np.array(launched.batch_samples, np.int64),
+            batch_buckets=np.array(launched.batch_buckets, np.int64),
+            steps_by_shape=launched.by_shape,
+            device_busy_us=self._device_busy_us,
+            launcher_busy_us=self._launcher_busy_us,
+            end_us=self._device_free_us,
+        )

@@ -1,0 +1,31 @@
+"""What steps cost the host."""
+
+import pytest
+
+from fake_device import step
+from scheduling import HostCosts, SegmentShape, SliceBucket
+
+SIZE = SliceBucket(samples=2, ids=20)
+WHOLE = SegmentShape(segments=1, index=0, batch=8)
+HOST = HostCosts(
+    launch_us=20, sample_us=2, id_us=0.5, byte_us=0.1, bytes_per_sample=100, bytes_per_id=4
+)
+
+
+def test_the_launcher_pays_per_launch_and_for_what_it_packs():
+    packing_us = 1 * 2 + 15 * 0.5
+    assert HOST.launching_us(step(WHOLE, None)) == 20
+    assert HOST.launching_us(step(None, SIZE)) == 20 + packing_us
+    assert HOST.launching_us(step(WHOLE, SIZE)) == 20 + 20 + packing_us
+    assert HOST.launching_us(step(WHOLE, SIZE, "deep")) == 20 + packing_us
+
+
+def test_the_whole_room_of_a_slice_is_copied():
+    assert HOST.upload_us(step(WHOLE, None)) == 0
+    assert HOST.upload_us(step(WHOLE, SIZE)) == pytest.approx(0.1 * (2 * 100 + 20 * 4))
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_a_cost_that_is_none_is_refused(value: float):
+    with pytest.raises(ValueError, match="launch_us is"):
+        HostCosts(launch_us=value)

@@ -1,0 +1,103 @@
+"""One GPU at a load: figures that can be told by hand, and the search for serial batching."""
+
+from dataclasses import replace
+
+import pytest
+
+from recflow_jax.measure import simulation, traffic
+from recflow_jax.measure.simulation import (
+    INCREMENTAL,
+    SERIAL,
+    saturation_qps,
+    simulate_idle,
+    simulate_load,
+    simulate_point,
+)
+from scheduling import ProfileTable
+from simulated import co_runs, gpu, made, parts, singles
+
+ALONE_MS = 0.1 + 0.21  # a slice and a whole batch of 8
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "LEAST_REQUESTS", 1000)
+
+
+def test_an_idle_gpu_takes_a_slice_and_a_whole_batch():
+    idle = simulate_idle(gpu(), INCREMENTAL, singles())
+    assert (idle.p50_ms, idle.p99_9_ms) == pytest.approx((ALONE_MS, ALONE_MS))
+    assert idle.batches == {8: 1000}
+    assert [(u.segments, u.slice_samples, u.ride, u.share) for u in idle.steps] == [
+        (None, 8, None, 0.5),
+        (1, None, None, 0.5),
+    ]
+
+
+def test_serial_batching_waits_as_long_as_it_is_told():
+    idle = simulate_idle(gpu(serial_wait_ms=3), SERIAL, singles())
+    assert idle.p50_ms == pytest.approx(3 + ALONE_MS)
+    assert idle.collecting == simulation.Collecting(wait_ms=3)
+
+
+def test_saturated_it_runs_full_batches_back_to_back():
+    # Of 9 samples a full batch would hold; 16 less what a slice may pad.
+    assert saturation_qps(gpu(), SERIAL, singles()) == pytest.approx(1e6 * 9 / 550, rel=0.01)
+    assert saturation_qps(gpu(), INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / 550, rel=0.01)
+    rides = gpu([*parts(), *co_runs()])
+    assert saturation_qps(rides, INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / 379, rel=0.01)
+
+
+def test_the_plan_used_is_told_by_shares():
+    rides = simulate_load(gpu([*parts(), *co_runs()]), INCREMENTAL, singles(), 25_000)
+    assert sum(use.share for use in rides.steps) == pytest.approx(1)
+    assert [use.share for use in rides.steps] == sorted(
+        (u.share for u in rides.steps), reverse=True
+    )
+    assert {use.ride for use in rides.steps if use.segments and use.slice_samples} == {"deep"}
+
+
+def test_serial_batching_is_as_good_as_any_wait_that_is_tried():
+    for qps in (500, 12_000):
+        tuned = simulate_load(gpu(), SERIAL, singles(), qps)
+        fixed = [
+            simulate_load(gpu(serial_wait_ms=wait_ms), SERIAL, singles(), qps).p99_ms
+            for wait_ms in simulation.TRIED_WAITS_MS
+        ]
+        assert tuned.p99_ms <= min(fixed)
+        assert tuned.collecting and tuned.collecting.wait_ms in simulation.TRIED_WAITS_MS
+
+
+def test_a_batch_limit_is_tried_too():
+    tried = []
+
+    def serial(collecting: simulation.Collecting) -> simulation.SimulatedLoad:
+        tried.append(collecting)
+        limit = collecting.max_samples or 16
+        p99_ms = abs(collecting.wait_ms - 2) + limit
+        return replace(some, p99_ms=p99_ms, collecting=collecting)
+
+    some = simulate_idle(gpu(serial_wait_ms=0), SERIAL, singles())
+    best = simulation._tuned(serial, (2, 4, 8, 16))
+    assert best.collecting == simulation.Collecting(wait_ms=2, max_samples=2)
+    assert len(tried) == len({*tried}) == 7
+
+
+def test_a_load_above_saturation_falls_behind():
+    assert not simulate_load(gpu(), INCREMENTAL, singles(seconds=1), 60_000).kept_up
+    assert simulate_load(gpu(), INCREMENTAL, singles(), 10_000).kept_up
+
+
+def test_every_request_has_its_answer_under_both_policies():
+    point = simulate_point(gpu(), singles(), 20_000)
+    for load in point.contenders.values():
+        assert load.requests == 2000
+        assert load.mean_batch * sum(load.batches.values()) == pytest.approx(2000)
+
+
+def test_a_seed_gives_the_same_figures():
+    def figures(table: ProfileTable, seed: int) -> simulation.SimulatedPoint:
+        one = simulation.Gpu.of(table, host=gpu().host)
+        return simulate_point(one, singles(seed=seed), 9000)
+
+    assert figures(made(), 1) == figures(made(), 1) != figures(made(), 2)

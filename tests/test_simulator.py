@@ -1,0 +1,255 @@
+"""The engine on a virtual clock: cases by hand, what holds for all cases, and queueing theory."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_device import FREE, FlatTimes, Watched, config, request
+from scheduling import (
+    HostCosts,
+    Pipeline,
+    PipelineConfig,
+    Policy,
+    Request,
+    SerialBatching,
+    SimulatedRun,
+    SliceBucket,
+    simulate,
+)
+
+TIMES = FlatTimes(slice_us=10, segment_us=20)
+
+
+def run(
+    *requests: Request, policy: Policy | None = None, host: HostCosts = FREE, **sizes: object
+) -> SimulatedRun:
+    policy = policy or Pipeline(config(**sizes))
+    return simulate(policy, requests, times=TIMES, host=host)
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
+def test_a_request_alone_takes_a_slice_and_its_segments():
+    alone = run(request(0, 100))
+    assert alone.latencies_us.tolist() == [10 + 20 + 20]
+    assert alone.waits_us.tolist() == [0]
+    assert (alone.steps, alone.device_busy_us, alone.span_us) == (3, 50, 50)
+    assert alone.device_busy_share == 1
+    assert (alone.batch_samples.tolist(), alone.batch_buckets.tolist()) == ([1], [4])
+
+
+def test_the_host_costs_come_on_top():
+    host = HostCosts(
+        launch_us=3,
+        sample_us=1,
+        id_us=0.5,
+        byte_us=0.25,
+        bytes_per_sample=2,
+        bytes_per_id=1,
+        answer_us=7,
+    )
+    alone = run(request(0, 100, samples=1, ids=2), host=host)
+    # Launched at 100 + 3 + 1 + 1, copied in (2 x 2 + 20) / 4, then 10 + 20 + 20, then the answer.
+    assert alone.waits_us.tolist() == [5]
+    assert alone.latencies_us.tolist() == [5 + 6 + 50 + 7]
+    assert alone.launcher_busy_us == 5 + 3 + 3
+    assert alone.launcher_busy_share == 11 / 61
+
+
+def test_a_device_waits_for_a_slow_launcher():
+    slow = run(request(0, 100), host=replace(FREE, launch_us=100))
+    assert slow.latencies_us.tolist() == [3 * 100 + 20]
+    assert slow.device_busy_us == 50 and slow.span_us == 320
+
+
+def test_copies_go_one_after_the_other_while_the_launcher_goes_on():
+    host = replace(FREE, byte_us=1, bytes_per_id=0, bytes_per_sample=100)
+    both = run(request(0, samples=4), request(1, samples=4), host=host, segments=1)
+    # 400 us a slice: at 400 and 800, then the segment of both.
+    assert both.latencies_us.tolist() == [800 + 10 + 20] * 2
+    assert both.waits_us.tolist() == [0, 0]
+
+
+def test_no_more_steps_are_launched_than_may_be_in_flight():
+    one_at_a_time = run(request(0), host=replace(FREE, answer_us=7), max_steps_in_flight=1)
+    assert one_at_a_time.latencies_us.tolist() == [17 + 27 + 27]
+
+
+def test_a_later_request_rides_beside_the_segments_of_an_earlier_one():
+    both = run(request(0, 0), request(1, 5), max_steps_in_flight=1)
+    # Slice 0 to 10, both to 40, segment to 60; the second's segments to 100.
+    assert both.answered_us.tolist() == [60, 100]
+    assert both.waits_us.tolist() == [0, 5]
+    assert both.batch_samples.tolist() == [1, 1]
+
+
+def test_what_comes_while_the_launcher_is_busy_is_seen_when_it_is_done():
+    host = replace(FREE, launch_us=50)
+    late = run(request(0, 0), request(1, 60), host=host, segments=1, max_steps_in_flight=9)
+    # Launches end at 50 and 100 (seen then: the second request), 150 and 200.
+    assert late.launched_us.tolist() == [50, 150]
+    assert late.answered_us.tolist() == [120, 220]
+
+
+@pytest.mark.parametrize(
+    ("deadline_us", "launched", "answered"),
+    [(10, False, False), (11, True, False), (99, True, False), (100, True, True)],
+)
+def test_a_deadline_is_missed_before_the_launch_or_by_the_answer(
+    deadline_us: int, launched: bool, answered: bool
+):
+    requests = (request(0, 0), request(1, 5, deadline_us=deadline_us))
+    both = run(*requests, max_steps_in_flight=1)
+    # The second would be launched at 10 and answered at 100.
+    assert np.isfinite(both.launched_us).tolist() == [True, launched]
+    assert np.isfinite(both.latencies_us).tolist() == [True, answered]
+    assert both.steps == (5 if launched else 3)
+
+
+@pytest.mark.parametrize(("deadline_us", "answered"), [(129, False), (130, True)])
+def test_a_split_request_counts_from_its_first_launch_to_its_last_answer(
+    deadline_us: int, answered: bool
+):
+    split = run(request(0, samples=11, deadline_us=deadline_us), host=replace(FREE, launch_us=10))
+    # Slices to 20 and 30, a third beside the first of four segments from 40 to 70, 60 more.
+    assert split.batch_samples.tolist() == [8, 3]
+    assert split.waits_us.tolist() == [10]
+    assert np.isfinite(split.latencies_us).tolist() == [answered]
+
+
+def test_a_deadline_wakes_the_launcher():
+    policy = Watched(Pipeline(config(max_steps_in_flight=1)))
+    requests = (request(0, 0), request(1, 5, deadline_us=8))
+    simulate(policy, requests, times=TIMES, host=FREE)
+    assert policy.asked_us[:4] == [0, 5, 8, 10]
+
+
+def test_bad_arrivals_are_refused():
+    with pytest.raises(ValueError, match="request 1 arrives twice"):
+        run(request(1, 0), request(1, 1))
+    with pytest.raises(ValueError, match="request 2 arrives before request 1"):
+        run(request(1, 5), request(2, 4))
+
+
+def test_nothing_arrives():
+    empty = run()
+    assert (empty.steps, empty.span_us, empty.device_busy_share) == (0, 0, 0)
+
+
+# --- always ---------------------------------------------------------------------------------------
+
+ARRIVALS = st.lists(
+    st.tuples(st.integers(0, 120), st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=25
+)
+COSTS = st.builds(
+    HostCosts,
+    launch_us=st.integers(0, 30),
+    sample_us=st.integers(0, 3),
+    id_us=st.integers(0, 1),
+    byte_us=st.integers(0, 1),
+    bytes_per_sample=st.integers(0, 3),
+    bytes_per_id=st.integers(0, 2),
+    answer_us=st.integers(0, 40),
+)
+CONFIGS = st.builds(config, segments=st.integers(1, 4), max_steps_in_flight=st.integers(1, 4))
+PER_ROW = FlatTimes(slice_us=5, segment_us=10, per_row_us=2)
+
+
+def policies(sizes: PipelineConfig) -> list[Policy]:
+    return [Pipeline(sizes), SerialBatching(sizes, wait_us=70)]
+
+
+def drawn(arrivals: list[tuple[int, int, int]]) -> list[Request]:
+    times_us = np.cumsum([gap for gap, _, _ in arrivals]).tolist()
+    return [
+        request(id, time_us, samples, ids)
+        for id, (time_us, (_, samples, ids)) in enumerate(zip(times_us, arrivals, strict=True))
+    ]
+
+
+@given(arrivals=ARRIVALS, host=COSTS, sizes=CONFIGS)
+def test_each_request_is_answered_once_after_its_launch(arrivals, host, sizes):
+    requests = drawn(arrivals)
+    for policy in policies(sizes):
+        watched = Watched(policy)
+        done = simulate(watched, requests, times=PER_ROW, host=host)
+        answered = Counter(
+            (part.request_id, sample)
+            for step in watched.steps
+            if step.segment
+            for _, part in step.segment.parts
+            for sample in range(part.start, part.stop)
+        )
+        assert answered == Counter((r.id, sample) for r in requests for sample in range(r.samples))
+        assert (done.arrived_us <= done.launched_us).all()
+        assert (done.launched_us + 5 + 10 + host.answer_us <= done.answered_us).all()
+        assert (np.diff(done.answered_us) >= 0).all()
+        assert done.batch_samples.sum() == done.samples.sum()
+        assert done.steps == len(watched.steps)
+
+
+@given(arrivals=ARRIVALS, sizes=CONFIGS)
+def test_no_request_is_faster_than_alone(arrivals, sizes):
+    requests = drawn(arrivals)
+    for policy in policies(sizes):
+        together = simulate(policy, requests, times=PER_ROW, host=FREE)
+        alone = [
+            simulate(Pipeline(sizes), [one], times=PER_ROW, host=FREE).latencies_us[0]
+            for one in requests
+        ]
+        assert (together.latencies_us >= alone).all()
+
+
+@given(arrivals=ARRIVALS, host=COSTS, sizes=CONFIGS)
+def test_the_device_works_whenever_there_is_work(arrivals, host, sizes):
+    """With a free host it is busy exactly while a request is unanswered; else never longer."""
+    requests = drawn(arrivals)
+    done = simulate(Pipeline(sizes), requests, times=PER_ROW, host=FREE)
+    assert done.device_busy_us == sum(stop - start for start, stop in spans(done))
+    costly = simulate(Pipeline(sizes), requests, times=PER_ROW, host=host)
+    assert costly.device_busy_us <= sum(stop - start for start, stop in spans(costly))
+
+
+def spans(done: SimulatedRun) -> Iterator[tuple[float, float]]:
+    """The times in which at least one request was open."""
+    until = -1.0
+    for arrived, answered in zip(done.arrived_us, done.answered_us, strict=True):
+        if answered > until:
+            yield max(arrived, until), answered
+            until = answered
+
+
+@given(arrivals=ARRIVALS, host=COSTS, sizes=CONFIGS)
+@settings(max_examples=20)
+def test_the_same_arrivals_take_the_same_times(arrivals, host, sizes):
+    for one, other in zip(policies(sizes), policies(sizes), strict=True):
+        first = simulate(one, drawn(arrivals), times=PER_ROW, host=host)
+        second = simulate(other, iter(drawn(arrivals)), times=PER_ROW, host=host)
+        for field in fields(SimulatedRun):
+            values = getattr(first, field.name), getattr(second, field.name)
+            np.testing.assert_array_equal(*values)
+
+
+# --- theory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("load", "segments"), [(0.5, 1), (0.8, 1), (0.8, 4)])
+def test_single_samples_wait_as_in_an_m_d_1_queue(load: float, segments: int):
+    """Poisson arrivals, a constant service time D: the mean wait is D load / (2 (1 - load))."""
+    service_us = 1000
+    sizes = config(
+        batch_buckets=(1,), slice_buckets=(SliceBucket(samples=1, ids=1),), segments=segments
+    )
+    gaps = np.random.default_rng(7).exponential(service_us / load, 40_000)
+    arrivals = (request(id, int(t)) for id, t in enumerate(np.cumsum(gaps)))
+    times = FlatTimes(slice_us=0, segment_us=service_us / segments)
+    done = simulate(Pipeline(sizes), arrivals, times=times, host=FREE)
+    expected_us = service_us * load / (2 * (1 - load))
+    assert done.latencies_us.mean() - service_us == pytest.approx(expected_us, rel=0.04)
+    assert done.device_busy_share == pytest.approx(load, rel=0.01)
