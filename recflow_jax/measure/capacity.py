@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from recflow_jax.measure.search import largest_load
 from recflow_jax.measure.simulated_gpu import Gpu
 from recflow_jax.measure.simulation import (
     SimulatedLoad,
@@ -20,7 +21,7 @@ CLOSE_ENOUGH = 0.01  # of a GPU's load
 class Capacity:
     """How many GPUs answer all requests with a p99 of at most `p99_ms`, and what each then does.
 
-    Both None where even requests alone, one after the other, have a larger one: `idle_p99_ms`.
+    Both None where no load holds it, as when even requests alone have a larger one: `idle_p99_ms`.
     """
 
     p99_ms: float
@@ -50,21 +51,13 @@ def capacity(
         return found
 
     idle_ms = simulate_idle(gpu, policy, traffic).p99_ms
-    if idle_ms > p99_ms:
+    largest = 0.0
+    if idle_ms <= p99_ms:
+        most = min(saturation_qps(gpu, policy, traffic), qps)
+        largest = largest_load(lambda q: load(q).p99_ms <= p99_ms, most, within=CLOSE_ENOUGH)
+    if not largest:
         return Capacity(p99_ms=p99_ms, idle_p99_ms=idle_ms, gpus=None, each=None)
-    most = min(saturation_qps(gpu, policy, traffic), qps)
-    gpus = math.ceil(qps / _largest_load(lambda of_gpu: load(of_gpu).p99_ms <= p99_ms, most))
+    gpus = math.ceil(qps / largest)
     while (each := load(qps / gpus)).p99_ms > p99_ms:
         gpus += max(1, int(CLOSE_ENOUGH * gpus))
     return Capacity(p99_ms=p99_ms, idle_p99_ms=idle_ms, gpus=gpus, each=each)
-
-
-def _largest_load(is_fast: Callable[[float], bool], most: float) -> float:
-    """The largest load up to `most` that is fast, to a hundredth; one near 0 has to be."""
-    if is_fast(most):
-        return most
-    low, high = 0.0, most
-    while high - low > CLOSE_ENOUGH * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_fast(middle) else (low, middle)
-    return low
