@@ -45,6 +45,9 @@ Data = Annotated[
     Path | None, typer.Option(help="MovieLens-100K's folder.  [default: recbole's copy]")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+Burst = Annotated[
+    bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
+]
 
 
 def main() -> None:
@@ -345,9 +348,7 @@ def simulate(
     request_samples: Annotated[
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
-    burst: Annotated[
-        bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
-    ] = False,
+    burst: Burst = False,
     seconds: Annotated[
         float, typer.Option(help="Of each load (at least 10,000 requests).", min=0.1)
     ] = 5.0,
@@ -436,6 +437,7 @@ def bench_host(
     epilog=_example(
         "recflow bench serve --model dlrm-kaggle --max-rows-per-table 100000",
         "recflow bench serve --model my.toml --qps 500,1000 --request-samples 64 --out serve.json",
+        "recflow bench serve --model my.toml --burst --p99 10 --figure serve.png",
     ),
 )
 def bench_serve(
@@ -449,6 +451,10 @@ def bench_serve(
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of each load.", min=0.1)] = 5.0,
+    burst: Burst = False,
+    p99: Annotated[
+        float | None, typer.Option(help="In ms: which load keeps it? Tries a few per server.")
+    ] = None,
     profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
     backend: BackendName = "auto",
     max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
@@ -456,12 +462,13 @@ def bench_serve(
     ids: Ids = "uniform",
     seed: Seed = 0,
     out: Out = None,
+    figure: Figure = None,
 ) -> None:
     """Compare a server with the engine alone.
 
     Starts `recflow serve` and sends it, over HTTP and gRPC, and the engine in this process the same
-    Poisson arrivals; then counts the CPU time of HTTP beside a bare ASGI app. Both processes hold
-    the model. Lists are separated by commas.
+    arrivals, which wait for no answer; then counts the CPU time of HTTP beside a bare ASGI app.
+    Both processes hold the model. Lists are separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads, rates = _list("--load", load, float), _list("--qps", qps, float)
@@ -473,12 +480,14 @@ def bench_serve(
         config,
         engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
         online=OnlineOptions(
-            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds
+            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds, burst=burst
         ),
+        p99_ms=p99,
         profile=profile,
         ids=ids,
         seed=seed,
         out=out,
+        figure=figure,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.calibration import ready
+from recflow_jax.commands.bench import finish
 from recflow_jax.commands.info import versions
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import Missing, console, progress
@@ -36,17 +37,22 @@ def bench_serve(
     *,
     engine: EngineOptions,
     online: OnlineOptions,
+    p99_ms: float | None = None,
     profile: Path | None = None,
     ids: str = "uniform",
     seed: int = 0,
     out: Path | None = None,
+    figure: Path | None = None,
 ) -> dict[str, Any]:
-    """Measures, prints a table, writes JSON to `out`; returns the JSON.
+    """Measures, prints a table, writes JSON to `out` and a figure to `figure`; returns the JSON.
 
     Starts `recflow serve` with the same parameters, drawn from `seed`, in a process of its own, and
-    sends it and the engine here the same requests at the same times. Raises WrongAnswers before
-    anything is timed, NotLaunched, LoadError.
+    sends it and the engine here the same requests at the same times. p99_ms: also looks for the
+    largest loads that keep it. Raises WrongAnswers before anything is timed, NotLaunched,
+    LoadError, and ValueError for a bound that is not above 0.
     """
+    if p99_ms is not None and not p99_ms > 0:
+        raise ValueError(f"serve: p99_ms is {p99_ms}, not above 0")
     os.environ.update(SHARING)
     params = init_params(config, seed=seed)
     config = ready(config, params, ids=ids, seed=seed)
@@ -55,17 +61,22 @@ def bench_serve(
         result = report.header(config, own.backend, ids=ids, seed=seed, versions=versions())
         with _servers(own, params, requests, profile) as servers:
             check_served(config, params, requests, servers)
-            measurements = len(servers) * (1 + len(online.qps or online.loads))
-            with progress("serving", measurements) as advance:
-                served = bench_served(servers, requests, seed=seed, options=online, advance=advance)
+            each = 1 + len(online.qps or online.loads) + (p99_ms is not None)
+            with progress("serving", len(servers) * each) as advance:
+                served = bench_served(
+                    *(servers, requests),
+                    seed=seed,
+                    options=online,
+                    p99_ms=p99_ms,
+                    advance=advance,
+                )
     report.show(report.served_table(served))
+    for line in report.sustained_lines(served):
+        console.print(line, markup=False)
     cost = measure_http_cost(config, requests[0])
     console.print(report.http_cost_line(cost), markup=False)
     result |= {"served": report.as_json(served), "http": report.as_json(cost)}
-    if out is not None:
-        report.save_json(out, result)
-        console.print(f"wrote {out}", markup=False, soft_wrap=True)
-    return result
+    return finish(result, out, figure)
 
 
 @contextmanager
@@ -77,17 +88,17 @@ def _servers(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_params(folder / "model.safetensors", config, params)
-        arguments = _arguments(engine.options, folder / "model.safetensors", profile)
-        ports = stack.enter_context(launched(arguments))
-        path = f"/v2/models/{config.name}/infer"
-        http = HttpClient(ports.http_port, path, requests, outputs=config.outputs)
+        arguments = serve_arguments(engine.options, folder / "model.safetensors", profile)
+        server = stack.enter_context(launched(arguments))
+        path = f"/v2/models/{server.model}/infer"
+        http = HttpClient(server.http_port, path, requests, outputs=config.outputs)
         stack.enter_context(http)
-        grpc = GrpcClient(ports.grpc_port, config.name, requests, outputs=config.outputs)
+        grpc = GrpcClient(server.grpc_port, server.model, requests, outputs=config.outputs)
         stack.enter_context(grpc)
         yield {RECFLOW: engine.submit, HTTP: http.submit, GRPC: grpc.submit}
 
 
-def _arguments(options: EngineOptions, params: Path, profile: Path | None) -> list[str]:
+def serve_arguments(options: EngineOptions, params: Path, profile: Path | None) -> list[str]:
     """The command line of a server with the same engine."""
     values = {
         "--params": params,
