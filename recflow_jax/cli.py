@@ -45,6 +45,9 @@ Data = Annotated[
     Path | None, typer.Option(help="MovieLens-100K's folder.  [default: recbole's copy]")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+ProfileTable = Annotated[Path | None, typer.Option(help="Profile table to serve with.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch.", min=1)]
+SegmentsOption = Annotated[int, typer.Option(help="Executables of a batch.", min=1)]
 Burst = Annotated[
     bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
 ]
@@ -233,7 +236,7 @@ def bench_model(
     seconds: Annotated[float, typer.Option(help="Online: of each load.", min=0.1)] = 5.0,
     steady: Steady = False,
     backend: BackendName = "auto",
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     out: Out = None,
     figure: Figure = None,
 ) -> None:
@@ -455,10 +458,10 @@ def bench_serve(
     p99: Annotated[
         float | None, typer.Option(help="In ms: which load keeps it? Tries a few per server.")
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     backend: BackendName = "auto",
-    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
-    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
     ids: Ids = "uniform",
     seed: Seed = 0,
     out: Out = None,
@@ -491,6 +494,53 @@ def bench_serve(
     )
 
 
+@bench.command(
+    "soak",
+    epilog=_example(
+        "recflow bench soak --model dlrm-kaggle --max-rows-per-table 100000 --minutes 10",
+    ),
+)
+def bench_soak(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10,
+    qps: Annotated[float, typer.Option(help="Requests per second of all kinds.")] = 100,
+    request_samples: Annotated[int, typer.Option(help="Of each request.", min=1)] = 16,
+    profile: ProfileTable = None,
+    backend: BackendName = "auto",
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    out: Out = None,
+    figure: Figure = None,
+) -> None:
+    """Load a server for long, among bad clients.
+
+    Starts `recflow serve` and asks it over HTTP and gRPC; of a hundred requests 6 are cancelled, 5
+    wrong, and 4 left by their client. Passes if the server's memory is flat after the first
+    quarter (to 2 % or 16 MiB), every request had one end, and every answer was right.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench_soak import bench_soak
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_soak(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        minutes=minutes,
+        qps=qps,
+        request_samples=request_samples,
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+        figure=figure,
+    )
+
+
 @app.command(
     epilog=_example(
         "recflow serve --params demo/movielens.safetensors",
@@ -508,10 +558,10 @@ def serve(
     random_params: Annotated[
         bool, typer.Option("--random-params", help="Draw parameters of --model, to try things.")
     ] = False,
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     backend: BackendName = "auto",
-    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
-    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
     max_queued_samples: Annotated[
         int, typer.Option(help="Samples inside, beyond which requests get 429.", min=1)
     ] = 65536,

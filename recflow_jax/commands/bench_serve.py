@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
 from recflow_jax.measure.contenders import RECFLOW
-from recflow_jax.measure.launched import SHARING, launched
+from recflow_jax.measure.launched import SHARING, Launched, launched
 from recflow_jax.measure.online import OnlineOptions, Servers, check_served, request_pool
 from recflow_jax.measure.served import bench_served
 from recflow_jax.model import Params
@@ -84,21 +84,39 @@ def _servers(
     engine: Engine, params: Params, requests: Sequence[JaggedBatch], profile: Path | None
 ) -> Iterator[Servers]:
     """The engine, and a server of the same parameters over both protocols."""
-    config = engine.config
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        save_params(folder / "model.safetensors", config, params)
-        arguments = serve_arguments(engine.options, folder / "model.safetensors", profile)
-        server = stack.enter_context(launched(arguments))
-        path = f"/v2/models/{server.model}/infer"
-        http = HttpClient(server.http_port, path, requests, outputs=config.outputs)
-        stack.enter_context(http)
-        grpc = GrpcClient(server.grpc_port, server.model, requests, outputs=config.outputs)
-        stack.enter_context(grpc)
-        yield {RECFLOW: engine.submit, HTTP: http.submit, GRPC: grpc.submit}
+    with (
+        own_server(engine.config, params, engine.options, profile) as server,
+        clients(server, engine.config, requests) as asked,
+    ):
+        yield {RECFLOW: engine.submit, **asked}
 
 
-def serve_arguments(options: EngineOptions, params: Path, profile: Path | None) -> list[str]:
+@contextmanager
+def own_server(
+    config: DLRMConfig, params: Params, options: EngineOptions, profile: Path | None
+) -> Iterator[Launched]:
+    """A server of these parameters in a process of its own. Raises NotLaunched."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_params(path, config, params)
+        with launched(_arguments(options, path, profile)) as server:
+            yield server
+
+
+@contextmanager
+def clients(
+    server: Launched, config: DLRMConfig, requests: Sequence[JaggedBatch]
+) -> Iterator[Servers]:
+    """Who asks it for these, by protocol."""
+    path = f"/v2/models/{server.model}/infer"
+    with (
+        HttpClient(server.http_port, path, requests, outputs=config.outputs) as http,
+        GrpcClient(server.grpc_port, server.model, requests, outputs=config.outputs) as grpc,
+    ):
+        yield {HTTP: http.submit, GRPC: grpc.submit}
+
+
+def _arguments(options: EngineOptions, params: Path, profile: Path | None) -> list[str]:
     """The command line of a server with the same engine."""
     values = {
         "--params": params,

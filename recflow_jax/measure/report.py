@@ -26,6 +26,7 @@ from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
 from recflow_jax.measure.served import HttpCost, ServedResult
+from recflow_jax.measure.soak import SoakResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
 
@@ -226,6 +227,18 @@ def sustained_lines(result: ServedResult) -> list[str]:
         else f"{name}: no load has a p99 of at most {result.p99_ms:g} ms"
         for name, found in result.sustained.items()
     ]
+
+
+def soak_line(result: SoakResult) -> str:
+    """What became of the requests and of the memory."""
+    ends = ", ".join(f"{n:,} {end}" for end, n in result.ends.items())
+    growth = result.growth_bytes["rss_bytes"] / 2**20
+    memory = "flat" if result.flat else "growing"
+    once = "each once" if result.server.once_each else "not each once"
+    return (
+        f"{result.server.arrived:,} requests in {result.seconds:,.0f} s ended {once}: {ends}; "
+        f"memory {memory}: {growth:+,.1f} MiB from the second quarter to the last"
+    )
 
 
 def http_cost_line(cost: HttpCost) -> str:
