@@ -45,6 +45,12 @@ Data = Annotated[
     Path | None, typer.Option(help="MovieLens-100K's folder.  [default: recbole's copy]")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+ProfileTable = Annotated[Path | None, typer.Option(help="Profile table to serve with.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch.", min=1)]
+SegmentsOption = Annotated[int, typer.Option(help="Executables of a batch.", min=1)]
+Burst = Annotated[
+    bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
+]
 
 
 def main() -> None:
@@ -230,7 +236,7 @@ def bench_model(
     seconds: Annotated[float, typer.Option(help="Online: of each load.", min=0.1)] = 5.0,
     steady: Steady = False,
     backend: BackendName = "auto",
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     out: Out = None,
     figure: Figure = None,
 ) -> None:
@@ -345,9 +351,7 @@ def simulate(
     request_samples: Annotated[
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
-    burst: Annotated[
-        bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
-    ] = False,
+    burst: Burst = False,
     seconds: Annotated[
         float, typer.Option(help="Of each load (at least 10,000 requests).", min=0.1)
     ] = 5.0,
@@ -436,6 +440,7 @@ def bench_host(
     epilog=_example(
         "recflow bench serve --model dlrm-kaggle --max-rows-per-table 100000",
         "recflow bench serve --model my.toml --qps 500,1000 --request-samples 64 --out serve.json",
+        "recflow bench serve --model my.toml --burst --p99 10 --figure serve.png",
     ),
 )
 def bench_serve(
@@ -449,19 +454,24 @@ def bench_serve(
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of each load.", min=0.1)] = 5.0,
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    burst: Burst = False,
+    p99: Annotated[
+        float | None, typer.Option(help="In ms: which load keeps it? Tries a few per server.")
+    ] = None,
+    profile: ProfileTable = None,
     backend: BackendName = "auto",
-    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
-    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
     ids: Ids = "uniform",
     seed: Seed = 0,
     out: Out = None,
+    figure: Figure = None,
 ) -> None:
     """Compare a server with the engine alone.
 
     Starts `recflow serve` and sends it, over HTTP and gRPC, and the engine in this process the same
-    Poisson arrivals; then counts the CPU time of HTTP beside a bare ASGI app. Both processes hold
-    the model. Lists are separated by commas.
+    arrivals, which wait for no answer; then counts the CPU time of HTTP beside a bare ASGI app.
+    Both processes hold the model. Lists are separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads, rates = _list("--load", load, float), _list("--qps", qps, float)
@@ -473,12 +483,61 @@ def bench_serve(
         config,
         engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
         online=OnlineOptions(
-            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds
+            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds, burst=burst
         ),
+        p99_ms=p99,
         profile=profile,
         ids=ids,
         seed=seed,
         out=out,
+        figure=figure,
+    )
+
+
+@bench.command(
+    "soak",
+    epilog=_example(
+        "recflow bench soak --model dlrm-kaggle --max-rows-per-table 100000 --minutes 10",
+    ),
+)
+def bench_soak(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10,
+    qps: Annotated[float, typer.Option(help="Requests per second of all kinds.")] = 100,
+    request_samples: Annotated[int, typer.Option(help="Of each request.", min=1)] = 16,
+    profile: ProfileTable = None,
+    backend: BackendName = "auto",
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    out: Out = None,
+    figure: Figure = None,
+) -> None:
+    """Load a server for long, among bad clients.
+
+    Starts `recflow serve` and asks it over HTTP and gRPC; of a hundred requests 6 are cancelled, 5
+    wrong, and 4 left by their client. Passes if the server's memory is flat after the first
+    quarter (to 2 % or 16 MiB), every request had one end, and every answer was right.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench_soak import bench_soak
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_soak(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        minutes=minutes,
+        qps=qps,
+        request_samples=request_samples,
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+        figure=figure,
     )
 
 
@@ -499,10 +558,10 @@ def serve(
     random_params: Annotated[
         bool, typer.Option("--random-params", help="Draw parameters of --model, to try things.")
     ] = False,
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     backend: BackendName = "auto",
-    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
-    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
     max_queued_samples: Annotated[
         int, typer.Option(help="Samples inside, beyond which requests get 429.", min=1)
     ] = 65536,

@@ -80,7 +80,7 @@ def bench_model(
                 result["numpy"] = _numpy(engine, lineup, run, sets)
             if "online" in modes:
                 result["online"] = _online(engine, lineup, run, online or OnlineOptions())
-    return _finish(result, out, figure)
+    return finish(result, out, figure)
 
 
 def bench_kernels(
@@ -112,7 +112,7 @@ def bench_kernels(
             measured, table = _MEASURE_KERNEL[kernel](run, advance)
         report.show(table)
         result[kernel] = report.as_json(measured)
-    return _finish(result, out, figure)
+    return finish(result, out, figure)
 
 
 def bench_host(
@@ -138,7 +138,7 @@ def bench_host(
         )
     report.show(report.host_table(measured))
     result = header | {"timing": report.as_json(options), "cpus": os.cpu_count()}
-    return _finish(result | {"host": report.as_json(measured)}, out, None)
+    return finish(result | {"host": report.as_json(measured)}, out, None)
 
 
 def _kernels_of(config: DLRMConfig) -> list[str]:
@@ -306,9 +306,10 @@ def _online(engine: Engine, lineup: Lineup, run: _Run, online: OnlineOptions) ->
     return report.as_json(result)
 
 
-def _finish(
+def finish(
     result: dict[str, Any], out: str | Path | None, figure: str | Path | None
 ) -> dict[str, Any]:
+    """Writes what was measured, JSON and figure, where that is wanted; returns it."""
     if out is not None:
         report.save_json(Path(out), result)
         console.print(f"wrote {out}", markup=False, soft_wrap=True)

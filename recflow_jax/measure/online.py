@@ -16,8 +16,10 @@ from recflow_jax.engine.engine import Engine
 from recflow_jax.measure.agreement import check_answers, reference_scores
 from recflow_jax.measure.contenders import RECFLOW, Lineup
 from recflow_jax.measure.load import (
+    Arrivals,
     LoadResult,
     Submit,
+    burst_arrivals_s,
     poisson_arrivals_s,
     run_open_loop,
     saturation_samples_per_s,
@@ -36,13 +38,15 @@ class OnlineOptions:
     """loads: shares of saturation; `qps`, where given, rates in requests per second instead.
 
     request_samples: samples of every request; None draws MLPerf's sizes. Each point lasts
-    `seconds`; requests due by then are all waited for. wait_ms: how long plain JAX collects.
+    `seconds`; requests due by then are all waited for. burst: arrivals in bursts, not evenly.
+    wait_ms: how long plain JAX collects.
     """
 
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
     qps: tuple[float, ...] = ()
     request_samples: int | None = None
     seconds: float = 5.0
+    burst: bool = False
     wait_ms: float = 2.0
     in_flight_batches: int = 3
 
@@ -53,6 +57,11 @@ class OnlineOptions:
                 raise ValueError(f"online: {name} has {bad[0]}, not above 0")
         if not self.seconds > 0:
             raise ValueError(f"online: seconds is {self.seconds}, not above 0")
+
+    @property
+    def arrivals_s(self) -> Arrivals:
+        """What draws the times of arrival."""
+        return burst_arrivals_s if self.burst else poisson_arrivals_s
 
     def rates(self, saturation: float) -> list[tuple[float | None, float]]:
         """Each load as a share of `saturation`, if it is one, and in requests per second."""
@@ -115,7 +124,9 @@ def bench_online(
             OnlinePoint(
                 share=share,
                 qps=qps,
-                contenders=offer(servers, requests, qps, options.seconds, seed, advance),
+                contenders=offer(
+                    servers, requests, qps, options.seconds, seed, advance, options.arrivals_s
+                ),
             )
             for share, qps in options.rates(min(saturation.values()))
         ]
@@ -198,11 +209,12 @@ def offer(
     seconds: float,
     seed: int,
     advance: Callable[[], None] = lambda: None,
+    arrivals_s: Arrivals = poisson_arrivals_s,
 ) -> dict[str, LoadResult]:
-    """The same Poisson arrivals for each server, one after the other."""
+    """The same arrivals for each server, one after the other."""
     results = {}
     for name, submit in servers.items():
-        due_s = poisson_arrivals_s(qps, max(int(qps * seconds), LEAST_ARRIVALS), seed=seed)
+        due_s = arrivals_s(qps, max(int(qps * seconds), LEAST_ARRIVALS), seed=seed)
         results[name] = run_open_loop(submit, requests, due_s)
         advance()
     return results

@@ -17,6 +17,8 @@ COLORS = {
     "recflow": "#1f6fb4",
     "mosaic": "#1f6fb4",
     "xla": "#1f6fb4",
+    "HTTP": "#2e8b57",
+    "gRPC": "#8a4fa3",
     "jax": "#e08a1e",
     "jax-per-table": "#b9a13a",
     "torch": "#a34a4a",
@@ -39,6 +41,8 @@ def bench(report: Mapping[str, Any], path: Path) -> None:
             ("overlap", _overlap),
             ("numpy", _stream),
             ("online", _online),
+            ("served", _served),
+            ("soak", _soak),
             ("gather", _gather),
             ("dense", _dense),
             ("interaction", _interaction),
@@ -211,6 +215,30 @@ def _grouped_bars(ax: Axes, batches: Sequence[int], values: Mapping[str, Sequenc
 def _online(ax: Axes, result: Mapping[str, Any]) -> None:
     _latencies(ax, result, {"p50_ms": ":", "p95_ms": "--", "p99_ms": "-"})
     ax.set_title("online: open-loop Poisson arrivals", fontsize=10)
+
+
+def _served(ax: Axes, result: Mapping[str, Any]) -> None:
+    _latencies(ax, result, {"p50_ms": ":", "p99_ms": "-"})
+    if result["p99_ms"] is not None:
+        ax.axhline(result["p99_ms"], color=FLOOR_COLOR, linestyle="--", linewidth=0.8)
+        for name, found in result["sustained"].items():
+            ax.axvline(found["qps"], color=_color(name), linestyle="--", linewidth=0.8)
+    ax.set_title(f"served: open-loop {result['arrivals']} arrivals", fontsize=10)
+
+
+def _soak(ax: Axes, result: Mapping[str, Any]) -> None:
+    """Resident memory, and the device's where it tells."""
+    times = [sample["at_s"] for sample in result["memory"]]
+    for kind, label in (("rss_bytes", "resident"), ("device_bytes", "on the device")):
+        mib = [sample[kind] / 2**20 for sample in result["memory"]]
+        if any(mib):
+            ax.plot(times, mib, label=label)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"seconds, {result['qps']:g} requests per second of all kinds")
+    ax.set_ylabel("MiB")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    ax.set_title("a server's memory under load, cancellations and bad clients", fontsize=10)
 
 
 def _latencies(ax: Axes, result: Mapping[str, Any], styles: Mapping[str, str]) -> None:

@@ -26,11 +26,12 @@ from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
 from recflow_jax.measure.served import HttpCost, ServedResult
+from recflow_jax.measure.soak import SoakResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
 
 SCHEMA = 1
-WIDTH = 110
+WIDTH = 120
 
 Result = (
     OfflineResult
@@ -196,26 +197,48 @@ def served_table(result: ServedResult) -> Table:
     """Latency by load, of the engine in this process and of a server over both protocols."""
     saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
     table = _table(
-        f"served: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
+        f"served: {result.arrivals} arrivals, {result.mean_request_samples:.0f} samples each; "
         f"saturation in requests/s: {saturation}",
-        *("load", "requests/s", "asked", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "answered/s"),
-        "failed",
+        *("load", "requests/s", "asked", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "p99.9 ms"),
+        *("answered/s", "rejected/late/failed"),
     )
     for point in result.points:
         for name, load in point.contenders.items():
             share = "" if point.share is None else f"{point.share:.0%}"
             first = name == next(iter(point.contenders))
-            latencies = (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)
+            latencies = (load.p50_ms, load.p90_ms, load.p95_ms, load.p99_ms, load.p999_ms)
             table.add_row(
                 share if first else "",
                 f"{point.qps:,.0f}" if first else "",
                 name,
                 *(f"{ms:,.2f}" for ms in latencies),
                 f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
-                ", ".join(f"{n} {why}" for why, n in load.failures.items()) or "0",
+                f"{load.rejected}/{load.late}/{load.failed - load.rejected - load.late}",
                 end_section=name == list(point.contenders)[-1],
             )
     return table
+
+
+def sustained_lines(result: ServedResult) -> list[str]:
+    """The largest load of each server within the bound, where there was one."""
+    return [
+        f"{name}: {found.qps:,.0f} requests/s with a p99 of at most {result.p99_ms:g} ms"
+        if found.load
+        else f"{name}: no load has a p99 of at most {result.p99_ms:g} ms"
+        for name, found in result.sustained.items()
+    ]
+
+
+def soak_line(result: SoakResult) -> str:
+    """What became of the requests and of the memory."""
+    ends = ", ".join(f"{n:,} {end}" for end, n in result.ends.items())
+    growth = result.growth_bytes["rss_bytes"] / 2**20
+    memory = "flat" if result.flat else "growing"
+    once = "each once" if result.server.once_each else "not each once"
+    return (
+        f"{result.server.arrived:,} requests in {result.seconds:,.0f} s ended {once}: {ends}; "
+        f"memory {memory}: {growth:+,.1f} MiB from the second quarter to the last"
+    )
 
 
 def http_cost_line(cost: HttpCost) -> str:
