@@ -22,6 +22,7 @@ from scheduling.pipeline import (
     StepDone,
 )
 from scheduling.planner import Plans, SerialPlans, TablePlans
+from scheduling.policy import Policy
 from scheduling.request import (
     CoRun,
     Part,
@@ -33,8 +34,8 @@ from scheduling.request import (
     Step,
     StepShape,
 )
-from scheduling.serial_batching import SerialBatching
-from scheduling.simulator import Policy, SimulatedRun, simulate
+from scheduling.serial_batching import Collecting, SerialBatching
+from scheduling.simulator import SimulatedRun, simulate
 from scheduling.table import (
     MissPolicy,
     ProfileKey,
@@ -50,6 +51,7 @@ __all__ = [
     "Arrive",
     "Cancel",
     "CoRun",
+    "Collecting",
     "Event",
     "Expire",
     "HostCosts",

@@ -154,7 +154,7 @@ class Pipeline:
         for event in events:
             self._apply(event)
         actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
-        while self._can_launch():
+        while self.can_launch and self._has_work():
             actions.append(Launch(step=self._next_step()))
         return actions
 
@@ -174,11 +174,13 @@ class Pipeline:
         return self._queue.next_deadline_us
 
     @property
+    def can_launch(self) -> bool:
+        """Whether one more step may be in flight."""
+        return self.steps_in_flight < self._config.max_steps_in_flight
+
+    @property
     def steps_in_flight(self) -> int:
         return self._steps_launched - self._steps_done
-
-    def _can_launch(self) -> bool:
-        return self.steps_in_flight < self._config.max_steps_in_flight and self._has_work()
 
     def _has_work(self) -> bool:
         return self._running is not None or self._filling.rows > 0 or self._queue.samples > 0

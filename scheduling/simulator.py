@@ -6,30 +6,16 @@ step; copies to the device go one after the other, and the device runs the steps
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from scheduling.costs import StepTimes
 from scheduling.host_costs import HostCosts
 from scheduling.pipeline import Action, Arrive, Event, Expire, StepDone
+from scheduling.policy import Policy
 from scheduling.request import Part, Request, Step, StepShape
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """Decides what runs next: `Pipeline`, or another one with its surface."""
-
-    def step(self, now_us: int, events: Sequence[Event] = ()) -> list[Action]:
-        """What to do now that `events` have happened."""
-        ...
-
-    @property
-    def next_deadline_us(self) -> int | None:
-        """When to ask again, if nothing happens before."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

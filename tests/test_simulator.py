@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fake_device import FREE, FlatTimes, Watched, config, request
 from scheduling import (
+    Collecting,
     HostCosts,
     Pipeline,
     PipelineConfig,
@@ -162,7 +163,7 @@ PER_ROW = FlatTimes(slice_us=5, segment_us=10, per_row_us=2)
 
 
 def policies(sizes: PipelineConfig) -> list[Policy]:
-    return [Pipeline(sizes), SerialBatching(sizes, wait_us=70)]
+    return [Pipeline(sizes), SerialBatching(sizes, Collecting(wait_ms=0.07))]
 
 
 def drawn(arrivals: list[tuple[int, int, int]]) -> list[Request]:

@@ -6,6 +6,7 @@ the completion thread.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -54,11 +55,15 @@ Message = Submitted | Dropped | Fault | Close | StepDone
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """A launched step: the arrays that are ready when it has ended, and whose answers it makes."""
+    """A launched step: the arrays that are ready when it has ended, and whose answers it makes.
+
+    waits_us: of the requests of which it carries the first samples, from arrival to its launch.
+    """
 
     step_id: int
     launched_us: int
     results: list[Any]
+    waits_us: Sequence[int] = ()
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
     buffer: Buffer | None = None

@@ -37,7 +37,9 @@ class EngineStats:
     did not exceed, from launch to end, behind whatever was in flight; `steps_us` is their sum.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
-    and nan before the first.
+    and nan before the first. Waits, from submit to the first launch that carries the request, are
+    of as many requests: in microseconds, and as a part of the device's time for the last step that
+    had ended by then, which is the one that was waited for.
     """
 
     requests_accepted: int
@@ -64,9 +66,23 @@ class EngineStats:
     latency_p50_ms: float
     latency_p95_ms: float
     latency_p99_ms: float
+    wait_p50_us: float
+    wait_p95_us: float
+    wait_p99_us: float
+    wait_p50_steps: float
+    wait_p95_steps: float
+    wait_p99_steps: float
     backend: str
     backend_reason: str
     profile: str | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Waits:
+    """From submit to the first launch, request by request: float64 [requests], see EngineStats."""
+
+    us: np.ndarray
+    steps: np.ndarray
 
 
 class Tally:
@@ -82,6 +98,9 @@ class Tally:
         self._slice_buckets: Counter[int] = Counter()
         self._step_times: Counter[float] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
+        self._waits: deque[tuple[int, int]] = deque(maxlen=latency_window)
+        self._last_end_us = 0
+        self._last_step_us = 0
 
     def accepted(self, samples: int) -> None:
         self._add(requests_accepted=1, samples_accepted=samples)
@@ -100,8 +119,11 @@ class Tally:
     def failed(self) -> None:
         self._add(failed=1)
 
-    def launched(self, step: Step) -> None:
+    def launched(self, step: Step, waits_us: Sequence[int]) -> None:
         self._add(steps=1)
+        step_us = self._last_step_us
+        with self._lock:
+            self._waits.extend([(wait_us, step_us) for wait_us in waits_us])
         if step.slice is not None:
             self._launched_slice(step.slice)
         if step.segment is not None and step.segment.shape.last:
@@ -122,7 +144,11 @@ class Tally:
             self._batch_buckets[shape.batch] += 1
             self._batch_segments[shape.segments] += 1
 
-    def ended_step(self, took_us: int) -> None:
+    def ended_step(self, launched_us: int, ended_us: int) -> None:
+        """Steps end in the order of their launch, and each starts when the one before has ended."""
+        took_us = ended_us - launched_us
+        self._last_step_us = ended_us - max(launched_us, self._last_end_us)
+        self._last_end_us = ended_us
         self._add(steps_us=took_us)
         bound = next(bound for bound in STEP_BOUNDS_US if took_us <= bound)
         with self._lock:
@@ -132,6 +158,13 @@ class Tally:
         with self._lock:
             for name, count in counts.items():
                 self._counts[name] += count
+
+    def waits(self) -> Waits:
+        """Of the last requests that were launched; nan steps before the first one has ended."""
+        with self._lock:
+            waits = np.array(self._waits, np.float64).reshape(-1, 2)
+        us, step_us = waits.T
+        return Waits(us=us, steps=us / np.where(step_us > 0, step_us, np.nan))
 
     def stats(
         self, *, queued_samples: int, backend: str, backend_reason: str, profile: str | None
@@ -144,7 +177,12 @@ class Tally:
             slice_buckets = dict(self._slice_buckets)
             step_times = dict(self._step_times)
             latencies_ms = np.array(self._latencies_us) / 1000
-        p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
+        waits = self.waits()
+        percentiles = {
+            **_percentiles("latency", "ms", latencies_ms),
+            **_percentiles("wait", "us", waits.us),
+            **_percentiles("wait", "steps", waits.steps[np.isfinite(waits.steps)]),
+        }
         return EngineStats(
             **{name: n[name] for name in COUNTED},
             rejected=rejected,
@@ -159,13 +197,17 @@ class Tally:
             mean_slice=n["slice_samples"] / max(n["slices"], 1),
             sample_padding=_padding(n["batch_samples"], n["batch_room"]),
             id_padding=_padding(n["ids"], n["id_room"]),
-            latency_p50_ms=float(p50),
-            latency_p95_ms=float(p95),
-            latency_p99_ms=float(p99),
+            **percentiles,
             backend=backend,
             backend_reason=backend_reason,
             profile=profile,
         )
+
+
+def _percentiles(what: str, unit: str, values: np.ndarray) -> dict[str, float]:
+    """Named as in EngineStats."""
+    found = np.percentile(values if len(values) else np.nan, PERCENTILES).tolist()
+    return {f"{what}_p{p}_{unit}": value for p, value in zip(PERCENTILES, found, strict=True)}
 
 
 def _padding(used: int, room: int) -> float:

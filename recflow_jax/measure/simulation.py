@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 
 from recflow_jax.measure.load import WARM_UP_SHARE
-from recflow_jax.measure.simulated_gpu import Collecting, Gpu
+from recflow_jax.measure.simulated_gpu import Gpu
 from recflow_jax.measure.traffic import ALONE_US, Traffic
-from scheduling import Request, SimulatedRun, StepShape
+from scheduling import Collecting, Request, SimulatedRun, StepShape
 
 INCREMENTAL, SERIAL = "incremental", "serial"
 SATURATING_BATCHES = 20
