@@ -436,6 +436,49 @@ def bench_host(
 
 
 @bench.command(
+    "plans",
+    epilog=_example(
+        "recflow bench plans --model dlrm-kaggle --profile profiles/x.json --out plans.json",
+    ),
+)
+def bench_plans(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="Profile table of this model and device.")],
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    mixes: Annotated[int, typer.Option(help="Batches with samples waiting.", min=1)] = 200,
+    contests: Annotated[
+        int, typer.Option(help="Of these, how many to measure by other plans too.", min=0)
+    ] = 30,
+    max_batch: Annotated[int, typer.Option(help="As of the table.", min=1)] = 8192,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    backend: BackendName = "auto",
+    out: Out = None,
+) -> None:
+    """Compare plans with what their table promises.
+
+    Random batches with samples waiting are launched by their plans and timed; some of them also by
+    every other plan that could be better.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench_plans import bench_plans
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_plans(
+        config,
+        profile=profile,
+        mixes=mixes,
+        contests=contests,
+        ids=ids,
+        seed=seed,
+        options=EngineOptions(backend=backend, max_batch=max_batch),
+        out=out,
+    )
+
+
+@bench.command(
     "serve",
     epilog=_example(
         "recflow bench serve --model dlrm-kaggle --max-rows-per-table 100000",

@@ -2,8 +2,8 @@
 
 `request` has the types that flow, `buckets` the ladders of static sizes, `pipeline` the incremental
 batching, `admission` the bound on work inside, `table` the measured times, `costs` what steps cost
-by them, `planner` the best plans. `simulator` runs all of it on a virtual clock, with the host's
-`host_costs`; `serial_batching` is what to compare with.
+by them, `alternatives` all plans, `planner` the best. `simulator` runs all of it on a virtual
+clock, with the host's `host_costs`; `serial_batching` is what to compare with.
 """
 
 from scheduling.admission import Admission
