@@ -109,15 +109,16 @@ def test_what_passes(change: dict[str, Any], passes: bool) -> None:
 
 
 def test_a_server_is_soaked_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "TOLD_EVERY", 5)
     engine = EngineOptions(max_batch=16, max_slice=16, segments=1)
     files: dict[str, Any] = {"out": tmp_path / "soak.json", "figure": tmp_path / "soak.png"}
     returned = bench_soak(NO_DENSE, engine=engine, minutes=0.05, qps=50, request_samples=3, **files)
     assert json.loads(files["out"].read_text()) == json.loads(json.dumps(returned))
     soak = returned["soak"]
     assert soak["passed"] and soak["flat"] and soak["as_expected"]
-    assert sum(soak["sent"].values()) == 150 and len(soak["memory"]) >= 20
+    assert sum(soak["sent"].values()) == 150 and len(soak["memory"]) >= 5
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
     assert "ended each once" in told and "memory flat" in told and "MiB resident" in told
