@@ -538,6 +538,66 @@ def bench_serve(
 
 
 @bench.command(
+    "loadgen",
+    epilog=_example(
+        "recflow bench loadgen --model dlrm-v2 --profile profiles/x.json --p99-ms 10,60 --out lg",
+        "recflow bench loadgen --model my.toml --scenario server --qps 500 --p99-ms 60 --out lg",
+    ),
+)
+def bench_loadgen(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of LoadGen's files and loadgen.json.")],
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    scenario: Annotated[
+        Literal["server", "offline", "both"], typer.Option(help="Both: offline first.")
+    ] = "both",
+    qps: Annotated[str, typer.Option(help="Scenario server: queries per second.")] = "",
+    share: Annotated[str, typer.Option(help="Both: of the offline rate.")] = "0.7,0.85",
+    p99_ms: Annotated[str, typer.Option(help="Of each server run, or one for all.")] = "60",
+    request_samples: Annotated[
+        int | None, typer.Option(help="Pairs of each query.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each run, at least.", min=0.1)] = 60,
+    profile: ProfileTable = None,
+    backend: BackendName = "auto",
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+) -> None:
+    """Run MLPerf LoadGen against the engine.
+
+    In this process, in the Server scenario, Offline, or Server at shares of the Offline rate.
+    LoadGen keeps the time and judges; answers are checked once before. Lists are separated by
+    commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    rates, shares = _list("--qps", qps, float), _list("--share", share, float)
+    bounds = _list("--p99-ms", p99_ms, float)
+    from recflow_jax.commands.bench_loadgen import LoadGenOptions, bench_loadgen
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_loadgen(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        options=LoadGenOptions(
+            scenario=scenario,
+            qps=rates,
+            shares=shares,
+            p99_ms=bounds,
+            request_samples=request_samples,
+            seconds=seconds,
+        ),
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+    )
+
+
+@bench.command(
     "soak",
     epilog=_example(
         "recflow bench soak --model dlrm-kaggle --max-rows-per-table 100000 --minutes 10",

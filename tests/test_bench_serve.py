@@ -1,10 +1,11 @@
 """`recflow bench serve`: its clients get the engine's answers and errors, its report has all."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from recflow_jax.commands import bench_serve as command
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import DeadlineExceeded, QueueFull
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.measure.clients import Client, GrpcClient, HttpClient, ServerError
+from recflow_jax.measure.clients import Client, GrpcClient, HttpClient, ServerError, _Connection
 from recflow_jax.measure.http_cost import measure_http_cost
 from recflow_jax.measure.launched import NotLaunched, until_ready
 from recflow_jax.measure.online import OnlineOptions
@@ -77,6 +78,21 @@ def test_a_request_may_be_cancelled(
     for _ in range(100):  # over every connection
         assert client.submit(REQUESTS[1]).result(SOON_S).tolist() == scores(3)
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_an_answer_to_a_request_given_up_is_nobodys() -> None:
+    """It may come in the moment between the cancellation and the end of its connection."""
+
+    async def give_up() -> None:
+        connection = _Connection()
+        connection.connection_made(Mock())
+        asking = asyncio.ensure_future(connection.ask(b""))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    asyncio.run(give_up())
 
 
 def test_another_answer_is_a_servers_error(client: Client, device: FakeSegments) -> None:

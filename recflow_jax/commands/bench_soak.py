@@ -1,5 +1,6 @@
 """`recflow bench soak`: a server under load for long, among clients that misbehave."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,12 @@ def bench_soak(
 
 
 def _soak(server: Launched, crowd: Crowd, qps: float, seconds: float, seed: int) -> SoakResult:
-    every_s = min(1.0, seconds / 40)
+    every_s, samples = min(1.0, seconds / 40), itertools.count(1)
     with progress("soaking", round(seconds / every_s)) as advance:
 
         def tell(memory: Memory) -> None:
             advance()
-            if round(memory.at_s / every_s) % TOLD_EVERY == 0:
+            if next(samples) % TOLD_EVERY == 0:
                 console.print(
                     f"{memory.at_s:4.0f} s: {memory.rss_bytes / 2**20:,.1f} MiB resident",
                     markup=False,

@@ -229,6 +229,29 @@ def sustained_lines(result: ServedResult) -> list[str]:
     ]
 
 
+def loadgen_table(runs: Mapping[str, Any]) -> Table:
+    """LoadGen's verdicts, rates and latencies; of server runs the share of the offline rate."""
+    table = _table(
+        "MLPerf LoadGen: queries of several user-item pairs",
+        *("run", "target q/s", "queries/s", "pairs/s", "of offline", "p50 ms", "p90 ms", "p99 ms"),
+        *("p99.9 ms", "bound", "verdict"),
+    )
+    offline = runs.get("offline")
+    for name, run in runs.items():
+        served = run.scenario == "server"
+        failed = "".join(f", {n} {why}" for why, n in run.failures.items())
+        table.add_row(
+            name,
+            f"{run.target_qps:,.0f}" if served else "",
+            *(f"{run.queries_per_s:,.0f}", f"{run.pairs_per_s:,.0f}"),
+            f"{run.pairs_per_s / offline.pairs_per_s:.1%}" if served and offline else "",
+            *(f"{run.latencies_ms[p]:,.2f}" if served else "" for p in ("50", "90", "99", "99.9")),
+            f"{run.p99_ms:g}" if served else "",
+            ("valid" if run.valid else "INVALID") + failed,
+        )
+    return table
+
+
 def soak_line(result: SoakResult) -> str:
     """What became of the requests and of the memory."""
     ends = ", ".join(f"{n:,} {end}" for end, n in result.ends.items())
