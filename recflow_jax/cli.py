@@ -344,7 +344,8 @@ def simulate(
         float | None,
         typer.Option(
             help="Serial batching collects so long.  "
-            "[default: the best of 0 to 5 ms and of four batch limits, at each load]",
+            "[default: the best of 0 to 5 ms, of four batch limits, of one or two batches in "
+            "flight, at each load]",
             min=0,
         ),
     ] = None,

@@ -48,6 +48,7 @@ def test_a_request_waits_for_its_first_launch_alone():
         later = engine.submit(samples(1))
         eventually(lambda: engine.stats().queued_samples == 17)
         device.go_on()
-        result(held), result(later)
+        result(held)
+        result(later)
         waits = engine.waits()
     assert len(waits.us) == 2 and 0 <= waits.us[0] and 0 < waits.us[1] < 30e6

@@ -5,6 +5,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,7 @@ class Tally:
             step_times = dict(self._step_times)
             latencies_ms = np.array(self._latencies_us) / 1000
         waits = self.waits()
-        percentiles = {
+        percentiles: dict[str, Any] = {
             **_percentiles("latency", "ms", latencies_ms),
             **_percentiles("wait", "us", waits.us),
             **_percentiles("wait", "steps", waits.steps[np.isfinite(waits.steps)]),
