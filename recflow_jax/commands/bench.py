@@ -329,6 +329,7 @@ def _online(
             advance=advance,
         )
     report.show(report.online_table(result))
+    console.print(report.collecting_line(result), markup=False)
     report.show(report.waited_table(result))
     if result.host is not None:
         report.show(report.foretold_table(result))

@@ -28,7 +28,7 @@ from recflow_jax.measure.online import (
     saturate,
 )
 from recflow_jax.measure.serial_server import SerialServer
-from recflow_jax.measure.sustained import Sustained, sustained
+from recflow_jax.measure.sustained import Sustained, keeps, sustained
 from recflow_jax.measure.tuning import TRIED_IN_FLIGHT, TRIES, best_collecting
 from recflow_jax.measure.waited import Waited
 from recflow_jax.model import Params
@@ -126,7 +126,7 @@ class _Contest:
             arrivals="burst" if self.options.burst else "Poisson",
             host=None if self.teller is None else self.teller.host,
             p99_ms=self.options.p99_ms,
-            sustained={name: self._sustained(name, saturation[name]) for name in self.servers},
+            sustained={n: self._sustained(n, saturation[n], points) for n in self.servers},
         )
 
     def _saturation(self) -> dict[str, float]:
@@ -178,9 +178,20 @@ class _Contest:
             for name, way in ways.items()
         }
 
-    def _sustained(self, name: str, most: float) -> Sustained:
-        """Serial batching collects as was best at the load before."""
-        found = sustained(lambda qps: self._try(name, qps), most, self.options.p99_ms)
+    def _sustained(self, name: str, most: float, points: Sequence[OnlinePoint]) -> Sustained:
+        """What is below a point that kept the bound is not tried again. Serial batching collects as
+        was best at the highest point, which is about where the bound is.
+        """
+        bound_ms = self.options.p99_ms
+        kept = [p for p in points if keeps(p.contenders[name], bound_ms)]
+        known = max(kept, key=lambda point: point.qps, default=None)
+
+        def tried(qps: float) -> LoadResult:
+            if known is not None and qps <= known.qps:
+                return known.contenders[name]
+            return self._try(name, qps)
+
+        found = sustained(tried, most, bound_ms)
         self.advance()
         return found
 

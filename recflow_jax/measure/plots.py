@@ -239,8 +239,8 @@ def _waited(ax: Axes, result: Mapping[str, Any]) -> None:
         shares = 100 * np.array(steps["counts"]) / max(sum(steps["counts"]), 1)
         label = f"{qps:,.0f} requests/s: {100 * of_load['within_a_step']:.1f} % within a step"
         ax.stairs(shares, steps["edges"], color=COLORS[RECFLOW], alpha=shade, label=label)
-    ax.axvline(1, color=FLOOR_COLOR, linestyle="--", linewidth=0.8)
-    ax.set_xlabel("wait from arrival to launch, in steps (the last bin: two and more)")
+    ax.axvline(1.5, color=FLOOR_COLOR, linestyle="--", linewidth=0.8)
+    ax.set_xlabel("steps that ended between arrival and launch (the last bar: ten and more)")
     ax.set_ylabel("% of requests")
     ax.legend(fontsize=8)
     ax.set_title("zero queue: how long requests wait for their launch", fontsize=10)

@@ -116,7 +116,7 @@ def show(table: Table) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_edge=False)
     for column in columns:
-        text = column in ("collects", "contender", "how", "layer", "given as")
+        text = column in ("contender", "how", "layer", "given as")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 
@@ -177,7 +177,7 @@ def online_table(result: OnlineResult) -> Table:
         f"online: {result.arrivals} arrivals, {result.mean_request_samples:.0f} samples per "
         f"request; saturation in requests/s: {saturation}",
         *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms"),
-        *("answered/s", "failed", "collects"),
+        *("answered/s", "failed"),
     )
     for point in result.points:
         for name, load in point.contenders.items():
@@ -189,17 +189,22 @@ def online_table(result: OnlineResult) -> Table:
                 *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)),
                 f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
                 str(load.failed),
-                str(point.collecting or "") if name == "serial" else "",
                 end_section=name == list(point.contenders)[-1],
             )
     return table
 
 
+def collecting_line(result: OnlineResult) -> str:
+    """How serial batching was best, load by load."""
+    ways = [f"{p.collecting} at {p.qps:,.0f} requests/s" for p in result.points]
+    return f"serial batching collects: {'; '.join(ways)}"
+
+
 def waited_table(result: OnlineResult) -> Table:
     """How long the engine's requests waited for their first launch."""
     table = _table(
-        "zero queue: from a request's arrival to the first launch that carries it, and that as a "
-        "part of the step before",
+        "zero queue: from a request's arrival to the first launch that carries it, and the steps "
+        "that ended in the meantime",
         *("requests/s", "p50 us", "p95 us", "p99 us", "p50 steps", "p95 steps", "p99 steps"),
         "within a step",
     )
@@ -209,7 +214,7 @@ def waited_table(result: OnlineResult) -> Table:
             table.add_row(
                 f"{point.qps:,.0f}",
                 *(f"{value:,.0f}" for value in (us.p50, us.p95, us.p99)),
-                *(f"{value:.2f}" for value in (steps.p50, steps.p95, steps.p99)),
+                *(f"{value:.0f}" for value in (steps.p50, steps.p95, steps.p99)),
                 f"{waited.within_a_step:.1%}",
             )
     return table

@@ -1,15 +1,15 @@
-"""How long requests waited for their first launch, in microseconds and in steps."""
+"""How long requests waited for their first launch, in microseconds and in steps that ended."""
 
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from recflow_jax.engine.stats import Waits
 
 US_EDGES = np.geomspace(1, 1e5, 41)
-STEPS_EDGES = np.linspace(0, 2, 41)
+STEPS_EDGES = np.arange(-0.5, 11)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Histogram:
     max: float
 
     @classmethod
-    def of(cls, values: Float[np.ndarray, " count"], edges: Float[np.ndarray, " edges"]) -> Self:
+    def of(cls, values: Real[np.ndarray, " count"], edges: Float[np.ndarray, " edges"]) -> Self:
         """At least one value."""
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         p50, p95, p99 = np.percentile(values, [50, 95, 99]).tolist()
@@ -53,10 +53,9 @@ class Waited:
     def of_last(cls, waits: Waits, requests: int) -> Self:
         """Of the last so many requests."""
         us, steps = waits.us[-requests:], waits.steps[-requests:]
-        known = steps[np.isfinite(steps)]
         return cls(
             requests=len(us),
-            within_a_step=float(np.mean(known <= 1)),
+            within_a_step=float(np.mean(steps <= 1)),
             us=Histogram.of(us, US_EDGES),
-            steps=Histogram.of(known, STEPS_EDGES),
+            steps=Histogram.of(steps, STEPS_EDGES),
         )
