@@ -229,6 +229,16 @@ def bench_model(
     mode: Annotated[str, typer.Option(help="Of offline, overlap, numpy, online.")] = "offline",
     ride: Annotated[str, typer.Option(help="Overlap: like deep/all.  [default: all]")] = "",
     load: Annotated[str, typer.Option(help="Online: shares of saturation.")] = "0.5,0.8,0.95",
+    load_of: Annotated[
+        Literal["lowest", "recflow", "serial", "jax"],
+        typer.Option(help="Online: whose saturation."),
+    ] = "lowest",
+    p99: Annotated[
+        float, typer.Option(help="Online: in ms; the largest load that keeps it.", min=0.001)
+    ] = 10.0,
+    burst: Annotated[
+        bool, typer.Option("--burst", help="Online: four times the rate for 100 ms of each second.")
+    ] = False,
     qps: Annotated[str, typer.Option(help="Online: requests per second, not shares.")] = "",
     request_samples: Annotated[
         int | None, typer.Option(help="Online: of each request.  [default: MLPerf's sizes]", min=1)
@@ -242,15 +252,24 @@ def bench_model(
 ) -> None:
     """Compare the engine with plain JAX and torch.
 
-    All get the same inputs, in one run, side by side with the floor of bytes and FLOP. Lists are
-    separated by commas.
+    All get the same inputs, in one run, side by side with the floor of bytes and FLOP. Online, the
+    engine also runs with serial batching, tuned at each load; with a profile table (--batch 8,8192
+    has the sizes of recflow profile) the simulator foretells both. Lists are separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads, rates = _list("--load", load, float), _list("--qps", qps, float)
     from recflow_jax.commands.bench import bench_model
     from recflow_jax.measure.online import OnlineOptions
 
-    online = OnlineOptions(loads=loads, qps=rates, request_samples=request_samples, seconds=seconds)
+    online = OnlineOptions(
+        loads=loads,
+        qps=rates,
+        request_samples=request_samples,
+        seconds=seconds,
+        burst=burst,
+        load_of=load_of,
+        p99_ms=p99,
+    )
     bench_model(
         config,
         against=_list("--against", against, str),
@@ -344,7 +363,8 @@ def simulate(
         float | None,
         typer.Option(
             help="Serial batching collects so long.  "
-            "[default: the best of 0 to 5 ms and of four batch limits, at each load]",
+            "[default: the best of 0 to 5 ms, of four batch limits, of one or two batches in "
+            "flight, at each load]",
             min=0,
         ),
     ] = None,

@@ -46,6 +46,10 @@ class Collecting:
             if value is not None and not (type(value) is int and value >= 1):
                 raise ValueError(f"collecting: {name} is {value!r}, not a whole number above 0")
 
+    def __str__(self) -> str:
+        limit = "" if self.max_samples is None else f" or {self.max_samples:,}"
+        return f"{self.wait_ms:g} ms{limit}, {self.in_flight} in flight"
+
 
 class SerialBatching:
     """Lets a batch in when fewer than `in_flight` run and it is full or its oldest has waited.

@@ -1,10 +1,8 @@
 """One GPU at a load: figures that can be told by hand, and the search for serial batching."""
 
-from dataclasses import replace
-
 import pytest
 
-from recflow_jax.measure import simulation, traffic
+from recflow_jax.measure import simulation, traffic, tuning
 from recflow_jax.measure.simulation import (
     INCREMENTAL,
     SERIAL,
@@ -61,25 +59,10 @@ def test_serial_batching_is_as_good_as_any_wait_that_is_tried():
         tuned = simulate_load(gpu(), SERIAL, singles(), qps)
         fixed = [
             simulate_load(gpu(serial_wait_ms=wait_ms), SERIAL, singles(), qps).p99_ms
-            for wait_ms in simulation.TRIED_WAITS_MS
+            for wait_ms in tuning.TRIED_WAITS_MS
         ]
         assert tuned.p99_ms <= min(fixed)
-        assert tuned.collecting and tuned.collecting.wait_ms in simulation.TRIED_WAITS_MS
-
-
-def test_a_batch_limit_is_tried_too():
-    tried = []
-
-    def serial(collecting: Collecting) -> simulation.SimulatedLoad:
-        tried.append(collecting)
-        limit = collecting.max_samples or 16
-        p99_ms = abs(collecting.wait_ms - 2) + limit
-        return replace(some, p99_ms=p99_ms, collecting=collecting)
-
-    some = simulate_idle(gpu(serial_wait_ms=0), SERIAL, singles())
-    best = simulation._tuned(serial, (2, 4, 8, 16))
-    assert best.collecting == Collecting(wait_ms=2, max_samples=2)
-    assert len(tried) == len({*tried}) == 7
+        assert tuned.collecting and tuned.collecting.wait_ms in tuning.TRIED_WAITS_MS
 
 
 def test_a_load_above_saturation_falls_behind():

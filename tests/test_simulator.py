@@ -63,6 +63,23 @@ def test_the_host_costs_come_on_top():
     assert alone.launcher_busy_share == 11 / 61
 
 
+def test_requests_are_let_in_one_after_the_other():
+    host = replace(FREE, submit_us=10, submit_sample_us=5)
+    three = run(request(0, 0), request(1, 0, samples=2), request(2, 100), host=host, segments=1)
+    # Known of at 15, 35 and 115; the first runs from 15 to 45.
+    assert three.launched_us.tolist() == [15, 35, 115]
+    assert three.answered_us.tolist() == [45, 75, 145]
+
+
+def test_one_thread_answers():
+    host = replace(FREE, answer_us=5, resolve_us=4)
+    both = run(request(0, 0), request(1, 0), request(2, 1), host=host, segments=1)
+    # Two are answered from 35 on, until 43; the third's step ends at 60.
+    assert both.answered_us.tolist() == [43, 43, 69]
+    slow = run(request(0, 0), request(1, 1), host=replace(FREE, resolve_us=50), segments=1)
+    assert slow.answered_us.tolist() == [80, 130]
+
+
 def test_a_device_waits_for_a_slow_launcher():
     slow = run(request(0, 100), host=replace(FREE, launch_us=100))
     assert slow.latencies_us.tolist() == [3 * 100 + 20]

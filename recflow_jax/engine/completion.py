@@ -46,7 +46,7 @@ class Completion:
         except Exception as error:
             self._inbox.put(Fault(error))
             self._fail(flight, error)
-        self._tally.ended_step(flight.launched_us, now_us())
+        self._tally.ended_step(now_us() - flight.launched_us)
         self._inbox.put(StepDone(step_id=flight.step_id))
         if scores is not None:
             self._ledger.add(flight.parts, scores)

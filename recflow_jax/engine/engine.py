@@ -227,7 +227,8 @@ class Engine:
     def _enter(self, samples: Prepared, terms: Terms) -> Answer:
         if not samples.samples:
             return self._empty_answer()
-        submitted = new_request(next(self._request_ids), samples, terms)
+        ended = self._tally.steps_ended
+        submitted = new_request(next(self._request_ids), samples, terms, steps_ended=ended)
         if terms.deadline_us is not None:
             self._check_deadline(submitted.request, terms.deadline_us)
         return self._ledger.accept(submitted)

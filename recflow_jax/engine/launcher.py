@@ -48,10 +48,12 @@ class _Batch:
 
 @dataclass(slots=True, frozen=True)
 class _Joining:
-    """The samples of a slice, and when the requests that begin in it arrived."""
+    """The samples of a slice, and when the requests that begin in it arrived, in microseconds and
+    in steps that had ended.
+    """
 
     samples: Sequence[Prepared] = ()
-    arrivals_us: Sequence[int] = ()
+    arrivals: Sequence[tuple[int, int]] = ()
 
 
 class Launcher:
@@ -142,7 +144,7 @@ class Launcher:
             self._end_if_faulty(running)
             if step.segment.shape.last:
                 del self._batches[step.segment.batch_id]
-        self._tally.launched(step, flight.waits_us)
+        self._tally.launched(step, flight.waits)
         return flight
 
     def _launch_in_turn(
@@ -171,13 +173,13 @@ class Launcher:
         new = [self._waiting[part.request_id] for part in piece.parts if part.start == 0]
         return batch, _Joining(
             samples=[self._samples_of(part) for part in piece.parts],
-            arrivals_us=[submitted.request.arrived_us for submitted in new],
+            arrivals=[(one.request.arrived_us, one.steps_ended) for one in new],
         )
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
         flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
-        now = now_us()
-        flight.waits_us = [now - arrived_us for arrived_us in joining.arrivals_us]
+        now, ended = now_us(), self._tally.steps_ended
+        flight.waits = [(now - us, ended - before) for us, before in joining.arrivals]
         return flight.buffer.array
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:

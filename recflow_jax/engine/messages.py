@@ -23,10 +23,11 @@ ARRIVALS_TO_WAKE = 32
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A request was accepted, with these samples."""
+    """A request was accepted, with these samples, when so many steps had ended."""
 
     request: Request
     samples: Prepared
+    steps_ended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,14 @@ Message = Submitted | Dropped | Fault | Close | StepDone
 class Flight:
     """A launched step: the arrays that are ready when it has ended, and whose answers it makes.
 
-    waits_us: of the requests of which it carries the first samples, from arrival to its launch.
+    waits: of the requests of which it carries the first samples, from arrival to its launch, in
+        microseconds and in steps that ended.
     """
 
     step_id: int
     launched_us: int
     results: list[Any]
-    waits_us: Sequence[int] = ()
+    waits: Sequence[tuple[int, int]] = ()
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
     buffer: Buffer | None = None

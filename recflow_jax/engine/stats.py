@@ -39,8 +39,8 @@ class EngineStats:
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first. Waits, from submit to the first launch that carries the request, are
-    of as many requests: in microseconds, and as a part of the device's time for the last step that
-    had ended by then, which is the one that was waited for.
+    of as many requests: in microseconds, and in steps that ended in the meantime. One at most is
+    what nobody can do without, while the device is busy: the end of the step that runs.
     """
 
     requests_accepted: int
@@ -80,7 +80,7 @@ class EngineStats:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Waits:
-    """From submit to the first launch, request by request: float64 [requests], see EngineStats."""
+    """From submit to the first launch, request by request: int64 [requests], see EngineStats."""
 
     us: np.ndarray
     steps: np.ndarray
@@ -100,8 +100,7 @@ class Tally:
         self._step_times: Counter[float] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
         self._waits: deque[tuple[int, int]] = deque(maxlen=latency_window)
-        self._last_end_us = 0
-        self._last_step_us = 0
+        self.steps_ended = 0
 
     def accepted(self, samples: int) -> None:
         self._add(requests_accepted=1, samples_accepted=samples)
@@ -120,11 +119,11 @@ class Tally:
     def failed(self) -> None:
         self._add(failed=1)
 
-    def launched(self, step: Step, waits_us: Sequence[int]) -> None:
+    def launched(self, step: Step, waits: Sequence[tuple[int, int]]) -> None:
+        """`waits`, in microseconds and steps, of the requests that begin in it."""
         self._add(steps=1)
-        step_us = self._last_step_us
         with self._lock:
-            self._waits.extend([(wait_us, step_us) for wait_us in waits_us])
+            self._waits.extend(waits)
         if step.slice is not None:
             self._launched_slice(step.slice)
         if step.segment is not None and step.segment.shape.last:
@@ -145,11 +144,8 @@ class Tally:
             self._batch_buckets[shape.batch] += 1
             self._batch_segments[shape.segments] += 1
 
-    def ended_step(self, launched_us: int, ended_us: int) -> None:
-        """Steps end in the order of their launch, and each starts when the one before has ended."""
-        took_us = ended_us - launched_us
-        self._last_step_us = ended_us - max(launched_us, self._last_end_us)
-        self._last_end_us = ended_us
+    def ended_step(self, took_us: int) -> None:
+        self.steps_ended += 1
         self._add(steps_us=took_us)
         bound = next(bound for bound in STEP_BOUNDS_US if took_us <= bound)
         with self._lock:
@@ -161,11 +157,10 @@ class Tally:
                 self._counts[name] += count
 
     def waits(self) -> Waits:
-        """Of the last requests that were launched; nan steps before the first one has ended."""
+        """Of the last requests that were launched."""
         with self._lock:
-            waits = np.array(self._waits, np.float64).reshape(-1, 2)
-        us, step_us = waits.T
-        return Waits(us=us, steps=us / np.where(step_us > 0, step_us, np.nan))
+            waits = np.array(self._waits, np.int64).reshape(-1, 2)
+        return Waits(us=waits[:, 0], steps=waits[:, 1])
 
     def stats(
         self, *, queued_samples: int, backend: str, backend_reason: str, profile: str | None
@@ -182,7 +177,7 @@ class Tally:
         percentiles: dict[str, Any] = {
             **_percentiles("latency", "ms", latencies_ms),
             **_percentiles("wait", "us", waits.us),
-            **_percentiles("wait", "steps", waits.steps[np.isfinite(waits.steps)]),
+            **_percentiles("wait", "steps", waits.steps),
         }
         return EngineStats(
             **{name: n[name] for name in COUNTED},

@@ -174,9 +174,10 @@ def online_table(result: OnlineResult) -> Table:
     """Latency by load."""
     saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
     table = _table(
-        f"online: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
-        f"saturation in requests/s: {saturation}",
-        *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "answered/s", "failed"),
+        f"online: {result.arrivals} arrivals, {result.mean_request_samples:.0f} samples per "
+        f"request; saturation in requests/s: {saturation}",
+        *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms"),
+        *("answered/s", "failed"),
     )
     for point in result.points:
         for name, load in point.contenders.items():
@@ -185,10 +186,53 @@ def online_table(result: OnlineResult) -> Table:
                 share if name == RECFLOW else "",
                 f"{point.qps:,.0f}" if name == RECFLOW else "",
                 name,
-                *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms)),
+                *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)),
                 f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
                 str(load.failed),
                 end_section=name == list(point.contenders)[-1],
+            )
+    return table
+
+
+def collecting_line(result: OnlineResult) -> str:
+    """How serial batching was best, load by load."""
+    ways = [f"{p.collecting} at {p.qps:,.0f} requests/s" for p in result.points]
+    return f"serial batching collects: {'; '.join(ways)}"
+
+
+def waited_table(result: OnlineResult) -> Table:
+    """How long the engine's requests waited for their first launch."""
+    table = _table(
+        "zero queue: from a request's arrival to the first launch that carries it, and the steps "
+        "that ended in the meantime",
+        *("requests/s", "p50 us", "p95 us", "p99 us", "p50 steps", "p95 steps", "p99 steps"),
+        "within a step",
+    )
+    for point in result.points:
+        if waited := point.waited:
+            us, steps = waited.us, waited.steps
+            table.add_row(
+                f"{point.qps:,.0f}",
+                *(f"{value:,.0f}" for value in (us.p50, us.p95, us.p99)),
+                *(f"{value:.0f}" for value in (steps.p50, steps.p95, steps.p99)),
+                f"{waited.within_a_step:.1%}",
+            )
+    return table
+
+
+def foretold_table(result: OnlineResult) -> Table:
+    """Latencies by the profile table and the host's rates, beside those measured."""
+    table = _table(
+        "foretold by the profile table, for the same arrivals",
+        *("requests/s", "contender", "p50 ms", "measured", "ratio", "p99 ms", "measured", "ratio"),
+    )
+    for point in result.points:
+        for name, told in point.foretold.items():
+            load = point.contenders[name]
+            table.add_row(
+                *(f"{point.qps:,.0f}" if name == RECFLOW else "", name),
+                *(f"{told.p50_ms:,.2f}", f"{load.p50_ms:,.2f}", f"{told.p50_ratio:.2f}"),
+                *(f"{told.p99_ms:,.2f}", f"{load.p99_ms:,.2f}", f"{told.p99_ratio:.2f}"),
             )
     return table
 
@@ -219,7 +263,7 @@ def served_table(result: ServedResult) -> Table:
     return table
 
 
-def sustained_lines(result: ServedResult) -> list[str]:
+def sustained_lines(result: ServedResult | OnlineResult) -> list[str]:
     """The largest load of each server within the bound, where there was one."""
     return [
         f"{name}: {found.qps:,.0f} requests/s with a p99 of at most {result.p99_ms:g} ms"
