@@ -10,6 +10,7 @@ from scheduling.request import Request, Slice, SliceBucket, Step
 class HostCosts:
     """What the engine's host side takes, in microseconds. Raises ValueError for what is none.
 
+    wake_us: from a request's arrival until a callers' thread that sleeps begins with it.
     submit_us, submit_sample_us: the callers' thread, for each request and each of its samples. One
         request after the other: its arrival is known when it has been let in.
     request_us: the launcher's thread, for each request, with its first samples.
@@ -25,6 +26,7 @@ class HostCosts:
     whose callers are no bottleneck.
     """
 
+    wake_us: float = 0.0
     submit_us: float = 0.0
     submit_sample_us: float = 0.0
     request_us: float = 0.0

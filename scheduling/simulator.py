@@ -155,7 +155,7 @@ class _Engine:
         """The next request, which is known of when those before it have been let in, too."""
         request = next(self._requests, None)
         if request is not None:
-            started_us = max(self._entered_us, request.arrived_us)
+            started_us = max(self._entered_us, request.arrived_us + self._host.wake_us)
             self._entered_us = started_us + self._host.submitting_us(request)
         return request
 

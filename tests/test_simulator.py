@@ -71,6 +71,14 @@ def test_requests_are_let_in_one_after_the_other():
     assert three.answered_us.tolist() == [45, 75, 145]
 
 
+def test_a_caller_that_sleeps_wakes_late():
+    host = replace(FREE, wake_us=10, submit_us=30)
+    both = run(request(0, 0), request(1, 20), host=host, segments=1)
+    # The second is due while the first is let in: nobody sleeps.
+    assert both.launched_us.tolist() == [40, 70]
+    assert both.latencies_us.tolist() == [40 + 30, 50 + 30]
+
+
 def test_one_thread_answers():
     host = replace(FREE, answer_us=5, resolve_us=4)
     both = run(request(0, 0), request(1, 0), request(2, 1), host=host, segments=1)

@@ -19,6 +19,7 @@ from scheduling import HostCosts, SegmentShape, SliceBucket
 
 STAGES = TimingOptions(rounds=3, round_s=0.1, max_calls=100_000)
 CALLS = 30
+SLEEP_S = 0.001
 ALONE_REQUESTS = 200
 ALONE_SPACING = 4  # of their latency, so that they do not meet
 
@@ -37,6 +38,7 @@ def measured_rates(
     handle_us, handle_sample_us = _by_samples(stages, "launch_us")
     resolve_us, resolve_sample_us = _by_samples(stages, "resolve_us")
     host = HostCosts(
+        wake_us=_oversleep_us(),
         submit_us=submit_us,
         submit_sample_us=submit_sample_us,
         request_us=pack_us + handle_us,
@@ -122,6 +124,11 @@ def _start_us(segments: Segments) -> float:
         return x
 
     return _median_us(call, wait=jax.block_until_ready)
+
+
+def _oversleep_us() -> float:
+    """How much later than it asked a thread wakes."""
+    return max(_median_us(lambda _: time.sleep(SLEEP_S)) - 1e6 * SLEEP_S, 0.0)
 
 
 def _copy_us(packed: np.ndarray) -> float:
