@@ -113,7 +113,7 @@ class Demonstration:
         result = report.header(
             engine.config, engine.backend, ids="MovieLens-100K", seed=0, versions=versions()
         )
-        result |= {"served": served, "online": report.as_json(online), "batch_sizes": sizes}
+        result |= {"online": report.as_json(online), "batch_sizes": sizes}
         plots.bench(result, self.out / "latency.png")
         plots.batch_sizes(sizes, self.out / "batch_sizes.png", title="batch sizes by load")
         stats = engine.stats()
@@ -121,7 +121,7 @@ class Demonstration:
             f"engine: {stats.requests_answered:,} requests in {stats.batches:,} batches of "
             f"{stats.mean_batch:.0f} samples on average, {stats.sample_padding:.0%} padding"
         )
-        return result
+        return result | {"served": served}
 
     def _serve(
         self, engine: Engine, requests: Sequence[JaggedBatch], labels: np.ndarray
