@@ -19,6 +19,7 @@ from jaxtyping import Array
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job
+from recflow_jax.engine.live_tables import LiveTables
 from recflow_jax.engine.staging import PackedShape
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
@@ -51,15 +52,21 @@ class BatchState:
 class Stages:
     """The functions of one model, to be compiled for static shapes.
 
-    `params` are prepared for the back end; the batch's buffers have `rows` rows. Whatever takes a
-    state's vectors is given them for good and gives them back.
+    `params` are prepared for the back end, their groups in `tables`; the batch's buffers have
+    `rows` rows. Whatever takes a state's vectors is given them for good and gives them back.
     """
 
     def __init__(
-        self, config: DLRMConfig, params: Params, backend: Backend, rows: int, cuts: tuple[int, ...]
+        self,
+        config: DLRMConfig,
+        params: Params,
+        tables: LiveTables,
+        backend: Backend,
+        rows: int,
+        cuts: tuple[int, ...],
     ) -> None:
         self._config = config
-        self._groups = params.groups
+        self._tables = tables
         self._ops = backend.ops
         self._rows = rows
         self._layout = Layout.of(config)
@@ -137,7 +144,7 @@ class Stages:
         """The arguments that bring a slice into a batch."""
         state = jax.eval_shape(self._zero_state)
         packed = jax.ShapeDtypeStruct((shape.length,), jnp.int32)
-        return self._groups, state.vectors, state.dense, packed
+        return self._tables.groups, state.vectors, state.dense, packed
 
     def _zero_state(self) -> BatchState:
         config = self._config

@@ -22,6 +22,8 @@ COUNTED = (
     "batches",
     "slices",
     "steps",
+    "updates",
+    "rows_updated",
 )
 
 
@@ -36,7 +38,8 @@ class EngineStats:
     executable by their config, `step_times` steps by the first of STEP_BOUNDS_US that their time
     did not exceed, from launch to end, behind whatever was in flight; `steps_us` is their sum.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
-    padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
+    padding. `updates` and `rows_updated`: calls of `update_rows` that have landed, and their rows.
+    Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first.
     """
 
@@ -51,6 +54,8 @@ class EngineStats:
     batches: int
     slices: int
     steps: int
+    updates: int
+    rows_updated: int
     batch_buckets: dict[int, int]
     batch_segments: dict[int, int]
     co_runs: dict[str, int]
@@ -99,6 +104,9 @@ class Tally:
 
     def failed(self) -> None:
         self._add(failed=1)
+
+    def updated(self, rows: int) -> None:
+        self._add(updates=1, rows_updated=rows)
 
     def launched(self, step: Step) -> None:
         self._add(steps=1)
