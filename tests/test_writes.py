@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from scheduling.pipeline import (
     Apply,
+    Arrive,
     Event,
     Launch,
     Pipeline,
@@ -76,7 +77,7 @@ class Versions:
     def hear(self, event: Event) -> None:
         if isinstance(event, Write):
             self.came += 1
-        elif hasattr(event, "request"):
+        elif isinstance(event, Arrive):
             self.least[event.request.id] = self.came
 
     def see(self, action: Any) -> None:

@@ -168,9 +168,10 @@ class Engine:
         floats [k, dim], rounded as loading them does; of an id that comes twice the last counts.
 
         What is submitted after this returns is scored with the new rows, or with newer ones; no
-        request and no batch is scored with some of them alone. The future is done when they are on the device; wait for
-        it before the next one of many, as each holds its rows there. It raises StepFailed or
-        EngineClosed, cannot be cancelled, and is not to be waited for in callbacks of answers.
+        request and no batch is scored with some of them alone. The future is done when they are on
+        the device; wait for it before the next one of many, as each holds its rows there. It raises
+        StepFailed or EngineClosed, cannot be cancelled, and is not to be waited for in callbacks of
+        answers.
         Raises InputError, EngineClosed, and EngineError without `options.max_update_rows`.
         """
         sizes = self.options.update_sizes
