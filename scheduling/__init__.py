@@ -82,8 +82,8 @@ __all__ = [
     "StepTimes",
     "TablePlans",
     "TableTimes",
+    "Write",
     "ladder",
     "simulate",
     "smallest_holding",
-    "Write",
 ]

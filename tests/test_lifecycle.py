@@ -18,7 +18,7 @@ from fake_clients import INFER, asking, tensors
 from fake_segments import FakeSegments, scores
 from fake_server import Start, starting
 from recflow_jax.engine.engine import Engine
-from recflow_jax.serving import server
+from recflow_jax.serving import control
 from request_tensors import as_json
 from running_server import SOON_S, RunningServer, serving, wait_for
 
@@ -122,7 +122,7 @@ def test_what_was_accepted_is_answered_and_nothing_else_let_in(start: Start) -> 
 def test_a_device_that_hangs_does_not_keep_it_from_ending(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "CLOSING_S", 0.2)
+    monkeypatch.setattr(control, "CLOSING_S", 0.2)
     fake = start(drain_s=0.2)
     fake.device.hold()
     inside = fake.ask(1)
