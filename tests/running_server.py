@@ -72,9 +72,11 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(load: Callable[[], Engine], **options: Any) -> Iterator[RunningServer]:
+def serving(
+    load: Callable[[], Engine], repository: Repository | None = None, **options: Any
+) -> Iterator[RunningServer]:
     """A server that is ready, and stopped at the end if the test has not done so."""
-    server = RunningServer(load, **options)
+    server = RunningServer(load, repository, **options)
     try:
         server.wait_until_ready()
         yield server

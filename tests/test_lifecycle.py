@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_is_named(name: str) -> None:
         address = server.http_address if name == "http_port" else server.grpc_address
         port = int(address.rpartition(":")[2])
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1.*{port}"):
-            RunningServer(load, **{name: port})
+            RunningServer(load, None, **{name: port})
 
 
 # --- draining
@@ -164,7 +164,7 @@ def test_tls(tmp_path: Path) -> None:
     for pem in issued.cert_chain_pems:
         pem.write_to_path(files["chain.pem"], append=True)
     pair = {"tls_certificate": files["chain.pem"], "tls_key": files["key.pem"]}
-    server = RunningServer(load, **pair)
+    server = RunningServer(load, None, **pair)
     trusted = ssl.create_default_context(cafile=files["ca.pem"])
     with httpx.Client(base_url=server.http, verify=trusted) as client:
         wait_for(lambda: client.get("/v2/health/ready").status_code == 200)

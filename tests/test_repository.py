@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from recflow_jax.engine.engine import Engine
 from recflow_jax.serving.failures import NoSuchModel
 from recflow_jax.serving.repository import Repository
 
 
-def load(path: Path) -> None:
+def load(path: Path) -> Engine:
     raise AssertionError("nothing is loaded here")
 
 
