@@ -14,7 +14,7 @@ TEST_ENVIRONMENT := $(VENV)/.made-for-tests
 endif
 PY := $(PYTHON_HERE) -m
 
-.PHONY: help demo test test-gpu lock clean
+.PHONY: help demo test test-gpu fuzz lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,6 +31,9 @@ test: $(TEST_ENVIRONMENT) ## every check that needs no GPU: lint, types, arrows,
 
 test-gpu: $(TEST_ENVIRONMENT) ## the tests of the GPU kernels; exit status 5 where no GPU can run them
 	$(PY) pytest -m gpu
+
+fuzz: $(TEST_ENVIRONMENT) ## a hundred thousand inputs for the decoders and for submit
+	$(PY) tools.fuzz
 
 lock: $(USER_ENVIRONMENT) ## resolve the dependencies anew into uv.lock
 	$(PY) uv lock --upgrade --default-index https://pypi.org/simple

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     )
     from recflow_jax.engine.options import EngineOptions
     from recflow_jax.params import init_params, load_params, save_params
+    from scheduling import Collecting
 
 __all__ = [
     "BagConfig",
+    "Collecting",
     "DLRMConfig",
     "DeadlineExceeded",
     "Engine",
@@ -54,14 +56,15 @@ _MODULES = {
     "engine.options": ("EngineOptions",),
     "params": ("init_params", "load_params", "save_params"),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+_HOMES["Collecting"] = "scheduling"
 
 
 def __getattr__(name: str) -> Any:
     """Loads what is asked for: a command that needs no JAX does not wait for it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -47,6 +47,12 @@ Data = Annotated[
     Path | None, typer.Option(help="MovieLens-100K's folder.  [default: recbole's copy]")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+ProfileTable = Annotated[Path | None, typer.Option(help="Profile table to serve with.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch.", min=1)]
+SegmentsOption = Annotated[int, typer.Option(help="Executables of a batch.", min=1)]
+Burst = Annotated[
+    bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
+]
 
 
 def main() -> None:
@@ -225,6 +231,16 @@ def bench_model(
     mode: Annotated[str, typer.Option(help="Of offline, overlap, numpy, online.")] = "offline",
     ride: Annotated[str, typer.Option(help="Overlap: like deep/all.  [default: all]")] = "",
     load: Annotated[str, typer.Option(help="Online: shares of saturation.")] = "0.5,0.8,0.95",
+    load_of: Annotated[
+        Literal["lowest", "recflow", "serial", "jax"],
+        typer.Option(help="Online: whose saturation."),
+    ] = "lowest",
+    p99: Annotated[
+        float, typer.Option(help="Online: in ms; the largest load that keeps it.", min=0.001)
+    ] = 10.0,
+    burst: Annotated[
+        bool, typer.Option("--burst", help="Online: four times the rate for 100 ms of each second.")
+    ] = False,
     qps: Annotated[str, typer.Option(help="Online: requests per second, not shares.")] = "",
     request_samples: Annotated[
         int | None, typer.Option(help="Online: of each request.  [default: MLPerf's sizes]", min=1)
@@ -232,21 +248,30 @@ def bench_model(
     seconds: Annotated[float, typer.Option(help="Online: of each load.", min=0.1)] = 5.0,
     steady: Steady = False,
     backend: BackendName = "auto",
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     out: Out = None,
     figure: Figure = None,
 ) -> None:
     """Compare the engine with plain JAX and torch.
 
-    All get the same inputs, in one run, side by side with the floor of bytes and FLOP. Lists are
-    separated by commas.
+    All get the same inputs, in one run, side by side with the floor of bytes and FLOP. Online, the
+    engine also runs with serial batching, tuned at each load; with a profile table (--batch 8,8192
+    has the sizes of recflow profile) the simulator foretells both. Lists are separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads, rates = _list("--load", load, float), _list("--qps", qps, float)
     from recflow_jax.commands.bench import bench_model
     from recflow_jax.measure.online import OnlineOptions
 
-    online = OnlineOptions(loads=loads, qps=rates, request_samples=request_samples, seconds=seconds)
+    online = OnlineOptions(
+        loads=loads,
+        qps=rates,
+        request_samples=request_samples,
+        seconds=seconds,
+        burst=burst,
+        load_of=load_of,
+        p99_ms=p99,
+    )
     bench_model(
         config,
         against=_list("--against", against, str),
@@ -340,16 +365,15 @@ def simulate(
         float | None,
         typer.Option(
             help="Serial batching collects so long.  "
-            "[default: the best of 0 to 5 ms and of four batch limits, at each load]",
+            "[default: the best of 0 to 5 ms, of four batch limits, of one or two batches in "
+            "flight, at each load]",
             min=0,
         ),
     ] = None,
     request_samples: Annotated[
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
-    burst: Annotated[
-        bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
-    ] = False,
+    burst: Burst = False,
     seconds: Annotated[
         float, typer.Option(help="Of each load (at least 10,000 requests).", min=0.1)
     ] = 5.0,
@@ -434,10 +458,54 @@ def bench_host(
 
 
 @bench.command(
+    "plans",
+    epilog=_example(
+        "recflow bench plans --model dlrm-kaggle --profile profiles/x.json --out plans.json",
+    ),
+)
+def bench_plans(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="Profile table of this model and device.")],
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    mixes: Annotated[int, typer.Option(help="Batches with samples waiting.", min=1)] = 200,
+    contests: Annotated[
+        int, typer.Option(help="Of these, how many to measure by other plans too.", min=0)
+    ] = 30,
+    max_batch: Annotated[int, typer.Option(help="As of the table.", min=1)] = 8192,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    backend: BackendName = "auto",
+    out: Out = None,
+) -> None:
+    """Compare plans with what their table promises.
+
+    Random batches with samples waiting are launched by their plans and timed; some of them also by
+    every other plan that could be better.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench_plans import bench_plans
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_plans(
+        config,
+        profile=profile,
+        mixes=mixes,
+        contests=contests,
+        ids=ids,
+        seed=seed,
+        options=EngineOptions(backend=backend, max_batch=max_batch),
+        out=out,
+    )
+
+
+@bench.command(
     "serve",
     epilog=_example(
         "recflow bench serve --model dlrm-kaggle --max-rows-per-table 100000",
         "recflow bench serve --model my.toml --qps 500,1000 --request-samples 64 --out serve.json",
+        "recflow bench serve --model my.toml --burst --p99 10 --figure serve.png",
     ),
 )
 def bench_serve(
@@ -451,19 +519,24 @@ def bench_serve(
         int | None, typer.Option(help="Of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of each load.", min=0.1)] = 5.0,
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    burst: Burst = False,
+    p99: Annotated[
+        float | None, typer.Option(help="In ms: which load keeps it? Tries a few per server.")
+    ] = None,
+    profile: ProfileTable = None,
     backend: BackendName = "auto",
-    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
-    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
     ids: Ids = "uniform",
     seed: Seed = 0,
     out: Out = None,
+    figure: Figure = None,
 ) -> None:
     """Compare a server with the engine alone.
 
     Starts `recflow serve` and sends it, over HTTP and gRPC, and the engine in this process the same
-    Poisson arrivals; then counts the CPU time of HTTP beside a bare ASGI app. Both processes hold
-    the model. Lists are separated by commas.
+    arrivals, which wait for no answer; then counts the CPU time of HTTP beside a bare ASGI app.
+    Both processes hold the model. Lists are separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads, rates = _list("--load", load, float), _list("--qps", qps, float)
@@ -475,12 +548,121 @@ def bench_serve(
         config,
         engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
         online=OnlineOptions(
-            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds
+            loads=loads, qps=rates, request_samples=request_samples, seconds=seconds, burst=burst
+        ),
+        p99_ms=p99,
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+        figure=figure,
+    )
+
+
+@bench.command(
+    "loadgen",
+    epilog=_example(
+        "recflow bench loadgen --model dlrm-v2 --profile profiles/x.json --p99-ms 10,60 --out lg",
+        "recflow bench loadgen --model my.toml --scenario server --qps 500 --p99-ms 60 --out lg",
+    ),
+)
+def bench_loadgen(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of LoadGen's files and loadgen.json.")],
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    scenario: Annotated[
+        Literal["server", "offline", "both"], typer.Option(help="Both: offline first.")
+    ] = "both",
+    qps: Annotated[str, typer.Option(help="Scenario server: queries per second.")] = "",
+    share: Annotated[str, typer.Option(help="Both: of the offline rate.")] = "0.7,0.85",
+    p99_ms: Annotated[str, typer.Option(help="Of each server run, or one for all.")] = "60",
+    request_samples: Annotated[
+        int | None, typer.Option(help="Pairs of each query.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each run, at least.", min=0.1)] = 60,
+    profile: ProfileTable = None,
+    backend: BackendName = "auto",
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+) -> None:
+    """Run MLPerf LoadGen against the engine.
+
+    In this process, in the Server scenario, Offline, or Server at shares of the Offline rate.
+    LoadGen keeps the time and judges; answers are checked once before. Lists are separated by
+    commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    rates, shares = _list("--qps", qps, float), _list("--share", share, float)
+    bounds = _list("--p99-ms", p99_ms, float)
+    from recflow_jax.commands.bench_loadgen import LoadGenOptions, bench_loadgen
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_loadgen(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        options=LoadGenOptions(
+            scenario=scenario,
+            qps=rates,
+            shares=shares,
+            p99_ms=bounds,
+            request_samples=request_samples,
+            seconds=seconds,
         ),
         profile=profile,
         ids=ids,
         seed=seed,
         out=out,
+    )
+
+
+@bench.command(
+    "soak",
+    epilog=_example(
+        "recflow bench soak --model dlrm-kaggle --max-rows-per-table 100000 --minutes 10",
+    ),
+)
+def bench_soak(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10,
+    qps: Annotated[float, typer.Option(help="Requests per second of all kinds.")] = 100,
+    request_samples: Annotated[int, typer.Option(help="Of each request.", min=1)] = 16,
+    profile: ProfileTable = None,
+    backend: BackendName = "auto",
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    out: Out = None,
+    figure: Figure = None,
+) -> None:
+    """Load a server for long, among bad clients.
+
+    Starts `recflow serve` and asks it over HTTP and gRPC; of a hundred requests 6 are cancelled, 5
+    wrong, and 4 left by their client. Passes if the server's memory is flat after the first
+    quarter (to 2 % or 16 MiB), every request had one end, and every answer was right.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench_soak import bench_soak
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_soak(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        minutes=minutes,
+        qps=qps,
+        request_samples=request_samples,
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+        figure=figure,
     )
 
 
@@ -501,10 +683,10 @@ def serve(
     random_params: Annotated[
         bool, typer.Option("--random-params", help="Draw parameters of --model, to try things.")
     ] = False,
-    profile: Annotated[Path | None, typer.Option(help="Profile table to serve with.")] = None,
+    profile: ProfileTable = None,
     backend: BackendName = "auto",
-    max_batch: Annotated[int, typer.Option(help="Largest batch.", min=1)] = 8192,
-    segments: Annotated[int, typer.Option(help="Executables of a batch.", min=1)] = 3,
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = 3,
     objective: Annotated[
         Literal["throughput", "latency"], typer.Option(help="What is planned for, by --profile.")
     ] = "throughput",

@@ -2,8 +2,8 @@
 
 `request` has the types that flow, `buckets` the ladders of static sizes, `pipeline` the incremental
 batching, `admission` the bound on work inside, `table` the measured times, `costs` what steps cost
-by them, `planner` the best plans. `simulator` runs all of it on a virtual clock, with the host's
-`host_costs`; `serial_batching` is what to compare with.
+by them, `alternatives` all plans, `planner` the best. `simulator` runs all of it on a virtual
+clock, with the host's `host_costs`; `serial_batching` is what to compare with.
 """
 
 from scheduling.admission import Admission
@@ -24,6 +24,7 @@ from scheduling.pipeline import (
     Write,
 )
 from scheduling.planner import Plans, SerialPlans, TablePlans
+from scheduling.policy import Policy
 from scheduling.request import (
     CoRun,
     Part,
@@ -35,8 +36,8 @@ from scheduling.request import (
     Step,
     StepShape,
 )
-from scheduling.serial_batching import SerialBatching
-from scheduling.simulator import Policy, SimulatedRun, simulate
+from scheduling.serial_batching import Collecting, SerialBatching
+from scheduling.simulator import SimulatedRun, simulate
 from scheduling.table import (
     MissPolicy,
     ProfileKey,
@@ -53,6 +54,7 @@ __all__ = [
     "Arrive",
     "Cancel",
     "CoRun",
+    "Collecting",
     "Event",
     "Expire",
     "HostCosts",

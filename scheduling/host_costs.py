@@ -3,27 +3,40 @@
 import math
 from dataclasses import dataclass, fields
 
-from scheduling.request import Step
+from scheduling.request import Request, Slice, SliceBucket, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostCosts:
     """What the engine's host side takes, in microseconds. Raises ValueError for what is none.
 
+    wake_us: from a request's arrival until a callers' thread that sleeps begins with it.
+    submit_us, submit_sample_us: the callers' thread, for each request and each of its samples. One
+        request after the other: its arrival is known when it has been let in.
+    request_us: the launcher's thread, for each request, with its first samples.
     launch_us: the launcher's thread, for each slice and each segment; for both if they co-run.
     sample_us, id_us: the launcher's thread, for each sample and each id that it packs.
-    byte_us: the copy of a slice's buffer, `bytes_per_sample` and `bytes_per_id` for all that its
-        bucket has room for. It keeps the step from starting, not the launcher from going on.
-    answer_us: from a step's end on the device until the launcher and those who asked know of it.
+    hand_over_us: the launcher's thread, for each byte of a slice's buffer: `bytes_per_sample` and
+        `bytes_per_id` for all that its bucket has room for.
+    byte_us: the copy of these bytes. It keeps the step from starting, not the launcher.
+    answer_us: from a step's end on the device until the completion thread and the launcher know.
+    resolve_us: the completion thread, for each request that it answers.
 
-    The defaults are orders of magnitude of a server with a PCIe GPU (12 GB/s from pageable memory).
+    The defaults are orders of magnitude of a server with a PCIe GPU (12 GB/s from pageable memory)
+    whose callers are no bottleneck.
     """
 
+    wake_us: float = 0.0
+    submit_us: float = 0.0
+    submit_sample_us: float = 0.0
+    request_us: float = 0.0
     launch_us: float = 20.0
     sample_us: float = 0.05
     id_us: float = 0.0005
+    hand_over_us: float = 0.0
     byte_us: float = 1 / 12_000
     answer_us: float = 30.0
+    resolve_us: float = 0.0
     bytes_per_sample: int = 0
     bytes_per_id: int = 4
 
@@ -37,13 +50,20 @@ class HostCosts:
         """How long the launcher's thread is busy with a step."""
         apart = (step.slice is not None) + (step.segment is not None)
         launches_us = self.launch_us * (1 if step.co_run else apart)
-        if step.slice is None:
-            return launches_us
-        return launches_us + step.slice.samples * self.sample_us + step.slice.ids * self.id_us
+        return launches_us + (self._packing_us(step.slice) if step.slice else 0.0)
 
     def upload_us(self, step: Step) -> float:
         """How long a step's slice is on its way to the device."""
-        if step.slice is None:
-            return 0.0
-        room = step.slice.bucket
-        return self.byte_us * (room.samples * self.bytes_per_sample + room.ids * self.bytes_per_id)
+        return self.byte_us * self._bytes(step.slice.bucket) if step.slice else 0.0
+
+    def submitting_us(self, request: Request) -> float:
+        """How long the callers' thread is busy with a request."""
+        return self.submit_us + request.samples * self.submit_sample_us
+
+    def _packing_us(self, piece: Slice) -> float:
+        new = sum(part.start == 0 for part in piece.parts)
+        packed_us = piece.samples * self.sample_us + piece.ids * self.id_us
+        return new * self.request_us + packed_us + self.hand_over_us * self._bytes(piece.bucket)
+
+    def _bytes(self, room: SliceBucket) -> int:
+        return room.samples * self.bytes_per_sample + room.ids * self.bytes_per_id

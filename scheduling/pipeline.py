@@ -167,7 +167,7 @@ class Pipeline:
             self._apply(event)
         actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
         actions += self._due_writes()
-        while self._can_launch():
+        while self.can_launch and self._has_work():
             if self._running is None and not self._is_gathering():
                 self._run_filled()
                 actions += self._due_writes()
@@ -190,11 +190,13 @@ class Pipeline:
         return self._queue.next_deadline_us
 
     @property
+    def can_launch(self) -> bool:
+        """Whether one more step may be in flight."""
+        return self.steps_in_flight < self._config.max_steps_in_flight
+
+    @property
     def steps_in_flight(self) -> int:
         return self._steps_launched - self._steps_done
-
-    def _can_launch(self) -> bool:
-        return self.steps_in_flight < self._config.max_steps_in_flight and self._has_work()
 
     def _has_work(self) -> bool:
         return self._running is not None or self._filling.rows > 0 or self._queue.samples > 0

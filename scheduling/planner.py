@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Protocol, get_args, runtime_checkable
 
+from scheduling.alternatives import alone, fitting, left_after
 from scheduling.buckets import ladder
 from scheduling.costs import StepCosts, segment_key
-from scheduling.request import CoRun, SegmentShape, SliceBucket
+from scheduling.request import CoRun, SegmentShape, SliceBucket, StepShape
 from scheduling.table import ProfileTable
 
 Objective = Literal["throughput", "latency"]
@@ -147,21 +148,23 @@ class TablePlans:
 
     def predicted_us(self, batch: int, waiting: int) -> float:
         """Until a batch of a bucket has run and all that waits is gathered."""
-        shape = SegmentShape(segments=self.segments(batch, waiting), index=0, batch=batch)
-        return self._makespan(shape, waiting)
+        return sum(map(self.costs.step_us, self.steps(batch, waiting)))
 
-    def _makespan(self, shape: SegmentShape | None, waiting: int) -> float:
-        if shape is None:
-            return self._alone_us(waiting)
+    def steps(self, batch: int, waiting: int) -> tuple[StepShape, ...]:
+        """What is launched until then, where nothing else arrives."""
+        steps: tuple[StepShape, ...] = ()
+        cut = self.segments(batch, waiting)
+        for shape in SegmentShape.all_of(cut, batch):
+            steps += (self._step(shape, waiting),)
+            waiting = left_after(steps[-1], waiting)
+        return steps + alone(self._slices, waiting)
+
+    def _step(self, shape: SegmentShape, waiting: int) -> StepShape:
         if not waiting:
-            return self.costs.segment_us(shape) + self._makespan(shape.next, 0)
-        size = self._fitting(self.slice_beside(shape, waiting), waiting)
-        left = max(waiting - size.samples, 0)
-        return self._best(shape, size)[0] + self._makespan(shape.next, left)
-
-    def _fitting(self, most: SliceBucket, waiting: int) -> SliceBucket:
-        """The bucket of a slice of what waits, up to `most`."""
-        return next(s for s in self._slices if s.samples >= min(waiting, most.samples))
+            return StepShape(segment=shape, slice=None)
+        most = self.slice_beside(shape, waiting)
+        size = fitting(self._slices, min(waiting, most.samples))
+        return StepShape(segment=shape, slice=size, co_run=self.co_run(shape, size))
 
     def _shapes(self) -> Iterable[SegmentShape]:
         for batch in self.batch_buckets:
@@ -190,7 +193,7 @@ class TablePlans:
         weight, coming = self._weight(shape.batch, waiting), self._coming(shape)
         if not waiting:
             return weight * self.costs.segment_us(shape) + self._rest(shape.next, coming)[0], None
-        most = self._fitting(self._slices[-1], waiting)
+        most = fitting(self._slices, waiting)
         costs = {
             size: weight * self._best(shape, size)[0]
             + self._rest(shape.next, max(waiting - size.samples, 0) + coming)[0]
@@ -210,12 +213,7 @@ class TablePlans:
 
     def _alone_us(self, waiting: int) -> float:
         """Slices with nothing beside them."""
-        total = 0.0
-        while waiting > 0:
-            size = self._fitting(self._slices[-1], waiting)
-            total += self.costs.slice_us(size)
-            waiting -= size.samples
-        return total
+        return sum(map(self.costs.step_us, alone(self._slices, waiting)))
 
     def _within(self, batch_buckets: Sequence[int], p99_ms: float | None) -> tuple[int, ...]:
         """The batch sizes that meet the bound, with as much waiting as the batch has."""
@@ -237,7 +235,7 @@ class TablePlans:
             if shape is None or not waiting:
                 rest = self._alone_us(waiting) if shape is None else 0.0
                 return rest if shape is None else self.costs.segment_us(shape) + us(shape.next, 0)
-            size = self._fitting(self._slices[-1], waiting)
+            size = fitting(self._slices, waiting)
             left = max(waiting - size.samples, 0)
             return self._best(shape, size)[0] + us(shape.next, left)
 

@@ -1,35 +1,22 @@
 """The engine on a virtual clock: the same pipeline, a device of known times, a host of known costs.
 
-As in the engine, one launcher takes all mail there is, asks the pipeline and launches step after
-step; copies to the device go one after the other, and the device runs the steps in their order.
+As in the engine, callers let requests in one after the other, one launcher takes all mail there
+is, asks the policy and launches step after step; copies to the device go one after the other, the
+device runs the steps in their order, and one thread answers.
 """
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from scheduling.costs import StepTimes
 from scheduling.host_costs import HostCosts
 from scheduling.pipeline import Action, Arrive, Event, Launch, StepDone
+from scheduling.policy import Policy
 from scheduling.request import Part, Request, Step, StepShape
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """Decides what runs next: `Pipeline`, or another one with its surface."""
-
-    def step(self, now_us: int, events: Sequence[Event] = ()) -> list[Action]:
-        """What to do now that `events` have happened."""
-        ...
-
-    @property
-    def next_deadline_us(self) -> int | None:
-        """When to ask again, if nothing happens before."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +107,7 @@ class _Launched:
 
 
 class _Engine:
-    """Four clocks: the launcher's, the copies', the device's, and the arrivals'."""
+    """Five clocks: the callers', the launcher's, the copies', the device's, and the answers'."""
 
     def __init__(
         self, policy: Policy, requests: Iterable[Request], times: StepTimes, host: HostCosts
@@ -129,12 +116,14 @@ class _Engine:
         self._requests = iter(requests)
         self._times = times
         self._host = host
-        self._next = next(self._requests, None)
+        self._entered_us = 0.0
+        self._next = self._draw()
         self._served: dict[int, _Served] = {}
         self._launched = _Launched()
         self._now_us = 0.0
         self._copied_us = 0.0
         self._device_free_us = 0.0
+        self._answering_us = 0.0
         self._device_busy_us = 0.0
         self._launcher_busy_us = 0.0
 
@@ -147,20 +136,28 @@ class _Engine:
         """When the launcher has something to do: an arrival, a step's end, a deadline."""
         flights, deadline_us = self._launched.flights, self._policy.next_deadline_us
         return min(
-            math.inf if self._next is None else self._next.arrived_us,
+            math.inf if self._next is None else self._entered_us,
             flights[0][0] if flights else math.inf,
             math.inf if deadline_us is None else deadline_us,
         )
 
     def _mail(self) -> list[Event]:
         events: list[Event] = []
-        while self._next is not None and self._next.arrived_us <= self._now_us:
+        while self._next is not None and self._entered_us <= self._now_us:
             events.append(Arrive(request=self._next))
             self._take_next(self._next)
         flights = self._launched.flights
         while flights and flights[0][0] <= self._now_us:
             events.append(StepDone(step_id=flights.popleft()[1]))
         return events
+
+    def _draw(self) -> Request | None:
+        """The next request, which is known of when those before it have been let in, too."""
+        request = next(self._requests, None)
+        if request is not None:
+            started_us = max(self._entered_us, request.arrived_us + self._host.wake_us)
+            self._entered_us = started_us + self._host.submitting_us(request)
+        return request
 
     def _take_next(self, request: Request) -> None:
         if request.id in self._served:
@@ -170,7 +167,7 @@ class _Engine:
             samples=request.samples,
             deadline_us=math.inf if request.deadline_us is None else request.deadline_us,
         )
-        self._next = next(self._requests, None)
+        self._next = self._draw()
         if self._next is not None and self._next.arrived_us < request.arrived_us:
             raise ValueError(f"request {self._next.id} arrives before request {request.id}")
 
@@ -183,7 +180,7 @@ class _Engine:
         launching_us = self._host.launching_us(step)
         self._now_us += launching_us
         self._launcher_busy_us += launching_us
-        known_us = self._end_us(step) + self._host.answer_us
+        known_us = max(self._end_us(step) + self._host.answer_us, self._answering_us)
         self._launched.flights.append((known_us, step.id))
         self._launched.by_shape[step.shape] += 1
         if step.slice is not None:
@@ -210,10 +207,15 @@ class _Engine:
                 self._served[part.request_id].launched_us = self._now_us
 
     def _note_answers(self, parts: Iterable[tuple[int, Part]], known_us: float) -> None:
-        for _, part in parts:
-            served = self._served[part.request_id]
-            if part.stop == served.samples and known_us <= served.deadline_us:
-                served.answered_us = known_us
+        complete = [
+            served
+            for _, part in parts
+            if part.stop == (served := self._served[part.request_id]).samples
+        ]
+        self._answering_us = known_us + len(complete) * self._host.resolve_us
+        for served in complete:
+            if self._answering_us <= served.deadline_us:
+                served.answered_us = self._answering_us
 
     def outcome(self) -> SimulatedRun:
         served, launched = self._served.values(), self._launched

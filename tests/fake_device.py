@@ -55,6 +55,14 @@ class Watched:
     def next_deadline_us(self) -> int | None:
         return self.policy.next_deadline_us
 
+    @property
+    def can_launch(self) -> bool:
+        return self.policy.can_launch
+
+    @property
+    def idle(self) -> bool:
+        return self.policy.idle
+
 
 def request(
     id: int, arrived_us: int = 0, samples: int = 1, ids: int = 1, deadline_us: int | None = None

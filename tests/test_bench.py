@@ -110,9 +110,10 @@ def test_offline_has_times_errors_ratios_and_floors(report: dict[str, Any]) -> N
 def test_numpy_and_online_compare_with_plain_jax(report: dict[str, Any]) -> None:
     assert [set(result["contenders"]) for result in report["numpy"]] == [{"recflow", "jax"}] * 2
     online = report["online"]
-    assert set(online["saturation"]) == {"recflow", "jax"}
+    assert set(online["saturation"]) == {"recflow", "serial", "jax"} == set(online["sustained"])
     (point,) = online["points"]
     assert point["qps"] == pytest.approx(0.3 * min(online["saturation"].values()))
+    assert point["collecting"]["in_flight"] in (1, 2) and online["host"] is None
     for load in point["contenders"].values():
         assert 0 < load["p50_ms"] <= load["p95_ms"] <= load["p99_ms"] and load["failed"] == 0
 

@@ -1,13 +1,15 @@
 """`recflow bench serve`: its clients get the engine's answers and errors, its report has all."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
+from hdrh.histogram import HdrHistogram
 
 from fake_segments import CONFIG, FakeSegments, samples, scores
 from recflow_jax import cli
@@ -15,9 +17,9 @@ from recflow_jax.commands import bench_serve as command
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import DeadlineExceeded, QueueFull
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.measure.clients import Client, GrpcClient, HttpClient, ServerError
+from recflow_jax.measure.clients import Client, GrpcClient, HttpClient, ServerError, _Connection
 from recflow_jax.measure.http_cost import measure_http_cost
-from recflow_jax.measure.launched import Launched, NotLaunched, until_ready
+from recflow_jax.measure.launched import NotLaunched, until_ready
 from recflow_jax.measure.online import OnlineOptions
 from recflow_jax.measure.served import HttpCost
 from running_server import SOON_S, serving, wait_for
@@ -78,6 +80,21 @@ def test_a_request_may_be_cancelled(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+def test_an_answer_to_a_request_given_up_is_nobodys() -> None:
+    """It may come in the moment between the cancellation and the end of its connection."""
+
+    async def give_up() -> None:
+        connection = _Connection()
+        connection.connection_made(Mock())
+        asking = asyncio.ensure_future(connection.ask(b""))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    asyncio.run(give_up())
+
+
 def test_another_answer_is_a_servers_error(client: Client, device: FakeSegments) -> None:
     device.break_next("run")
     with pytest.raises(ServerError, match="DeviceBroke"):
@@ -88,7 +105,7 @@ def test_a_server_that_does_not_start_says_why() -> None:
     said = ['{"event": "listening", "http_port": 1, "grpc_port": 2}', "recflow: error: no room"]
     with pytest.raises(NotLaunched, match="did not start: recflow: error: no room"):
         until_ready(said)
-    assert until_ready([*said, '{"event": "ready"}']) == Launched(http_port=1, grpc_port=2)
+    assert until_ready([*said, '{"event": "ready"}']) == (1, 2)
 
 
 def test_http_is_measured_beside_bare_apps() -> None:
@@ -105,25 +122,40 @@ def test_all_ways_are_measured_and_reported(
     command.bench_serve(
         NO_DENSE,
         engine=EngineOptions(max_batch=16, max_slice=16, segments=1),
-        online=OnlineOptions(qps=(50.0,), request_samples=2, seconds=0.5),
+        online=OnlineOptions(qps=(50.0,), request_samples=2, seconds=0.5, burst=True),
+        p99_ms=5000,
         out=tmp_path / "serve.json",
+        figure=tmp_path / "serve.png",
     )
     printed = capsys.readouterr().out
-    assert all(words in printed for words in ("p99.9 ms", "gRPC", "3 us of CPU per request of 2"))
+    told = ("burst arrivals", "p99.9 ms", "rejected/late/failed", "3 us of CPU per request of 2")
+    assert all(words in printed for words in (*told, "gRPC: ", "with a p99 of at most 5000 ms"))
     result = json.loads((tmp_path / "serve.json").read_text())
     assert {*result["served"]["saturation"]} == {"recflow", "HTTP", "gRPC"}
     (point,) = result["served"]["points"]
     for load in point["contenders"].values():
-        assert load["failed"] == 0 and load["failures"] == {}
-        assert 0 < load["p50_ms"] <= load["p99_ms"] <= load["p999_ms"] <= load["max_ms"]
+        assert load["failed"] == load["rejected"] == load["late"] == 0 and load["failures"] == {}
+        assert 0 < load["p50_ms"] <= load["p90_ms"] <= load["p99_ms"] <= load["p999_ms"]
+        counted = load["requests"] - load["requests"] // 10
+        assert HdrHistogram.decode(load["histogram"]).get_total_count() == counted
+    assert all(found["qps"] > 0 for found in result["served"]["sustained"].values())
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bound_has_to_be_above_nothing() -> None:
+    with pytest.raises(ValueError, match="p99_ms is 0, not above 0"):
+        command.bench_serve(NO_DENSE, engine=EngineOptions(), online=OnlineOptions(), p99_ms=0)
 
 
 def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     function = create_autospec(command.bench_serve)
     monkeypatch.setattr(command, "bench_serve", function)
-    words = ["--model", "dlrm-kaggle", "--max-rows-per-table", "9", "--qps", "5,10"]
-    assert cli.run(["bench", "serve", *words, "--max-batch", "64", "--seed", "3"]) == 0
+    words = ["--model", "dlrm-kaggle", "--max-rows-per-table", "9", "--qps", "5,10", "--burst"]
+    assert (
+        cli.run(["bench", "serve", *words, "--max-batch", "64", "--seed", "3", "--p99", "9"]) == 0
+    )
     (config,), named = function.call_args
     assert max(table.rows for table in config.tables) == 9
     assert named["engine"] == EngineOptions(max_batch=64)
-    assert named["online"].qps == (5.0, 10.0) and named["seed"] == 3
+    assert named["online"].qps == (5.0, 10.0) and named["online"].burst
+    assert (named["p99_ms"], named["seed"]) == (9, 3)

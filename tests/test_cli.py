@@ -72,7 +72,7 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
     return function.call_args
 
 
-COMPARING = [f"bench {name}" for name in ("model", "kernels", "host", "serve")]
+COMPARING = [f"bench {name}" for name in ("model", "kernels", "host", "plans", "serve")]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *COMPARING])

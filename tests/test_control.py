@@ -144,7 +144,7 @@ class Clients:
     def __init__(self, server: RunningServer) -> None:
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(3)
-        self.least = (0, 0)
+        self.least: tuple[int, int] = (0, 0)
         self._asking = [self._pool.submit(self._over_http, server) for _ in range(2)]
         self._asking.append(self._pool.submit(self._over_grpc, server))
 
@@ -166,7 +166,8 @@ class Clients:
         with closing(tritonclient.grpc.InferenceServerClient(server.grpc_address)) as client:
 
             def ask() -> tuple[int, int]:
-                found = versioned.version_in(client.infer("versioned", inputs).as_numpy("scores"))
+                answer: Any = client.infer("versioned", inputs)
+                found = versioned.version_in(answer.as_numpy("scores"))
                 return found // 1000, found % 1000
 
             return self._until_stopped(ask)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fake_clients import message, tensors
-from fake_segments import CONFIG, FakeSegments
-from recflow_jax.batch import InputError
+from fake_segments import CONFIG, FakeSegments, samples, scores
+from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.engine.engine import Engine
 from recflow_jax.serving import rest_body, rpc, rpc_body
 from recflow_jax.serving.calls import InferCall
@@ -188,14 +188,42 @@ def test_tensors_become_scores_or_an_error(engine: Engine, asked: Tensors) -> No
         and lengths.shape[1] == len(dense)
         and sum(lengths.ravel().tolist()) == len(values)
     )
+    neighbour = engine.submit(samples(7))
     try:
         batch = INPUTS.batch(asked)
         found = engine.submit(batch).result(SOON_S)
     except InputError:
         assert not right
         return
+    finally:
+        assert neighbour.result(SOON_S).tolist() == scores(7)
     assert right
     bags = np.split(values, np.cumsum(lengths[0])[:-1]) if len(dense) else []
     sums = np.array([bag.sum() for bag in bags], np.int64)
     expected = (2 * (dense[:, 0] + 10 * sums).astype(np.float32))[:, None]
+    np.testing.assert_array_equal(found, expected)
+
+
+WILD_BATCHES = st.builds(
+    JaggedBatch,
+    dense=WILD["dense"] | ARRAYS,
+    values=WILD["values"] | hnp.arrays("int32", 3, elements=st.integers(0, 1000)) | ARRAYS,
+    offsets=st.lists(st.integers(-1, 4), max_size=5).map(lambda o: np.array([0, *o], np.int64))
+    | ARRAYS,
+    weights=st.none() | ARRAYS,
+)
+
+
+@given(batch=WILD_BATCHES)
+def test_any_batch_becomes_scores_or_an_error(engine: Engine, batch: JaggedBatch) -> None:
+    neighbour = engine.submit(samples(7))
+    try:
+        found = engine.submit(batch).result(SOON_S)
+    except InputError:
+        return
+    finally:
+        assert neighbour.result(SOON_S).tolist() == scores(7)
+    bags = [batch.bag(sample, 0) for sample in range(batch.samples)]
+    sums = np.array([bag.sum() for bag in bags], np.int64)
+    expected = (2 * (batch.dense[:, 0] + 10 * sums).astype(np.float32))[:, None]
     np.testing.assert_array_equal(found, expected)

@@ -1,9 +1,11 @@
 """What steps cost the host."""
 
+from dataclasses import replace
+
 import pytest
 
-from fake_device import step
-from scheduling import HostCosts, SegmentShape, SliceBucket
+from fake_device import request, step
+from scheduling import HostCosts, Part, SegmentShape, SliceBucket
 
 SIZE = SliceBucket(samples=2, ids=20)
 WHOLE = SegmentShape(segments=1, index=0, batch=8)
@@ -18,6 +20,28 @@ def test_the_launcher_pays_per_launch_and_for_what_it_packs():
     assert HOST.launching_us(step(None, SIZE)) == 20 + packing_us
     assert HOST.launching_us(step(WHOLE, SIZE)) == 20 + 20 + packing_us
     assert HOST.launching_us(step(WHOLE, SIZE, "deep")) == 20 + packing_us
+
+
+def test_requests_cost_with_their_first_samples_and_buffers_by_the_byte():
+    host = HostCosts(
+        request_us=7,
+        launch_us=0,
+        sample_us=0,
+        id_us=0,
+        hand_over_us=0.5,
+        bytes_per_sample=10,
+        bytes_per_id=1,
+    )
+    first = step(None, SIZE)
+    assert first.slice
+    assert host.launching_us(first) == 7 + 0.5 * (2 * 10 + 20)
+    later = replace(first.slice, parts=(Part(request_id=0, start=1, stop=2),))
+    assert host.launching_us(replace(first, slice=later)) == 0.5 * (2 * 10 + 20)
+
+
+def test_callers_pay_per_request_and_per_sample():
+    host = HostCosts(submit_us=5, submit_sample_us=2)
+    assert host.submitting_us(request(0, samples=3)) == 5 + 3 * 2
 
 
 def test_the_whole_room_of_a_slice_is_copied():

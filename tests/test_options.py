@@ -9,6 +9,7 @@ from recflow_jax.config import BagConfig, DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.options import EngineOptions
 from scheduling.request import SliceBucket
+from scheduling.serial_batching import Collecting
 from small_models import CONCAT, DOT, NO_SPARSE
 
 
@@ -72,6 +73,11 @@ def test_truncated_bags_are_expected_as_long_as_they_are():
         ({"batch_factor": 1}, "batch_factor is 1"),
         ({"ids_per_sample": -1}, "ids_per_sample is -1"),
         ({"max_ids_per_sample": 0}, "max_ids_per_sample is 0"),
+        (
+            {"batching": Collecting(wait_ms=1, max_samples=9), "max_batch": 8},
+            "collects 9 samples, more than max_batch, 8",
+        ),
+        ({"batching": Collecting(wait_ms=1), "p99_ms": 5.0}, "p99_ms is for incremental"),
     ],
 )
 def test_bad_options_are_named(changes: dict, message: str):

@@ -74,7 +74,8 @@ def test_resume_measures_what_is_missing(
     kept = [row for row in profiled.table.rows if row.batch != 4]
     marked = [dataclasses.replace(row, median_us=row.p90_us, samples=99) for row in kept]
     resumed = run(copied(profiled, tmp_path, rows=tuple(marked)))
-    assert {row.key for row in resumed.table.rows} == {row.key for row in profiled.table.rows}
+    parts = {row.key for row in profiled.table.rows if row.kind != "step"}
+    assert parts <= {row.key for row in resumed.table.rows}
     assert {row.key for row in resumed.table.rows if row.samples == 99} == {r.key for r in kept}
     assert re.search(
         r"timings to come, \d+ s at least .*were measured before", capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import itertools
 import json
+import os
 import random
 import socket
 import time
@@ -16,8 +18,12 @@ import numpy as np
 import pytest
 
 from fake_clients import INFER, message, tensors
-from fake_segments import scores
+from fake_segments import FakeSegments, samples, scores
 from fake_server import FakeServer, Start, starting
+from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.errors import DeadlineExceeded
+from recflow_jax.measure.memory import is_flat, sampled
 from recflow_jax.serving.pending import Pending
 from request_tensors import as_json
 from running_server import SOON_S, wait_for
@@ -99,11 +105,16 @@ async def flood(url: str, per_s: float, seconds: float) -> list[Flooded]:
 
 
 def test_a_flood_is_answered_in_bounded_time_or_refused_at_once(start_http: Start) -> None:
-    """Ten times what the device can do. An accepted request waits for a full queue at most."""
+    """Ten times what the device can do, for 20 seconds. An accepted request waits for a full queue
+    at most, and memory, of client and server together, stays flat.
+    """
     fake = start_http()
     fake.device.takes_s = 0.03
     started = time.perf_counter()
-    outcomes = asyncio.run(flood(fake.server.http, per_s=80, seconds=2))
+    seen = sampled(os.getpid(), lambda: 0, every_s=0.25, on_sample=lambda memory: None)
+    with seen as memory:
+        outcomes = asyncio.run(flood(fake.server.http, per_s=80, seconds=20))
+    assert is_flat(memory)
     answered_per_s = fake.engine.stats().samples_answered / (time.perf_counter() - started)
     assert {outcome.status for outcome in outcomes} == {200, 429}
     taken = {s: [o.seconds for o in outcomes if o.status == s] for s in (200, 429)}
@@ -117,7 +128,48 @@ def test_a_flood_is_answered_in_bounded_time_or_refused_at_once(start_http: Star
     assert_nothing_is_left(fake)
 
 
+# --- a device that is slow
+
+
+def test_a_slow_device_answers_in_time_or_not_at_all() -> None:
+    """Steps of 30 ms and a full queue: some requests are answered, others would be too late."""
+    device = FakeSegments()
+    device.takes_s = 0.03
+    with Engine.from_segments(device) as engine:
+        asked = {i: engine.submit(samples(*range(i, i + 4)), deadline_ms=500) for i in range(16)}
+        late = [i for i, answer in asked.items() if answer.exception(SOON_S)]
+        stats = engine.stats()
+    right = {i: answer.result() for i, answer in asked.items() if i not in late}
+    assert all(right[i].tolist() == scores(*range(i, i + 4)) for i in right)
+    assert all(isinstance(asked[i].exception(), DeadlineExceeded) for i in late)
+    assert right and late and stats.requests_accepted == 16
+    assert (stats.requests_answered, stats.rejected["deadline"]) == (len(right), len(late))
+
+
 # --- clients that leave
+
+
+def test_ten_thousand_are_cancelled_at_random_moments() -> None:
+    """Requests that wait, that are on the device, and whose answers are on their way."""
+    device, random_, right = FakeSegments(), random.Random(1), 0
+    device.takes_s = 0.0002
+    with Engine.from_segments(device) as engine:
+        inside: list[tuple[int, Answer]] = []
+        for value in itertools.count():
+            if engine.stats().cancelled >= 10_000:
+                break
+            inside.append((value, engine.submit(samples(value, value + 1))))
+            if len(inside) > random_.randrange(20):
+                asked, answer = inside.pop(random_.randrange(len(inside)))
+                if random_.random() < 0.1 or not answer.cancel():
+                    assert answer.result(SOON_S).tolist() == scores(asked, asked + 1)
+                    right += 1
+        assert right > 500
+        for asked, answer in inside:
+            assert answer.result(SOON_S).tolist() == scores(asked, asked + 1)
+        stats = engine.stats()
+    assert stats.requests_accepted == stats.requests_answered + stats.cancelled
+    assert (stats.requests_answered, stats.queued_samples) == (right + len(inside), 0)
 
 
 def test_thousands_of_calls_cancelled_at_random(start_grpc: Start) -> None:
@@ -193,6 +245,24 @@ def test_a_lie_harms_nobody_else(start_http: Start, lie: str) -> None:
         client.shutdown(socket.SHUT_WR)
         answers = client.makefile("rb").read()
     assert b" 200 " not in answers
+    assert_nothing_is_left(fake)
+
+
+LIES_TO_GRPC = {
+    "half a preface": b"PRI * HTTP/2.0\r\n\r",
+    "no frames": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(range(256)),
+    "a frame longer than the rest": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 9 + b"x" * 99,
+    "another protocol": BODY,
+}
+
+
+@pytest.mark.parametrize("lie", LIES_TO_GRPC)
+def test_a_lie_over_grpc_harms_nobody_else(start_grpc: Start, lie: str) -> None:
+    fake = start_grpc()
+    host, port = fake.server.grpc_address.split(":")
+    with socket.create_connection((host, int(port)), timeout=SOON_S) as client:
+        client.sendall(LIES_TO_GRPC[lie])
+        assert fake.outcome(1).scores == scores(1)
     assert_nothing_is_left(fake)
 
 

@@ -5,8 +5,8 @@ import pytest
 import small_models as models
 from fake_device import Watched
 from recflow_jax.layout import Layout
-from recflow_jax.measure.simulated_gpu import Collecting, Gpu, host_of, sizes_of
-from scheduling import HostCosts, ProfileTableError, SegmentShape, Step
+from recflow_jax.measure.simulated_gpu import Gpu, host_of, sizes_of
+from scheduling import Collecting, HostCosts, ProfileTableError, SegmentShape, Step
 from scheduling.costs import segment_key
 from simulated import BATCHES, CUTS, SLICES, co_runs, gpu, made, parts, singles
 

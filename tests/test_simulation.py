@@ -1,10 +1,8 @@
 """One GPU at a load: figures that can be told by hand, and the search for serial batching."""
 
-from dataclasses import replace
-
 import pytest
 
-from recflow_jax.measure import simulation, traffic
+from recflow_jax.measure import simulation, traffic, tuning
 from recflow_jax.measure.simulation import (
     INCREMENTAL,
     SERIAL,
@@ -13,7 +11,7 @@ from recflow_jax.measure.simulation import (
     simulate_load,
     simulate_point,
 )
-from scheduling import ProfileTable
+from scheduling import Collecting, ProfileTable
 from simulated import co_runs, gpu, made, parts, singles
 
 ALONE_MS = 0.1 + 0.21  # a slice and a whole batch of 8
@@ -37,12 +35,11 @@ def test_an_idle_gpu_takes_a_slice_and_a_whole_batch():
 def test_serial_batching_waits_as_long_as_it_is_told():
     idle = simulate_idle(gpu(serial_wait_ms=3), SERIAL, singles())
     assert idle.p50_ms == pytest.approx(3 + ALONE_MS)
-    assert idle.collecting == simulation.Collecting(wait_ms=3)
+    assert idle.collecting == Collecting(wait_ms=3)
 
 
 def test_saturated_it_runs_full_batches_back_to_back():
-    # Of 9 samples a full batch would hold; 16 less what a slice may pad.
-    assert saturation_qps(gpu(), SERIAL, singles()) == pytest.approx(1e6 * 9 / 550, rel=0.01)
+    assert saturation_qps(gpu(), SERIAL, singles()) == pytest.approx(1e6 * 16 / 550, rel=0.01)
     assert saturation_qps(gpu(), INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / 550, rel=0.01)
     rides = gpu([*parts(), *co_runs()])
     assert saturation_qps(rides, INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / 379, rel=0.01)
@@ -62,25 +59,10 @@ def test_serial_batching_is_as_good_as_any_wait_that_is_tried():
         tuned = simulate_load(gpu(), SERIAL, singles(), qps)
         fixed = [
             simulate_load(gpu(serial_wait_ms=wait_ms), SERIAL, singles(), qps).p99_ms
-            for wait_ms in simulation.TRIED_WAITS_MS
+            for wait_ms in tuning.TRIED_WAITS_MS
         ]
         assert tuned.p99_ms <= min(fixed)
-        assert tuned.collecting and tuned.collecting.wait_ms in simulation.TRIED_WAITS_MS
-
-
-def test_a_batch_limit_is_tried_too():
-    tried = []
-
-    def serial(collecting: simulation.Collecting) -> simulation.SimulatedLoad:
-        tried.append(collecting)
-        limit = collecting.max_samples or 16
-        p99_ms = abs(collecting.wait_ms - 2) + limit
-        return replace(some, p99_ms=p99_ms, collecting=collecting)
-
-    some = simulate_idle(gpu(serial_wait_ms=0), SERIAL, singles())
-    best = simulation._tuned(serial, (2, 4, 8, 16))
-    assert best.collecting == simulation.Collecting(wait_ms=2, max_samples=2)
-    assert len(tried) == len({*tried}) == 7
+        assert tuned.collecting and tuned.collecting.wait_ms in tuning.TRIED_WAITS_MS
 
 
 def test_a_load_above_saturation_falls_behind():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fake_device import FREE, FlatTimes, Watched, config, request
 from scheduling import (
+    Collecting,
     HostCosts,
     Pipeline,
     PipelineConfig,
@@ -60,6 +61,31 @@ def test_the_host_costs_come_on_top():
     assert alone.latencies_us.tolist() == [5 + 6 + 50 + 7]
     assert alone.launcher_busy_us == 5 + 3 + 3
     assert alone.launcher_busy_share == 11 / 61
+
+
+def test_requests_are_let_in_one_after_the_other():
+    host = replace(FREE, submit_us=10, submit_sample_us=5)
+    three = run(request(0, 0), request(1, 0, samples=2), request(2, 100), host=host, segments=1)
+    # Known of at 15, 35 and 115; the first runs from 15 to 45.
+    assert three.launched_us.tolist() == [15, 35, 115]
+    assert three.answered_us.tolist() == [45, 75, 145]
+
+
+def test_a_caller_that_sleeps_wakes_late():
+    host = replace(FREE, wake_us=10, submit_us=30)
+    both = run(request(0, 0), request(1, 20), host=host, segments=1)
+    # The second is due while the first is let in: nobody sleeps.
+    assert both.launched_us.tolist() == [40, 70]
+    assert both.latencies_us.tolist() == [40 + 30, 50 + 30]
+
+
+def test_one_thread_answers():
+    host = replace(FREE, answer_us=5, resolve_us=4)
+    both = run(request(0, 0), request(1, 0), request(2, 1), host=host, segments=1)
+    # Two are answered from 35 on, until 43; the third's step ends at 60.
+    assert both.answered_us.tolist() == [43, 43, 69]
+    slow = run(request(0, 0), request(1, 1), host=replace(FREE, resolve_us=50), segments=1)
+    assert slow.answered_us.tolist() == [80, 130]
 
 
 def test_a_device_waits_for_a_slow_launcher():
@@ -162,7 +188,7 @@ PER_ROW = FlatTimes(slice_us=5, segment_us=10, per_row_us=2)
 
 
 def policies(sizes: PipelineConfig) -> list[Policy]:
-    return [Pipeline(sizes), SerialBatching(sizes, wait_us=70)]
+    return [Pipeline(sizes), SerialBatching(sizes, Collecting(wait_ms=0.07))]
 
 
 def drawn(arrivals: list[tuple[int, int, int]]) -> list[Request]:

@@ -20,6 +20,7 @@ COMMANDS = ROOT / "recflow_jax" / "commands"
 MODELS = ("dlrm-kaggle", "dlrm-v2", "recflex-a", "recflex-b", "recflex-d", "rm1", "rm2", "w3")
 PUBLIC = [
     "BagConfig",
+    "Collecting",
     "DLRMConfig",
     "DeadlineExceeded",
     "Engine",

@@ -17,20 +17,24 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console, progress
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
+from recflow_jax.engine.segments import Segments
 from recflow_jax.measure import host, plots, report
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
+from recflow_jax.measure.contest import CONTENDERS, bench_online, measurements
 from recflow_jax.measure.corun import bench_corun
 from recflow_jax.measure.kernels import bench_dense, bench_gather, bench_interaction
 from recflow_jax.measure.offline import bench_offline, input_sets
-from recflow_jax.measure.online import OnlineOptions, bench_online, request_pool
+from recflow_jax.measure.online import LOWEST, OnlineOptions, request_pool
 from recflow_jax.measure.overlap import bench_overlap
 from recflow_jax.measure.stream import bench_stream
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Params
 from recflow_jax.params import init_params
+from scheduling import ProfileTable
 
 Mode = Literal["offline", "overlap", "numpy", "online"]
+ONLINE_WINDOW = 1 << 18  # requests: all of one load
 Kernel = Literal["gather", "dense", "interaction", "corun"]
 
 
@@ -56,11 +60,12 @@ def bench_model(
     rides: of `overlap`; none named measures all.
     modes: `offline` (batches back to back, inputs on the device), `overlap` (the same, a batch's
     embeddings during the DNN of the one before), `numpy` (streams of fresh numpy batches), `online`
-    (Poisson arrivals); the last two compare with plain JAX alone. Batches and
-    answers are those of random input by the config's bags. Raises ValueError for an unknown mode
-    or rival, WrongAnswers before anything wrong is timed.
+    (requests on the clock, with serial batching on the same engine beside it); the last two compare
+    with plain JAX alone. Batches and answers are those of random input by the config's bags.
+    Raises ValueError for an unknown mode or rival, WrongAnswers before anything wrong is timed.
     """
     _check(modes, batches, against)
+    online = _checked(online or OnlineOptions())
     run = _Run(config, params, batches, ids, seed, timing or TimingOptions(), backend)
     lineup = Lineup(run.config, run.params, run.backend, against)
     result = run.header()
@@ -75,12 +80,13 @@ def bench_model(
         result |= _overlap(lineup, run, sets, rides)
     if "numpy" in modes or "online" in modes:
         options = engine_options(batches, run.backend)
-        with Engine(run.config, run.params, options=options, profile=profile) as engine:
+        segments = Segments(run.config, run.params, run.backend, options)
+        with Engine.from_segments(segments, profile=profile) as engine:
             if "numpy" in modes:
                 result["numpy"] = _numpy(engine, lineup, run, sets)
             if "online" in modes:
-                result["online"] = _online(engine, lineup, run, online or OnlineOptions())
-    return _finish(result, out, figure)
+                result["online"] = _online(segments, engine, lineup, run, online, profile)
+    return finish(result, out, figure)
 
 
 def bench_kernels(
@@ -112,7 +118,7 @@ def bench_kernels(
             measured, table = _MEASURE_KERNEL[kernel](run, advance)
         report.show(table)
         result[kernel] = report.as_json(measured)
-    return _finish(result, out, figure)
+    return finish(result, out, figure)
 
 
 def bench_host(
@@ -138,7 +144,7 @@ def bench_host(
         )
     report.show(report.host_table(measured))
     result = header | {"timing": report.as_json(options), "cpus": os.cpu_count()}
-    return _finish(result | {"host": report.as_json(measured)}, out, None)
+    return finish(result | {"host": report.as_json(measured)}, out, None)
 
 
 def _kernels_of(config: DLRMConfig) -> list[str]:
@@ -291,24 +297,51 @@ def engine_options(batches: Sequence[int], backend: Backend) -> EngineOptions:
         smallest_slice=min(smallest, EngineOptions.max_slice),
         slice_factor=2,
         backend=backend.name,
+        latency_window=ONLINE_WINDOW,
     )
 
 
-def _online(engine: Engine, lineup: Lineup, run: _Run, online: OnlineOptions) -> Any:
+def _checked(online: OnlineOptions) -> OnlineOptions:
+    if online.load_of not in (LOWEST, *CONTENDERS):
+        known = ", ".join((LOWEST, *CONTENDERS))
+        raise ValueError(f"online: load_of is {online.load_of!r}, not one of {known}")
+    return online
+
+
+def _online(
+    segments: Segments,
+    engine: Engine,
+    lineup: Lineup,
+    run: _Run,
+    online: OnlineOptions,
+    profile: str | Path | None,
+) -> Any:
     pool = request_pool(
         run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
     )
-    with progress("online", 2 + 2 * len(online.qps or online.loads)) as advance:
+    with progress("online", measurements(online)) as advance:
         result = bench_online(
-            engine, lineup, run.params, pool, seed=run.seed, options=online, advance=advance
+            *(segments, engine, lineup, run.params, pool),
+            profile=None if profile is None else ProfileTable.load(profile),
+            ids=run.ids,
+            seed=run.seed,
+            options=online,
+            advance=advance,
         )
     report.show(report.online_table(result))
+    console.print(report.collecting_line(result), markup=False)
+    report.show(report.waited_table(result))
+    if result.host is not None:
+        report.show(report.foretold_table(result))
+    for line in report.sustained_lines(result):
+        console.print(line, markup=False)
     return report.as_json(result)
 
 
-def _finish(
+def finish(
     result: dict[str, Any], out: str | Path | None, figure: str | Path | None
 ) -> dict[str, Any]:
+    """Writes what was measured, JSON and figure, where that is wanted; returns it."""
     if out is not None:
         report.save_json(Path(out), result)
         console.print(f"wrote {out}", markup=False, soft_wrap=True)

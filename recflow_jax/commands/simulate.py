@@ -187,15 +187,8 @@ def _measures(load: SimulatedLoad) -> list[str]:
         f"{load.mean_batch:,.0f}",
         f"{load.device_busy_share:.0%}",
         f"{load.launcher_busy_share:.0%}",
-        _collects(load) if load.kept_up else "falls behind",
+        str(load.collecting or "") if load.kept_up else "falls behind",
     ]
-
-
-def _collects(load: SimulatedLoad) -> str:
-    if load.collecting is None:
-        return ""
-    limit = load.collecting.max_samples
-    return f"{load.collecting.wait_ms:g} ms" + ("" if limit is None else f" or {limit:,}")
 
 
 def _loads_table(points: Sequence[SimulatedPoint], saturation: dict[str, float]) -> Table:

@@ -9,10 +9,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -29,15 +30,16 @@ from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, Written, now_us
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
-from recflow_jax.engine.planning import pipeline_config, plans_of
+from recflow_jax.engine.planning import pipeline_config, plans_of, policy_of
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
-from recflow_jax.engine.stats import EngineStats, Tally
+from recflow_jax.engine.stats import EngineStats, Tally, Waits
 from recflow_jax.engine.updates import Update, new_rows
 from recflow_jax.model import Params
 from scheduling.planner import Plans
 from scheduling.request import Request
+from scheduling.serial_batching import Collecting
 from scheduling.table import ProfileTable
 
 
@@ -67,30 +69,40 @@ class Engine:
         options = options or EngineOptions()
         segments = Segments(config, params, choose_backend(options.backend), options)
         table = None if profile is None else load_profile(profile, segments)
-        plans = plans_of(segments, table)
+        plans = plans_of(segments, options, table)
         segments.compile_all(progress, cuts=plans.cuts, co_runs=plans.co_runs)
-        self._start(segments, plans, table, profile)
+        self._start(segments, options, plans, table, profile)
 
     @classmethod
     def from_segments(
-        cls, segments: Segments, *, profile: str | Path | ProfileTable | None = None
+        cls,
+        segments: Segments,
+        *,
+        profile: str | Path | ProfileTable | None = None,
+        batching: Literal["incremental"] | Collecting | None = None,
     ) -> Self:
-        """An engine on segments that are shared or compiled already; compiles what is missing."""
+        """An engine on segments that are shared or compiled already; compiles what is missing.
+
+        batching: instead of what the segments' options say.
+        """
         engine = cls.__new__(cls)
+        options = replace(segments.options, batching=batching or segments.options.batching)
         table = None if profile is None else load_profile(profile, segments)
-        plans = plans_of(segments, table)
+        plans = plans_of(segments, options, table)
         segments.compile_all(cuts=plans.cuts, co_runs=plans.co_runs)
-        engine._start(segments, plans, table, profile)
+        engine._start(segments, options, plans, table, profile)
         return engine
 
     def _start(
         self,
         segments: Segments,
+        options: EngineOptions,
         plans: Plans,
         table: ProfileTable | None,
         profile: str | Path | ProfileTable | None,
     ) -> None:
         self._segments = segments
+        self._options = options
         largest_slice = pipeline_config(segments, plans).largest_slice
         max_ids = min(segments.max_ids_per_sample, largest_slice.ids)
         self._preparer = Preparer(segments.config, segments.layout, max_ids=max_ids)
@@ -98,6 +110,7 @@ class Engine:
         self._profile = None if table is None else _profile_name(table, profile)
         self._request_ids = itertools.count()
         self._tally = Tally(self.options.latency_window)
+        policy = policy_of(segments, options, plans)
         inbox, flights = Inbox(), SimpleQueue[Flight | Written | None]()
         self._ledger = Ledger(
             max_samples=self.options.max_queued_samples,
@@ -107,7 +120,7 @@ class Engine:
         )
         shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger, "tally": self._tally}
         self._threads = [
-            _started("launcher", Launcher(segments, plans, **shared).run),
+            _started("launcher", Launcher(segments, policy, **shared).run),
             _started("completion", Completion(segments.staging, **shared).run),
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
@@ -122,7 +135,7 @@ class Engine:
     @property
     def options(self) -> EngineOptions:
         """What the engine was told."""
-        return self._segments.options
+        return self._options
 
     @property
     def backend(self) -> Backend:
@@ -184,13 +197,17 @@ class Engine:
         return update.done
 
     def stats(self) -> EngineStats:
-        """What was accepted, answered, rejected, launched so far, and how long answers took."""
+        """What was accepted, answered, rejected, launched so far, and how long that took."""
         return self._tally.stats(
             queued_samples=self._ledger.samples,
             backend=self.backend.name,
             backend_reason=self.backend.reason,
             profile=self._profile,
         )
+
+    def waits(self) -> Waits:
+        """How long each of the last `options.latency_window` requests waited for its launch."""
+        return self._tally.waits()
 
     def close(self, drain: bool = True) -> None:
         """Accepts nothing more; waits until the threads have ended. May be called again.
@@ -232,7 +249,8 @@ class Engine:
     def _enter(self, samples: Prepared, terms: Terms) -> Answer:
         if not samples.samples:
             return self._empty_answer()
-        submitted = new_request(next(self._request_ids), samples, terms)
+        ended = self._tally.steps_ended
+        submitted = new_request(next(self._request_ids), samples, terms, steps_ended=ended)
         if terms.deadline_us is not None:
             self._check_deadline(submitted.request, terms.deadline_us)
         return self._ledger.accept(submitted)

@@ -44,7 +44,9 @@ def prepare(preparer: Preparer, dense: Any, sparse: Sparse | None) -> Prepared:
     return preparer.prepare(dense)
 
 
-def new_request(request_id: int, samples: Prepared, terms: Terms) -> Submitted:
+def new_request(
+    request_id: int, samples: Prepared, terms: Terms, *, steps_ended: int = 0
+) -> Submitted:
     """`samples` as the scheduler wants them."""
     request = Request(
         id=request_id,
@@ -54,4 +56,4 @@ def new_request(request_id: int, samples: Prepared, terms: Terms) -> Submitted:
         deadline_us=terms.deadline_us,
         arrived_us=terms.arrived_us,
     )
-    return Submitted(request, samples)
+    return Submitted(request, samples, steps_ended)

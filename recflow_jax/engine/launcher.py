@@ -1,7 +1,7 @@
-"""The thread that owns the pipeline: mail in, launches out. It never waits for the device."""
+"""The thread that owns the policy: mail in, launches out. It never waits for the device."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -22,7 +22,6 @@ from recflow_jax.engine.messages import (
     Written,
     now_us,
 )
-from recflow_jax.engine.planning import pipeline_config
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
@@ -36,11 +35,10 @@ from scheduling.pipeline import (
     Event,
     Expire,
     Launch,
-    Pipeline,
     StepDone,
     Write,
 )
-from scheduling.planner import Plans
+from scheduling.policy import Policy
 from scheduling.request import CoRun, Part, Segment, Slice, Step
 
 
@@ -54,8 +52,18 @@ class _Batch:
     fault: Exception | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class _Joining:
+    """The samples of a slice, and when the requests that begin in it arrived, in microseconds and
+    in steps that had ended.
+    """
+
+    samples: Sequence[Prepared] = ()
+    arrivals: Sequence[tuple[int, int]] = ()
+
+
 class Launcher:
-    """Turns the pipeline's steps into dispatches. All but the constructor runs on one thread.
+    """Turns the policy's steps into dispatches. All but the constructor runs on one thread.
 
     A launch that raises fails the requests of its batch. A fault on the device fails those of every
     batch that is not launched to its end, as its state may be lost; later batches get new states.
@@ -64,7 +72,7 @@ class Launcher:
     def __init__(
         self,
         segments: Segments,
-        plans: Plans,
+        policy: Policy,
         *,
         inbox: Inbox,
         flights: SimpleQueue[Flight | Written | None],
@@ -72,12 +80,12 @@ class Launcher:
         tally: Tally,
     ) -> None:
         self._segments = segments
-        self._pipeline = Pipeline(pipeline_config(segments, plans), plans)
+        self._policy = policy
         self._inbox = inbox
         self._flights = flights
         self._ledger = ledger
         self._tally = tally
-        self._waiting: dict[int, Prepared] = {}
+        self._waiting: dict[int, Submitted] = {}
         self._updates: deque[Update] = deque()
         self._batches: dict[int, _Batch] = {}
         self._free_states: list[BatchState] = []
@@ -87,8 +95,8 @@ class Launcher:
         """Until it is told to close; never ends with a request left open."""
         try:
             while not self._is_done():
-                messages = self._inbox.wait(self._patience_s(), can_launch=self._can_launch)
-                actions = self._pipeline.step(now_us(), [*self._events(messages)])
+                messages = self._inbox.wait(self._patience_s(), can_launch=self._policy.can_launch)
+                actions = self._policy.step(now_us(), [*self._events(messages)])
                 self._act(actions)
             self._give_up("the engine was closed before it came to the request")
         except BaseException as error:
@@ -97,14 +105,10 @@ class Launcher:
             self._flights.put(None)
 
     def _is_done(self) -> bool:
-        return self._close is not None and (not self._close.drain or self._pipeline.idle)
-
-    @property
-    def _can_launch(self) -> bool:
-        return self._pipeline.steps_in_flight < self._segments.options.max_steps_in_flight
+        return self._close is not None and (not self._close.drain or self._policy.idle)
 
     def _patience_s(self) -> float | None:
-        deadline_us = self._pipeline.next_deadline_us
+        deadline_us = self._policy.next_deadline_us
         return None if deadline_us is None else (deadline_us - now_us()) / 1e6
 
     def _give_up(self, message: str, cause: BaseException | None = None) -> None:
@@ -117,8 +121,8 @@ class Launcher:
     def _events(self, messages: Iterable[Message]) -> Iterator[Event]:
         for message in messages:
             match message:
-                case Submitted(request=request, samples=samples):
-                    self._waiting[request.id] = samples
+                case Submitted(request=request):
+                    self._waiting[request.id] = message
                     yield Arrive(request=request)
                 case Dropped(request_id=request_id):
                     self._waiting.pop(request_id, None)
@@ -154,17 +158,17 @@ class Launcher:
     def _launch(self, step: Step) -> Flight:
         flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
         running = self._batches[step.segment.batch_id] if step.segment else _Batch()
-        filling, samples = self._load(step.slice) if step.slice else (_Batch(), [])
+        filling, joining = self._load(step.slice) if step.slice else (_Batch(), _Joining())
         if step.co_run is not None and not (running.fault or filling.fault):
             with _faults_of(running, filling):
-                self._co_run(step, running, filling, samples, flight)
+                self._co_run(step, running, filling, joining, flight)
         else:
-            self._launch_in_turn(step, running, filling, samples, flight)
+            self._launch_in_turn(step, running, filling, joining, flight)
         if step.segment is not None:
             self._end_if_faulty(running)
             if step.segment.shape.last:
                 del self._batches[step.segment.batch_id]
-        self._tally.launched(step)
+        self._tally.launched(step, flight.waits)
         return flight
 
     def _launch_in_turn(
@@ -172,7 +176,7 @@ class Launcher:
         step: Step,
         running: _Batch,
         filling: _Batch,
-        samples: list[Prepared],
+        joining: _Joining,
         flight: Flight,
     ) -> None:
         """The older batch's segment first, then the younger one's slice."""
@@ -181,19 +185,25 @@ class Launcher:
                 self._advance(step.segment, running, flight)
         if step.slice is not None and not filling.fault:
             with _faults_of(filling):
-                packed = self._packed(step.slice, samples, flight)
+                packed = self._packed(step.slice, joining, flight)
                 state = filling.state or self._take_state()
                 filling.state = self._segments.embed(state, packed)
                 flight.results.append(filling.state.landed)
 
-    def _load(self, piece: Slice) -> tuple[_Batch, list[Prepared]]:
-        """The batch that a slice joins, and the slice's samples."""
+    def _load(self, piece: Slice) -> tuple[_Batch, _Joining]:
+        """The batch that a slice joins, and what joins it."""
         batch = self._batches.setdefault(piece.batch_id, _Batch())
         batch.request_ids.update(part.request_id for part in piece.parts)
-        return batch, [self._samples_of(part) for part in piece.parts]
+        new = [self._waiting[part.request_id] for part in piece.parts if part.start == 0]
+        return batch, _Joining(
+            samples=[self._samples_of(part) for part in piece.parts],
+            arrivals=[(one.request.arrived_us, one.steps_ended) for one in new],
+        )
 
-    def _packed(self, piece: Slice, samples: list[Prepared], flight: Flight) -> np.ndarray:
-        flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, samples)
+    def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
+        flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
+        now, ended = now_us(), self._tally.steps_ended
+        flight.waits = [(now - us, ended - before) for us, before in joining.arrivals]
         return flight.buffer.array
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
@@ -209,13 +219,13 @@ class Launcher:
         step: Step,
         running: _Batch,
         filling: _Batch,
-        samples: list[Prepared],
+        joining: _Joining,
         flight: Flight,
     ) -> None:
         """Segment and slice in one executable."""
         assert step.segment and step.slice and step.co_run
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
-        packed = self._packed(step.slice, samples, flight)
+        packed = self._packed(step.slice, joining, flight)
         into = filling.state or self._take_state()
         if running.state is not None:
             running.x, free, filling.state = self._segments.start_with(
@@ -243,7 +253,7 @@ class Launcher:
 
     def _samples_of(self, part: Part) -> Prepared:
         """The part's samples; with the request's last part they are let go."""
-        samples = self._waiting[part.request_id]
+        samples = self._waiting[part.request_id].samples
         if part.stop == samples.samples:
             del self._waiting[part.request_id]
         is_whole = part.samples == samples.samples

@@ -6,6 +6,7 @@ updates to the completion thread.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -23,10 +24,11 @@ ARRIVALS_TO_WAKE = 32
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A request was accepted, with these samples."""
+    """A request was accepted, with these samples, when so many steps had ended."""
 
     request: Request
     samples: Prepared
+    steps_ended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,16 @@ Message = Submitted | Dropped | Fault | Close | StepDone | Update
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """A launched step: the arrays that are ready when it has ended, and whose answers it makes."""
+    """A launched step: the arrays that are ready when it has ended, and whose answers it makes.
+
+    waits: of the requests of which it carries the first samples, from arrival to its launch, in
+        microseconds and in steps that ended.
+    """
 
     step_id: int
     launched_us: int
     results: list[Any]
+    waits: Sequence[tuple[int, int]] = ()
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
     buffer: Buffer | None = None

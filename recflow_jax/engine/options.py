@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import expected_ids_per_sample
 from scheduling.buckets import ladder
 from scheduling.planner import Objective
 from scheduling.request import SliceBucket
+from scheduling.serial_batching import Collecting
 
 JAGGED_HEADROOM = 1.25
 IDS_STEP = 128
@@ -27,6 +28,9 @@ class EngineOptions:
     ids_per_sample: sparse ids that a slice has room for, per sample. None: what the config's bags
         are expected to hold, with a quarter more where they are jagged.
     max_ids_per_sample: a sample with more is an InputError. None: what the largest slice holds.
+    batching: "incremental", or `Collecting(wait_ms=...)`: batches are collected, embedded, then run
+        through the layers in one executable, one after the other. That is what incremental batching
+        is compared with; `segments`, `objective` and `p99_ms` are then without use.
     segments: executables that a batch goes through (at most one per top layer, and one). With a
         profile table the engine chooses between that many and a single one.
     objective: what is planned for with a profile table: "throughput", or "latency" on average.
@@ -40,7 +44,7 @@ class EngineOptions:
     compilation_cache: where compiled executables are kept between processes; "auto" is
         recflow-jax/xla in the user's cache folder, None keeps none. A cache folder that JAX is
         already told to use is left as it is.
-    latency_window: answers that the percentiles of `stats()` look back on.
+    latency_window: answers, and launches, that the percentiles of `stats()` look back on.
     freeze_heap: leave what is in memory at the start out of Python's cyclic garbage collection, for
         as long as the engine is open. A full collection holds all requests up for 0.1 s and more.
     """
@@ -53,6 +57,7 @@ class EngineOptions:
     slice_factor: float = 2
     ids_per_sample: float | None = None
     max_ids_per_sample: int | None = None
+    batching: Literal["incremental"] | Collecting = "incremental"
     segments: int = 3
     objective: Objective = "throughput"
     p99_ms: float | None = None
@@ -79,6 +84,21 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"options: {name} is {value!r}, not above 0")
+        self._check_batching()
+
+    def _check_batching(self) -> None:
+        if not isinstance(self.batching, Collecting):
+            if self.batching != "incremental":
+                raise ValueError(
+                    f"options: batching is {self.batching!r}, not 'incremental' or Collecting(...)"
+                )
+        elif (self.batching.max_samples or 0) > self.max_batch:
+            raise ValueError(
+                f"options: batching collects {self.batching.max_samples} samples, more than "
+                f"max_batch, {self.max_batch}"
+            )
+        elif self.p99_ms is not None:
+            raise ValueError("options: p99_ms is for incremental batching")
 
     @property
     def batch_buckets(self) -> tuple[int, ...]:

@@ -1,32 +1,33 @@
-"""How an engine batches: by a profile table if it has one, serially if not."""
+"""How an engine batches: by a profile table if it has one, one after the other if not."""
 
 import logging
+from dataclasses import replace
 from functools import cache
 
+from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
-from scheduling.pipeline import PipelineConfig
+from scheduling.pipeline import Pipeline, PipelineConfig
 from scheduling.planner import Plans, SerialPlans, TablePlans
+from scheduling.policy import Policy
+from scheduling.serial_batching import Collecting, SerialBatching
 from scheduling.table import ProfileMiss, ProfileTable, ProfileTableError
 
 log = logging.getLogger("recflow.engine")
 
 
-def plans_of(segments: Segments, table: ProfileTable | None) -> Plans:
-    """The plans for the objective in the segments' options.
+def plans_of(segments: Segments, options: EngineOptions, table: ProfileTable | None) -> Plans:
+    """The plans for the objective in the options; in one segment for serial batching.
 
     Raises ProfileTableError for a table without these sizes, and ValueError for a p99 that cannot
     be held, or that there is no table for.
     """
-    options = segments.options
+    if isinstance(options.batching, Collecting):
+        return _same_for_all(segments, 1)
     if table is None:
         if options.p99_ms is not None:
             raise ValueError("options: p99_ms needs a profile table, to tell how long batches take")
         _say_serial(segments.config.name)
-        return SerialPlans(
-            count=segments.count,
-            batch_buckets=segments.batch_buckets,
-            largest_slice=segments.slice_buckets[-1],
-        )
+        return _same_for_all(segments, segments.count)
     try:
         return TablePlans(
             table,
@@ -41,6 +42,22 @@ def plans_of(segments: Segments, table: ProfileTable | None) -> Plans:
             f"profile table is of other sizes: {miss}. Give the engine the sizes that it was made "
             "with, or make a new one with the engine's"
         ) from miss
+
+
+def policy_of(segments: Segments, options: EngineOptions, plans: Plans) -> Policy:
+    """Incremental batching by the plans, or what the options say in its place."""
+    sizes = pipeline_config(segments, plans)
+    if isinstance(options.batching, Collecting):
+        return SerialBatching(replace(sizes, segments=1), options.batching)
+    return Pipeline(sizes, plans)
+
+
+def _same_for_all(segments: Segments, count: int) -> SerialPlans:
+    return SerialPlans(
+        count=count,
+        batch_buckets=segments.batch_buckets,
+        largest_slice=segments.slice_buckets[-1],
+    )
 
 
 def pipeline_config(segments: Segments, plans: Plans) -> PipelineConfig:

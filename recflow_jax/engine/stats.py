@@ -5,6 +5,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,9 @@ class EngineStats:
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
     padding. `updates` and `rows_updated`: calls of `update_rows` that have landed, and their rows.
     Latencies, from submit to answer, are of the last `options.latency_window` answers,
-    and nan before the first.
+    and nan before the first. Waits, from submit to the first launch that carries the request, are
+    of as many requests: in microseconds, and in steps that ended in the meantime. One at most is
+    what nobody can do without, while the device is busy: the end of the step that runs.
     """
 
     requests_accepted: int
@@ -69,9 +72,23 @@ class EngineStats:
     latency_p50_ms: float
     latency_p95_ms: float
     latency_p99_ms: float
+    wait_p50_us: float
+    wait_p95_us: float
+    wait_p99_us: float
+    wait_p50_steps: float
+    wait_p95_steps: float
+    wait_p99_steps: float
     backend: str
     backend_reason: str
     profile: str | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Waits:
+    """From submit to the first launch, request by request: int64 [requests], see EngineStats."""
+
+    us: np.ndarray
+    steps: np.ndarray
 
 
 class Tally:
@@ -87,6 +104,8 @@ class Tally:
         self._slice_buckets: Counter[int] = Counter()
         self._step_times: Counter[float] = Counter()
         self._latencies_us: deque[int] = deque(maxlen=latency_window)
+        self._waits: deque[tuple[int, int]] = deque(maxlen=latency_window)
+        self.steps_ended = 0
 
     def accepted(self, samples: int) -> None:
         self._add(requests_accepted=1, samples_accepted=samples)
@@ -108,8 +127,11 @@ class Tally:
     def updated(self, rows: int) -> None:
         self._add(updates=1, rows_updated=rows)
 
-    def launched(self, step: Step) -> None:
+    def launched(self, step: Step, waits: Sequence[tuple[int, int]]) -> None:
+        """`waits`, in microseconds and steps, of the requests that begin in it."""
         self._add(steps=1)
+        with self._lock:
+            self._waits.extend(waits)
         if step.slice is not None:
             self._launched_slice(step.slice)
         if step.segment is not None and step.segment.shape.last:
@@ -131,6 +153,7 @@ class Tally:
             self._batch_segments[shape.segments] += 1
 
     def ended_step(self, took_us: int) -> None:
+        self.steps_ended += 1
         self._add(steps_us=took_us)
         bound = next(bound for bound in STEP_BOUNDS_US if took_us <= bound)
         with self._lock:
@@ -140,6 +163,12 @@ class Tally:
         with self._lock:
             for name, count in counts.items():
                 self._counts[name] += count
+
+    def waits(self) -> Waits:
+        """Of the last requests that were launched."""
+        with self._lock:
+            waits = np.array(self._waits, np.int64).reshape(-1, 2)
+        return Waits(us=waits[:, 0], steps=waits[:, 1])
 
     def stats(
         self, *, queued_samples: int, backend: str, backend_reason: str, profile: str | None
@@ -152,7 +181,12 @@ class Tally:
             slice_buckets = dict(self._slice_buckets)
             step_times = dict(self._step_times)
             latencies_ms = np.array(self._latencies_us) / 1000
-        p50, p95, p99 = np.percentile(latencies_ms if len(latencies_ms) else np.nan, PERCENTILES)
+        waits = self.waits()
+        percentiles: dict[str, Any] = {
+            **_percentiles("latency", "ms", latencies_ms),
+            **_percentiles("wait", "us", waits.us),
+            **_percentiles("wait", "steps", waits.steps),
+        }
         return EngineStats(
             **{name: n[name] for name in COUNTED},
             rejected=rejected,
@@ -167,13 +201,17 @@ class Tally:
             mean_slice=n["slice_samples"] / max(n["slices"], 1),
             sample_padding=_padding(n["batch_samples"], n["batch_room"]),
             id_padding=_padding(n["ids"], n["id_room"]),
-            latency_p50_ms=float(p50),
-            latency_p95_ms=float(p95),
-            latency_p99_ms=float(p99),
+            **percentiles,
             backend=backend,
             backend_reason=backend_reason,
             profile=profile,
         )
+
+
+def _percentiles(what: str, unit: str, values: np.ndarray) -> dict[str, float]:
+    """Named as in EngineStats."""
+    found = np.percentile(values if len(values) else np.nan, PERCENTILES).tolist()
+    return {f"{what}_p{p}_{unit}": value for p, value in zip(PERCENTILES, found, strict=True)}
 
 
 def _padding(used: int, room: int) -> float:

@@ -161,7 +161,8 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
         assert self._answer is not None
-        self._answer.set_result((status, self._headers, b"".join(self._body)))
+        if not self._answer.done():  # given up, while the answer was on its way
+            self._answer.set_result((status, self._headers, b"".join(self._body)))
 
 
 class GrpcClient(Client):

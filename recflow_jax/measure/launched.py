@@ -1,7 +1,12 @@
-"""A `recflow serve` of one's own, in a process of its own, for as long as it is measured."""
+"""A `recflow serve` of one's own, in a process of its own, for as long as it is measured.
+
+Its ports are such as the system says are free, and its model has a name that no other server knows:
+whoever answers to it is the one that was launched.
+"""
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,38 +27,46 @@ class NotLaunched(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """Where the server that was launched, and no other, listens."""
+    """Where the server listens, the name of its model, and its process."""
 
     http_port: int
     grpc_port: int
+    model: str
+    process_id: int
 
 
 @contextmanager
 def launched(arguments: Sequence[str]) -> Iterator[Launched]:
     """`recflow serve` with these arguments, ready. Raises NotLaunched."""
-    command = [sys.executable, "-m", "recflow_jax", "serve", *OWN_PORTS, *arguments]
+    model = f"measured-{secrets.token_hex(8)}"
+    command = [sys.executable, "-m", "recflow_jax", "serve", *OWN_PORTS, "--name", model]
+    command += arguments
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**SHARING, **os.environ}
     )
     assert process.stderr is not None
     try:
-        ports = until_ready(process.stderr)
+        http_port, grpc_port = until_ready(process.stderr)
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()  # a full pipe would stop the server
-        yield ports
+        yield Launched(
+            http_port=http_port, grpc_port=grpc_port, model=model, process_id=process.pid
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(ENDS_IN_S)
         process.stderr.close()
 
 
-def until_ready(lines: Iterable[str]) -> Launched:
-    """Reads a server's log until it is ready. Raises NotLaunched if the log ends before."""
+def until_ready(lines: Iterable[str]) -> tuple[int, int]:
+    """Reads a server's log until it is ready; its ports, of HTTP and gRPC. Raises NotLaunched if
+    the log ends before.
+    """
     ports, line = None, ""
     for line in lines:
         told = json.loads(line) if line.startswith("{") else {}
         if told.get("event") == "listening":
-            ports = Launched(http_port=told["http_port"], grpc_port=told["grpc_port"])
+            ports = told["http_port"], told["grpc_port"]
         if told.get("event") == "ready" and ports is not None:
             return ports
     raise NotLaunched(f"the server did not start: {line.strip()}")

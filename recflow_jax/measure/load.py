@@ -16,8 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.errors import DeadlineExceeded, QueueFull
+from recflow_jax.measure import histograms
 
 Submit = Callable[[JaggedBatch], "Future[Any]"]
+Arrivals = Callable[..., np.ndarray]
 WARM_UP_SHARE = 0.1
 BURST_FACTOR = 4
 BURST_SHARE = 0.1  # of each second
@@ -31,7 +34,8 @@ class LoadError(RuntimeError):
 class LoadResult:
     """What was offered, what came back. Latencies in milliseconds, from due time to answer.
 
-    failures: how many failed, by the error's type.
+    failures: how many failed, by the error's type. histogram: the latencies, see `histograms`; None
+    where hdrhistogram is not installed.
     """
 
     offered_per_s: float
@@ -41,15 +45,27 @@ class LoadResult:
     failed: int
     failures: dict[str, int]
     p50_ms: float
+    p90_ms: float
     p95_ms: float
     p99_ms: float
     p999_ms: float
     max_ms: float
+    histogram: str | None
 
     @property
     def kept_up(self) -> bool:
         """Whether answers came about as fast as requests: if not, latency grows with the run."""
         return self.answered_per_s >= 0.95 * self.offered_per_s
+
+    @property
+    def rejected(self) -> int:
+        """Requests refused because the queue was full."""
+        return self.failures.get(QueueFull.__name__, 0)
+
+    @property
+    def late(self) -> int:
+        """Requests given up because of their deadline."""
+        return self.failures.get(DeadlineExceeded.__name__, 0)
 
 
 def poisson_arrivals_s(per_s: float, count: int, *, seed: int) -> Float[np.ndarray, " count"]:
@@ -140,7 +156,7 @@ def _result(answers: _Answers, due_s: np.ndarray, samples: np.ndarray) -> LoadRe
     if not answered.any():
         raise LoadError(f"none of {count} requests was answered: {dict(answers.failures)}")
     latencies_ms = 1e3 * (answers.times_s - due_s)[answered]
-    p50, p95, p99, p999 = np.percentile(latencies_ms, [50, 95, 99, 99.9]).tolist()
+    p50, p90, p95, p99, p999 = np.percentile(latencies_ms, [50, 90, 95, 99, 99.9]).tolist()
     start_s = due_s[counted][0]
     span_s = max(answers.times_s[answered].max() - start_s, 1e-9)
     return LoadResult(
@@ -151,10 +167,12 @@ def _result(answers: _Answers, due_s: np.ndarray, samples: np.ndarray) -> LoadRe
         failed=answers.failures.total(),
         failures=dict(answers.failures),
         p50_ms=p50,
+        p90_ms=p90,
         p95_ms=p95,
         p99_ms=p99,
         p999_ms=p999,
         max_ms=float(latencies_ms.max()),
+        histogram=histograms.encoded(latencies_ms),
     )
 
 

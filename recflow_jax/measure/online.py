@@ -1,32 +1,39 @@
-"""Online: requests arrive by a Poisson process, whatever the server does; latency at each load.
+"""Online: requests arrive when they are due, whatever the servers do; latency at each load.
 
-The engine against a serial batching server in front of plain JAX. Both are first saturated; loads
-are shares of the lower of the two saturations, so that both can carry them, or given rates.
+Servers are first saturated; loads are shares of the lowest saturation, so that all can carry them,
+of one server's, or given rates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate, request_sizes
-from recflow_jax.engine.engine import Engine
 from recflow_jax.measure.agreement import check_answers, reference_scores
-from recflow_jax.measure.contenders import RECFLOW, Lineup
+from recflow_jax.measure.contenders import Lineup
+from recflow_jax.measure.foretold import Foretold
 from recflow_jax.measure.load import (
+    Arrivals,
     LoadResult,
     Submit,
+    burst_arrivals_s,
     poisson_arrivals_s,
     run_open_loop,
     saturation_samples_per_s,
 )
 from recflow_jax.measure.server import BatchingServer, PlainLadder
+from recflow_jax.measure.sustained import Sustained
+from recflow_jax.measure.waited import Waited
 from recflow_jax.model import Params
+from scheduling import Collecting, HostCosts
 
 POOL_REQUESTS = 64
 LEAST_ARRIVALS = 20
+LOWEST = "lowest"
 
 Servers = Mapping[str, Submit]
 
@@ -36,13 +43,18 @@ class OnlineOptions:
     """loads: shares of saturation; `qps`, where given, rates in requests per second instead.
 
     request_samples: samples of every request; None draws MLPerf's sizes. Each point lasts
-    `seconds`; requests due by then are all waited for. wait_ms: how long plain JAX collects.
+    `seconds`; requests due by then are all waited for. burst: arrivals in bursts, not evenly.
+    load_of: whose saturation the loads are shares of; "lowest" of all. p99_ms: the bound within
+    which the largest load is looked for. wait_ms: how long plain JAX collects.
     """
 
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
     qps: tuple[float, ...] = ()
     request_samples: int | None = None
     seconds: float = 5.0
+    burst: bool = False
+    load_of: str = LOWEST
+    p99_ms: float = 10.0
     wait_ms: float = 2.0
     in_flight_batches: int = 3
 
@@ -51,8 +63,14 @@ class OnlineOptions:
             bad = [value for value in getattr(self, name) if not value > 0]
             if bad:
                 raise ValueError(f"online: {name} has {bad[0]}, not above 0")
-        if not self.seconds > 0:
-            raise ValueError(f"online: seconds is {self.seconds}, not above 0")
+        for name in ("seconds", "p99_ms"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"online: {name} is {getattr(self, name)}, not above 0")
+
+    @property
+    def arrivals_s(self) -> Arrivals:
+        """What draws the times of arrival."""
+        return burst_arrivals_s if self.burst else poisson_arrivals_s
 
     def rates(self, saturation: float) -> list[tuple[float | None, float]]:
         """Each load as a share of `saturation`, if it is one, and in requests per second."""
@@ -63,22 +81,37 @@ class OnlineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlinePoint:
-    """One load: `share` of the lower saturation (None for a given rate)."""
+    """One load: `share` of the saturation (None for a given rate).
+
+    Of the bench alone: how serial batching collected, how long the engine's requests waited for
+    their launch, and what was foretold, with a profile table.
+    """
 
     share: float | None
     qps: float
     contenders: dict[str, LoadResult]
+    collecting: Collecting | None = None
+    waited: Waited | None = None
+    foretold: dict[str, Foretold] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineResult:
-    """All loads. saturation: requests per second that each contender answers at most."""
+    """All loads. saturation: requests per second that each contender answers at most.
+
+    arrivals: "Poisson" or "burst". host: the rates that were measured to foretell with. sustained:
+    the largest load of each contender with a p99 of at most `p99_ms`; both of the bench alone.
+    """
 
     max_batch: int
     mean_request_samples: float
     wait_ms: float
     saturation: dict[str, float]
     points: tuple[OnlinePoint, ...]
+    arrivals: str = "Poisson"
+    host: HostCosts | None = None
+    p99_ms: float | None = None
+    sustained: dict[str, Sustained] = field(default_factory=dict)
 
 
 def request_pool(
@@ -91,41 +124,6 @@ def request_pool(
     ends = np.cumsum([0, *sizes]).tolist()
     batch = generate(config, ends[-1], seed=seed, ids=ids)
     return [batch.part(a, b) for a, b in zip(ends, ends[1:], strict=False)]
-
-
-def bench_online(
-    engine: Engine,
-    lineup: Lineup,
-    params: Params,
-    requests: Sequence[JaggedBatch],
-    *,
-    seed: int,
-    options: OnlineOptions,
-    advance: Callable[[], None] = lambda: None,
-) -> OnlineResult:
-    """Saturates engine and plain server, then offers both the same arrivals, one after the other.
-
-    `advance` is called after each measurement: 2 + 2 per load. Raises WrongAnswers, LoadError.
-    """
-    with plain_server(lineup, requests, engine.options.max_batch, options.wait_ms) as server:
-        servers: Servers = {RECFLOW: engine.submit, "jax": server.submit}
-        check_served(engine.config, params, requests, servers)
-        saturation = saturate(servers, requests, engine.options.max_batch, options, advance)
-        points = [
-            OnlinePoint(
-                share=share,
-                qps=qps,
-                contenders=offer(servers, requests, qps, options.seconds, seed, advance),
-            )
-            for share, qps in options.rates(min(saturation.values()))
-        ]
-    return OnlineResult(
-        max_batch=engine.options.max_batch,
-        mean_request_samples=mean_samples(requests),
-        wait_ms=options.wait_ms,
-        saturation=saturation,
-        points=tuple(points),
-    )
 
 
 def plain_server(
@@ -191,6 +189,13 @@ def saturate(
     return saturation
 
 
+def arrivals_at(
+    qps: float, seconds: float, seed: int, arrivals_s: Arrivals
+) -> Float[np.ndarray, " arrivals"]:
+    """When requests are due, in seconds from the start; a few at least."""
+    return arrivals_s(qps, max(int(qps * seconds), LEAST_ARRIVALS), seed=seed)
+
+
 def offer(
     servers: Servers,
     requests: Sequence[JaggedBatch],
@@ -198,11 +203,12 @@ def offer(
     seconds: float,
     seed: int,
     advance: Callable[[], None] = lambda: None,
+    arrivals_s: Arrivals = poisson_arrivals_s,
 ) -> dict[str, LoadResult]:
-    """The same Poisson arrivals for each server, one after the other."""
+    """The same arrivals for each server, one after the other."""
     results = {}
     for name, submit in servers.items():
-        due_s = poisson_arrivals_s(qps, max(int(qps * seconds), LEAST_ARRIVALS), seed=seed)
+        due_s = arrivals_at(qps, seconds, seed, arrivals_s)
         results[name] = run_open_loop(submit, requests, due_s)
         advance()
     return results

@@ -17,6 +17,8 @@ COLORS = {
     "recflow": "#1f6fb4",
     "mosaic": "#1f6fb4",
     "xla": "#1f6fb4",
+    "HTTP": "#2e8b57",
+    "gRPC": "#8a4fa3",
     "jax": "#e08a1e",
     "jax-per-table": "#b9a13a",
     "torch": "#a34a4a",
@@ -39,11 +41,14 @@ def bench(report: Mapping[str, Any], path: Path) -> None:
             ("overlap", _overlap),
             ("numpy", _stream),
             ("online", _online),
+            ("online", _waited),
+            ("served", _served),
+            ("soak", _soak),
             ("gather", _gather),
             ("dense", _dense),
             ("interaction", _interaction),
         )
-        if part in report
+        if part in report and not (draw is _waited and _has_no_waits(report[part]))
     ]
     figure, axes = _figure(len(panels), width=9, height=4.4)
     figure.suptitle(_subject(report), fontsize=11)
@@ -210,7 +215,59 @@ def _grouped_bars(ax: Axes, batches: Sequence[int], values: Mapping[str, Sequenc
 
 def _online(ax: Axes, result: Mapping[str, Any]) -> None:
     _latencies(ax, result, {"p50_ms": ":", "p95_ms": "--", "p99_ms": "-"})
-    ax.set_title("online: open-loop Poisson arrivals", fontsize=10)
+    _foretold(ax, result)
+    ax.set_title(f"online: open-loop {result.get('arrivals', 'Poisson')} arrivals", fontsize=10)
+
+
+def _foretold(ax: Axes, result: Mapping[str, Any]) -> None:
+    """Hollow marks: the p99 that the profile table foretells."""
+    for point in result["points"]:
+        for name, told in point.get("foretold", {}).items():
+            style = {"color": _color(name), "markerfacecolor": "none", "markersize": 9}
+            ax.plot(point["qps"], told["p99_ms"], "o", **style)
+
+
+def _has_no_waits(result: Mapping[str, Any]) -> bool:
+    return not any(point.get("waited") for point in result["points"])
+
+
+def _waited(ax: Axes, result: Mapping[str, Any]) -> None:
+    """Histograms of waits, in steps, one line per load."""
+    waited = [(point["qps"], point["waited"]) for point in result["points"] if point.get("waited")]
+    for shade, (qps, of_load) in zip(np.linspace(0.35, 1, len(waited)), waited, strict=True):
+        steps = of_load["steps"]
+        shares = 100 * np.array(steps["counts"]) / max(sum(steps["counts"]), 1)
+        label = f"{qps:,.0f} requests/s: {100 * of_load['within_a_step']:.1f} % within a step"
+        ax.stairs(shares, steps["edges"], color=COLORS[RECFLOW], alpha=shade, label=label)
+    ax.axvline(1.5, color=FLOOR_COLOR, linestyle="--", linewidth=0.8)
+    ax.set_xlabel("steps that ended between arrival and launch (the last bar: ten and more)")
+    ax.set_ylabel("% of requests")
+    ax.legend(fontsize=8)
+    ax.set_title("zero queue: how long requests wait for their launch", fontsize=10)
+
+
+def _served(ax: Axes, result: Mapping[str, Any]) -> None:
+    _latencies(ax, result, {"p50_ms": ":", "p99_ms": "-"})
+    if result["p99_ms"] is not None:
+        ax.axhline(result["p99_ms"], color=FLOOR_COLOR, linestyle="--", linewidth=0.8)
+        for name, found in result["sustained"].items():
+            ax.axvline(found["qps"], color=_color(name), linestyle="--", linewidth=0.8)
+    ax.set_title(f"served: open-loop {result['arrivals']} arrivals", fontsize=10)
+
+
+def _soak(ax: Axes, result: Mapping[str, Any]) -> None:
+    """Resident memory, and the device's where it tells."""
+    times = [sample["at_s"] for sample in result["memory"]]
+    for kind, label in (("rss_bytes", "resident"), ("device_bytes", "on the device")):
+        mib = [sample[kind] / 2**20 for sample in result["memory"]]
+        if any(mib):
+            ax.plot(times, mib, label=label)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"seconds, {result['qps']:g} requests per second of all kinds")
+    ax.set_ylabel("MiB")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    ax.set_title("a server's memory under load, cancellations and bad clients", fontsize=10)
 
 
 def _latencies(ax: Axes, result: Mapping[str, Any], styles: Mapping[str, str]) -> None:

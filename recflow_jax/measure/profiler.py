@@ -22,7 +22,7 @@ from recflow_jax.measure.timing import (
     measure,
     measure_side_by_side,
 )
-from scheduling import CoRun, ProfileKey, ProfileRow, SegmentShape, SliceBucket
+from scheduling import CoRun, ProfileKey, ProfileRow, SegmentShape, SliceBucket, StepShape
 from scheduling.costs import CO_RUN, segment_key, slice_key, step_key
 
 PACKED_SETS = 4
@@ -57,18 +57,28 @@ class Profiler:
         self, shape: SegmentShape, bucket: SliceBucket, rides: Iterable[str]
     ) -> list[ProfileRow]:
         """The rows of a segment beside a slice: launched one after the other, and by each ride."""
-
-        def serial(i: int) -> Any:
-            return self._run(shape), self._embed(bucket, i)
-
-        launches = {step_key(shape, bucket): serial}
+        steps = {step_key(shape, bucket): StepShape(segment=shape, slice=bucket)}
         for ride in rides:
-            cell = CoRun(segment=shape, slice=bucket, config=ride)
             key = step_key(shape, bucket, scheme=CO_RUN, config=ride)
-            launches[key] = partial(self._co_run, cell)
+            steps[key] = StepShape(segment=shape, slice=bucket, co_run=ride)
+        launches = {key: partial(self._launch, step) for key, step in steps.items()}
         timed = {str(key): Timed(launch=launch) for key, launch in launches.items()}
         timings = measure_side_by_side(timed, self.timing)
         return [_row(key, timings[str(key)]) for key in launches]
+
+    def launch(self, steps: Iterable[StepShape], i: int) -> Any:
+        """Queues steps one after the other, each as its scheme says; what the last one gives."""
+        result: Any = None
+        for step in steps:
+            result = self._launch(step, i)
+        return result
+
+    def _launch(self, step: StepShape, i: int) -> Any:
+        if step.segment and step.slice and step.co_run:
+            cell = CoRun(segment=step.segment, slice=step.slice, config=step.co_run)
+            return self._co_run(cell, i)
+        ran = self._run(step.segment) if step.segment else None
+        return (ran, self._embed(step.slice, i)) if step.slice else ran
 
     def _measure(self, launch: Callable[[int], Any]) -> Timing:
         return measure(Timed(launch=launch), self.timing)

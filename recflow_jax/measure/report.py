@@ -26,11 +26,12 @@ from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
 from recflow_jax.measure.served import HttpCost, ServedResult
+from recflow_jax.measure.soak import SoakResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
 
 SCHEMA = 1
-WIDTH = 110
+WIDTH = 120
 
 Result = (
     OfflineResult
@@ -173,9 +174,10 @@ def online_table(result: OnlineResult) -> Table:
     """Latency by load."""
     saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
     table = _table(
-        f"online: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
-        f"saturation in requests/s: {saturation}",
-        *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "answered/s", "failed"),
+        f"online: {result.arrivals} arrivals, {result.mean_request_samples:.0f} samples per "
+        f"request; saturation in requests/s: {saturation}",
+        *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms"),
+        *("answered/s", "failed"),
     )
     for point in result.points:
         for name, load in point.contenders.items():
@@ -184,10 +186,53 @@ def online_table(result: OnlineResult) -> Table:
                 share if name == RECFLOW else "",
                 f"{point.qps:,.0f}" if name == RECFLOW else "",
                 name,
-                *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms)),
+                *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)),
                 f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
                 str(load.failed),
                 end_section=name == list(point.contenders)[-1],
+            )
+    return table
+
+
+def collecting_line(result: OnlineResult) -> str:
+    """How serial batching was best, load by load."""
+    ways = [f"{p.collecting} at {p.qps:,.0f} requests/s" for p in result.points]
+    return f"serial batching collects: {'; '.join(ways)}"
+
+
+def waited_table(result: OnlineResult) -> Table:
+    """How long the engine's requests waited for their first launch."""
+    table = _table(
+        "zero queue: from a request's arrival to the first launch that carries it, and the steps "
+        "that ended in the meantime",
+        *("requests/s", "p50 us", "p95 us", "p99 us", "p50 steps", "p95 steps", "p99 steps"),
+        "within a step",
+    )
+    for point in result.points:
+        if waited := point.waited:
+            us, steps = waited.us, waited.steps
+            table.add_row(
+                f"{point.qps:,.0f}",
+                *(f"{value:,.0f}" for value in (us.p50, us.p95, us.p99)),
+                *(f"{value:.0f}" for value in (steps.p50, steps.p95, steps.p99)),
+                f"{waited.within_a_step:.1%}",
+            )
+    return table
+
+
+def foretold_table(result: OnlineResult) -> Table:
+    """Latencies by the profile table and the host's rates, beside those measured."""
+    table = _table(
+        "foretold by the profile table, for the same arrivals",
+        *("requests/s", "contender", "p50 ms", "measured", "ratio", "p99 ms", "measured", "ratio"),
+    )
+    for point in result.points:
+        for name, told in point.foretold.items():
+            load = point.contenders[name]
+            table.add_row(
+                *(f"{point.qps:,.0f}" if name == RECFLOW else "", name),
+                *(f"{told.p50_ms:,.2f}", f"{load.p50_ms:,.2f}", f"{told.p50_ratio:.2f}"),
+                *(f"{told.p99_ms:,.2f}", f"{load.p99_ms:,.2f}", f"{told.p99_ratio:.2f}"),
             )
     return table
 
@@ -196,26 +241,71 @@ def served_table(result: ServedResult) -> Table:
     """Latency by load, of the engine in this process and of a server over both protocols."""
     saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
     table = _table(
-        f"served: Poisson arrivals, {result.mean_request_samples:.0f} samples per request; "
+        f"served: {result.arrivals} arrivals, {result.mean_request_samples:.0f} samples each; "
         f"saturation in requests/s: {saturation}",
-        *("load", "requests/s", "asked", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "answered/s"),
-        "failed",
+        *("load", "requests/s", "asked", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "p99.9 ms"),
+        *("answered/s", "rejected/late/failed"),
     )
     for point in result.points:
         for name, load in point.contenders.items():
             share = "" if point.share is None else f"{point.share:.0%}"
             first = name == next(iter(point.contenders))
-            latencies = (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)
+            latencies = (load.p50_ms, load.p90_ms, load.p95_ms, load.p99_ms, load.p999_ms)
             table.add_row(
                 share if first else "",
                 f"{point.qps:,.0f}" if first else "",
                 name,
                 *(f"{ms:,.2f}" for ms in latencies),
                 f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
-                ", ".join(f"{n} {why}" for why, n in load.failures.items()) or "0",
+                f"{load.rejected}/{load.late}/{load.failed - load.rejected - load.late}",
                 end_section=name == list(point.contenders)[-1],
             )
     return table
+
+
+def sustained_lines(result: ServedResult | OnlineResult) -> list[str]:
+    """The largest load of each server within the bound, where there was one."""
+    return [
+        f"{name}: {found.qps:,.0f} requests/s with a p99 of at most {result.p99_ms:g} ms"
+        if found.load
+        else f"{name}: no load has a p99 of at most {result.p99_ms:g} ms"
+        for name, found in result.sustained.items()
+    ]
+
+
+def loadgen_table(runs: Mapping[str, Any]) -> Table:
+    """LoadGen's verdicts, rates and latencies; of server runs the share of the offline rate."""
+    table = _table(
+        "MLPerf LoadGen: queries of several user-item pairs",
+        *("run", "target q/s", "queries/s", "pairs/s", "of offline", "p50 ms", "p90 ms", "p99 ms"),
+        *("p99.9 ms", "bound", "verdict"),
+    )
+    offline = runs.get("offline")
+    for name, run in runs.items():
+        served = run.scenario == "server"
+        failed = "".join(f", {n} {why}" for why, n in run.failures.items())
+        table.add_row(
+            name,
+            f"{run.target_qps:,.0f}" if served else "",
+            *(f"{run.queries_per_s:,.0f}", f"{run.pairs_per_s:,.0f}"),
+            f"{run.pairs_per_s / offline.pairs_per_s:.1%}" if served and offline else "",
+            *(f"{run.latencies_ms[p]:,.2f}" if served else "" for p in ("50", "90", "99", "99.9")),
+            f"{run.p99_ms:g}" if served else "",
+            ("valid" if run.valid else "INVALID") + failed,
+        )
+    return table
+
+
+def soak_line(result: SoakResult) -> str:
+    """What became of the requests and of the memory."""
+    ends = ", ".join(f"{n:,} {end}" for end, n in result.ends.items())
+    growth = result.growth_bytes["rss_bytes"] / 2**20
+    memory = "flat" if result.flat else "growing"
+    once = "each once" if result.server.once_each else "not each once"
+    return (
+        f"{result.server.arrived:,} requests in {result.seconds:,.0f} s ended {once}: {ends}; "
+        f"memory {memory}: {growth:+,.1f} MiB from the second quarter to the last"
+    )
 
 
 def http_cost_line(cost: HttpCost) -> str:

@@ -1,23 +1,32 @@
-"""The same Poisson arrivals for the engine in this process and for a server, over HTTP and gRPC."""
+"""The same arrivals for the engine in this process and for a server, over HTTP and gRPC."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.measure.load import saturation_samples_per_s
+from recflow_jax.measure.load import LoadResult, saturation_samples_per_s
 from recflow_jax.measure.online import OnlineOptions, OnlinePoint, Servers, mean_samples, offer
+from recflow_jax.measure.sustained import Sustained, sustained
 
 AT_ONCE = 64  # requests inside, to saturate
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedResult:
-    """All loads. saturation: requests per second with `at_once` requests always inside."""
+    """All loads. saturation: requests per second with `at_once` requests always inside.
+
+    arrivals: "Poisson" or "burst". sustained: by server, the largest load with a p99 of
+    at most `p99_ms`, which None if no bound was asked for.
+    """
 
     mean_request_samples: float
+    arrivals: str
     at_once: int
     saturation: dict[str, float]
     points: tuple[OnlinePoint, ...]
+    p99_ms: float | None
+    sustained: dict[str, Sustained]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,30 +50,67 @@ def bench_served(
     *,
     seed: int,
     options: OnlineOptions,
+    p99_ms: float | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> ServedResult:
-    """Saturates each, then offers all the same arrivals, one after the other.
+    """Saturates each, then offers all the same arrivals, one after the other; with `p99_ms`, looks
+    for each one's largest load, up to its saturation, that keeps it.
 
     Shares of load are of the lowest saturation. `advance` is called after each measurement: for
-    each server once, and once per load. Raises LoadError.
+    each server once, once per load, and once for a search. Raises LoadError.
     """
-    mean = mean_samples(requests)
-    saturation = {}
+    saturation = _saturation(servers, requests, options.seconds, advance)
+    offered = partial(_offered, requests=requests, options=options, seed=seed)
+    points = [
+        OnlinePoint(share=share, qps=qps, contenders=offered(servers, qps, advance=advance))
+        for share, qps in options.rates(min(saturation.values()))
+    ]
+
+    def alone(name: str, qps: float) -> LoadResult:
+        return offered({name: servers[name]}, qps)[name]
+
+    found = {}
+    if p99_ms is not None:
+        for name, most in saturation.items():
+            found[name] = sustained(partial(alone, name), most, p99_ms)
+            advance()
+    return ServedResult(
+        mean_request_samples=mean_samples(requests),
+        arrivals="burst" if options.burst else "Poisson",
+        at_once=AT_ONCE,
+        saturation=saturation,
+        points=tuple(points),
+        p99_ms=p99_ms,
+        sustained=found,
+    )
+
+
+def _saturation(
+    servers: Servers,
+    requests: Sequence[JaggedBatch],
+    seconds: float,
+    advance: Callable[[], None],
+) -> dict[str, float]:
+    """Requests per second of each server, AT_ONCE of them inside."""
+    mean, saturation = mean_samples(requests), {}
     for name, submit in servers.items():
-        inside, seconds = int(AT_ONCE * mean), options.seconds
+        inside = int(AT_ONCE * mean)
         per_s = saturation_samples_per_s(
             submit, requests, in_flight_samples=inside, seconds=seconds
         )
         saturation[name] = per_s / mean
         advance()
-    points = [
-        OnlinePoint(
-            share=share,
-            qps=qps,
-            contenders=offer(servers, requests, qps, options.seconds, seed, advance),
-        )
-        for share, qps in options.rates(min(saturation.values()))
-    ]
-    return ServedResult(
-        mean_request_samples=mean, at_once=AT_ONCE, saturation=saturation, points=tuple(points)
-    )
+    return saturation
+
+
+def _offered(
+    servers: Servers,
+    qps: float,
+    *,
+    requests: Sequence[JaggedBatch],
+    options: OnlineOptions,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, LoadResult]:
+    """The same arrivals for each, as the options have them."""
+    return offer(servers, requests, qps, options.seconds, seed, advance, options.arrivals_s)

@@ -8,6 +8,7 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.layout import Layout
 from scheduling import (
+    Collecting,
     HostCosts,
     Pipeline,
     PipelineConfig,
@@ -29,16 +30,6 @@ from scheduling.costs import segment_key
 from scheduling.planner import Objective
 
 MISSING_NAMED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collecting:
-    """How serial batching collects: until the oldest request has waited `wait_ms` or `max_samples`
-    have come (None: as many as a batch holds).
-    """
-
-    wait_ms: float
-    max_samples: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +82,7 @@ class Gpu:
 
     def serial(self, collecting: Collecting) -> Policy:
         """Whole batches, in one cut, and nothing beside them."""
-        return SerialBatching(
-            replace(self.sizes, segments=1),
-            wait_us=round(1000 * collecting.wait_ms),
-            max_samples=collecting.max_samples,
-        )
+        return SerialBatching(replace(self.sizes, segments=1), collecting)
 
     def run(self, policy: Policy, requests: Iterator[Request]) -> SimulatedRun:
         """All requests, until each has had its end."""

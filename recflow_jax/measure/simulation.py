@@ -12,14 +12,14 @@ from functools import partial
 import numpy as np
 
 from recflow_jax.measure.load import WARM_UP_SHARE
-from recflow_jax.measure.simulated_gpu import Collecting, Gpu
+from recflow_jax.measure.simulated_gpu import Gpu
 from recflow_jax.measure.traffic import ALONE_US, Traffic
-from scheduling import Request, SimulatedRun, StepShape
+from recflow_jax.measure.tuning import best_collecting
+from scheduling import Collecting, Request, SimulatedRun, StepShape
 
 INCREMENTAL, SERIAL = "incremental", "serial"
 SATURATING_BATCHES = 20
-TRIED_WAITS_MS = (0.0, 0.5, 2.0, 5.0)
-TRIED_LIMITS = 3  # batch sizes below the largest
+SATURATING = Collecting(wait_ms=0, in_flight=2)
 
 Requests = Callable[[], Iterator[Request]]
 
@@ -79,38 +79,29 @@ def simulate_idle(gpu: Gpu, policy: str, traffic: Traffic) -> SimulatedLoad:
 
 def saturation_qps(gpu: Gpu, policy: str, traffic: Traffic) -> float:
     """Requests per second when more than enough are waiting."""
-    fresh = gpu.incremental() if policy == INCREMENTAL else gpu.serial(Collecting(wait_ms=0))
+    fresh = gpu.incremental() if policy == INCREMENTAL else gpu.serial(SATURATING)
     done = gpu.run(fresh, traffic.at_once(SATURATING_BATCHES * gpu.sizes.largest_batch))
     return 1e6 * len(done.samples) / done.span_us
 
 
+def simulate_batching(
+    gpu: Gpu, collecting: Collecting | None, requests: Iterator[Request], qps: float
+) -> SimulatedLoad:
+    """These requests, at so many per second; None batches incrementally."""
+    policy = gpu.incremental() if collecting is None else gpu.serial(collecting)
+    return replace(_summary(gpu.run(policy, requests), qps), collecting=collecting)
+
+
 def _served(gpu: Gpu, policy: str, requests: Requests, qps: float) -> SimulatedLoad:
     if policy == INCREMENTAL:
-        return _summary(gpu.run(gpu.incremental(), requests()), qps)
+        return simulate_batching(gpu, None, requests(), qps)
 
     def serial(collecting: Collecting) -> SimulatedLoad:
-        done = gpu.run(gpu.serial(collecting), requests())
-        return replace(_summary(done, qps), collecting=collecting)
+        return simulate_batching(gpu, collecting, requests(), qps)
 
     if gpu.serial_wait_ms is not None:
         return serial(Collecting(wait_ms=gpu.serial_wait_ms))
-    return _tuned(serial, gpu.sizes.batch_buckets)
-
-
-def _tuned(
-    serial: Callable[[Collecting], SimulatedLoad], batch_buckets: Sequence[int]
-) -> SimulatedLoad:
-    """The lowest p99 of some waits for full batches, then of smaller batches after that wait."""
-    full = [serial(Collecting(wait_ms=wait_ms)) for wait_ms in TRIED_WAITS_MS]
-    best = min(full, key=_p99_ms)
-    assert best.collecting is not None
-    smaller = batch_buckets[:-1][-TRIED_LIMITS:]
-    limited = [serial(replace(best.collecting, max_samples=limit)) for limit in smaller]
-    return min([best, *limited], key=_p99_ms)
-
-
-def _p99_ms(load: SimulatedLoad) -> float:
-    return load.p99_ms
+    return best_collecting(serial, gpu.sizes.batch_buckets)[1]
 
 
 def _summary(done: SimulatedRun, qps: float) -> SimulatedLoad:

@@ -31,7 +31,7 @@ class InFlight:
     """Launches that wait for the oldest once `most` are under way."""
 
     def __init__(
-        self, send: Callable[[int], Any], receive: Callable[[Any], Scores], most: int = IN_FLIGHT
+        self, send: Callable[[int], Any], receive: Callable[[Any], Any], most: int = IN_FLIGHT
     ) -> None:
         self._send = send
         self._receive = receive

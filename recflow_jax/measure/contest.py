@@ -1,0 +1,204 @@
+"""Incremental batching, serial batching on the same engine, and plain JAX behind a queue, online.
+
+All are first saturated. At each load serial batching is tuned, then all get the same arrivals, one
+after the other; then the largest load is looked for at which each keeps a p99. A profile table
+foretells what batching in either way does at each load.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.segments import Segments
+from recflow_jax.measure.contenders import RECFLOW, Lineup
+from recflow_jax.measure.foretold import Foreteller, Foretold
+from recflow_jax.measure.load import LoadResult, run_open_loop
+from recflow_jax.measure.online import (
+    OnlineOptions,
+    OnlinePoint,
+    OnlineResult,
+    Servers,
+    arrivals_at,
+    check_served,
+    mean_samples,
+    offer,
+    plain_server,
+    saturate,
+)
+from recflow_jax.measure.serial_server import SerialServer
+from recflow_jax.measure.sustained import Sustained, keeps, sustained
+from recflow_jax.measure.tuning import TRIED_IN_FLIGHT, TRIES, best_collecting
+from recflow_jax.measure.waited import Waited
+from recflow_jax.model import Params
+from scheduling import Collecting, ProfileTable
+
+SERIAL, PLAIN = "serial", "jax"
+CONTENDERS = (RECFLOW, SERIAL, PLAIN)
+TRY_SHARE = 0.4  # of a point's seconds: how long each of many tries lasts
+
+
+def measurements(options: OnlineOptions) -> int:
+    """How often `bench_online` calls `advance`."""
+    points = len(options.qps or options.loads)
+    saturating = len(CONTENDERS) - 1 + len(TRIED_IN_FLIGHT)
+    return saturating + points * (TRIES + len(CONTENDERS)) + len(CONTENDERS)
+
+
+def bench_online(
+    segments: Segments,
+    engine: Engine,
+    lineup: Lineup,
+    params: Params,
+    requests: Sequence[JaggedBatch],
+    *,
+    profile: ProfileTable | None = None,
+    ids: str = "uniform",
+    seed: int = 0,
+    options: OnlineOptions,
+    advance: Callable[[], None] = lambda: None,
+) -> OnlineResult:
+    """`engine` batches incrementally on `segments`, with `profile` if there is one.
+
+    `advance` is called after each measurement, see `measurements`. Raises WrongAnswers before
+    anything is timed, LoadError.
+    """
+    with _servers(segments, engine, lineup, requests, options) as (servers, serial):
+        check_served(engine.config, params, requests, servers)
+        teller = None
+        if profile is not None:
+            of = (segments, profile, engine, requests)
+            teller = Foreteller.calibrated(*of, ids=ids, seed=seed)
+        return _Contest(
+            engine=engine,
+            serial=serial,
+            servers=servers,
+            requests=requests,
+            options=options,
+            seed=seed,
+            batch_buckets=segments.batch_buckets,
+            teller=teller,
+            advance=advance,
+        ).run()
+
+
+@contextmanager
+def _servers(
+    segments: Segments,
+    engine: Engine,
+    lineup: Lineup,
+    requests: Sequence[JaggedBatch],
+    options: OnlineOptions,
+) -> Iterator[tuple[Servers, SerialServer]]:
+    with (
+        SerialServer(segments, Collecting(wait_ms=0)) as serial,
+        plain_server(lineup, requests, segments.options.max_batch, options.wait_ms) as plain,
+    ):
+        yield {RECFLOW: engine.submit, SERIAL: serial.submit, PLAIN: plain.submit}, serial
+
+
+@dataclass(kw_only=True)
+class _Contest:
+    """What all measurements share. collecting: the best way at the load that was measured last."""
+
+    engine: Engine
+    serial: SerialServer
+    servers: Servers
+    requests: Sequence[JaggedBatch]
+    options: OnlineOptions
+    seed: int
+    batch_buckets: Sequence[int]
+    teller: Foreteller | None
+    advance: Callable[[], None]
+    collecting: Collecting = field(default_factory=lambda: Collecting(wait_ms=0))
+
+    def run(self) -> OnlineResult:
+        saturation = self._saturation()
+        base = saturation.get(self.options.load_of) or min(saturation.values())
+        points = tuple(self._point(share, qps) for share, qps in self.options.rates(base))
+        return OnlineResult(
+            max_batch=self.engine.options.max_batch,
+            mean_request_samples=mean_samples(self.requests),
+            wait_ms=self.options.wait_ms,
+            saturation=saturation,
+            points=points,
+            arrivals="burst" if self.options.burst else "Poisson",
+            host=None if self.teller is None else self.teller.host,
+            p99_ms=self.options.p99_ms,
+            sustained={n: self._sustained(n, saturation[n], points) for n in self.servers},
+        )
+
+    def _saturation(self) -> dict[str, float]:
+        """Of serial batching, with the number of batches in flight that is best."""
+        tried = []
+        for in_flight in TRIED_IN_FLIGHT:
+            self.serial.collect(Collecting(wait_ms=0, in_flight=in_flight))
+            tried.append(self._saturate(SERIAL)[SERIAL])
+        return self._saturate(RECFLOW, PLAIN) | {SERIAL: max(tried)}
+
+    def _saturate(self, *names: str) -> dict[str, float]:
+        servers = {name: self.servers[name] for name in names}
+        options = replace(self.options, seconds=self._try_s)
+        return saturate(
+            servers, self.requests, self.engine.options.max_batch, options, self.advance
+        )
+
+    def _point(self, share: float | None, qps: float) -> OnlinePoint:
+        self.collecting = self._tuned(qps)
+        self.serial.collect(self.collecting)
+        options = self.options
+        given = (options.seconds, self.seed, self.advance, options.arrivals_s)
+        loads = offer(self.servers, self.requests, qps, *given)
+        return OnlinePoint(
+            share=share,
+            qps=qps,
+            contenders=loads,
+            collecting=self.collecting,
+            waited=Waited.of_last(self.engine.waits(), loads[RECFLOW].requests),
+            foretold=self._foretold(qps, loads),
+        )
+
+    def _tuned(self, qps: float) -> Collecting:
+        def serve(collecting: Collecting) -> LoadResult:
+            self.serial.collect(collecting)
+            load = self._try(SERIAL, qps)
+            self.advance()
+            return load
+
+        return best_collecting(serve, self.batch_buckets)[0]
+
+    def _foretold(self, qps: float, loads: dict[str, LoadResult]) -> dict[str, Foretold]:
+        if self.teller is None:
+            return {}
+        due_s = arrivals_at(qps, self.options.seconds, self.seed, self.options.arrivals_s)
+        ways = {RECFLOW: None, SERIAL: self.collecting}
+        return {
+            name: Foretold.of(self.teller.foretell(way, self.requests, due_s), loads[name])
+            for name, way in ways.items()
+        }
+
+    def _sustained(self, name: str, most: float, points: Sequence[OnlinePoint]) -> Sustained:
+        """What is below a point that kept the bound is not tried again. Serial batching collects as
+        was best at the highest point, which is about where the bound is.
+        """
+        bound_ms = self.options.p99_ms
+        kept = [p for p in points if keeps(p.contenders[name], bound_ms)]
+        known = max(kept, key=lambda point: point.qps, default=None)
+
+        def tried(qps: float) -> LoadResult:
+            if known is not None and qps <= known.qps:
+                return known.contenders[name]
+            return self._try(name, qps)
+
+        found = sustained(tried, most, bound_ms)
+        self.advance()
+        return found
+
+    @property
+    def _try_s(self) -> float:
+        return TRY_SHARE * self.options.seconds
+
+    def _try(self, name: str, qps: float) -> LoadResult:
+        due_s = arrivals_at(qps, self._try_s, self.seed, self.options.arrivals_s)
+        return run_open_loop(self.servers[name], self.requests, due_s)

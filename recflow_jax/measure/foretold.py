@@ -1,0 +1,111 @@
+"""What a profile table foretells of an online run, for the very same arrivals and requests."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.planning import plans_of
+from recflow_jax.engine.profiles import load_profile
+from recflow_jax.engine.segments import Segments
+from recflow_jax.measure.host_rates import measured_rates, with_answers
+from recflow_jax.measure.load import LoadResult
+from recflow_jax.measure.simulated_gpu import Gpu, host_of
+from recflow_jax.measure.simulation import SimulatedLoad, simulate_batching
+from scheduling import (
+    Collecting,
+    HostCosts,
+    PipelineConfig,
+    ProfileTable,
+    Request,
+    TablePlans,
+    TableTimes,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foretold:
+    """Latencies of one contender at one load, and how they compare: foretold / measured."""
+
+    p50_ms: float
+    p99_ms: float
+    p50_ratio: float
+    p99_ratio: float
+
+    @classmethod
+    def of(cls, foretold: SimulatedLoad, measured: LoadResult) -> "Foretold":
+        return cls(
+            p50_ms=foretold.p50_ms,
+            p99_ms=foretold.p99_ms,
+            p50_ratio=foretold.p50_ms / measured.p50_ms,
+            p99_ratio=foretold.p99_ms / measured.p99_ms,
+        )
+
+
+class Foreteller:
+    """Simulates engines on some segments by their profile table, with a host as measured here.
+
+    Raises ProfileTableError for a table of something else.
+    """
+
+    def __init__(self, segments: Segments, profile: ProfileTable, host: HostCosts) -> None:
+        self.host = host_of(segments.config, host)
+        self._segments = segments
+        self._table = load_profile(profile, segments)
+        self._plans = plans_of(segments, segments.options, self._table)
+
+    @classmethod
+    def calibrated(
+        cls,
+        segments: Segments,
+        profile: ProfileTable,
+        engine: Engine,
+        requests: Sequence[JaggedBatch],
+        *,
+        ids: str,
+        seed: int,
+    ) -> "Foreteller":
+        """Measures the host for a few seconds, on the idle engine too."""
+
+        def idle_ms(host: HostCosts, due_s: np.ndarray) -> float:
+            return cls(segments, profile, host).foretell(None, requests, due_s).p50_ms
+
+        rates = measured_rates(segments, requests, ids=ids, seed=seed)
+        return cls(segments, profile, with_answers(rates, engine, requests, idle_ms))
+
+    def foretell(
+        self,
+        collecting: Collecting | None,
+        requests: Sequence[JaggedBatch],
+        due_s: Float[np.ndarray, " arrivals"],
+    ) -> SimulatedLoad:
+        """What `run_open_loop` would measure; None batches incrementally."""
+        qps = len(due_s) / max(float(due_s[-1]), 1e-9)
+        return simulate_batching(self._gpu, collecting, arriving(requests, due_s), qps)
+
+    @property
+    def _gpu(self) -> Gpu:
+        assert isinstance(self._plans, TablePlans)
+        sizes = PipelineConfig(
+            batch_buckets=self._segments.batch_buckets,
+            slice_buckets=self._segments.slice_buckets,
+            segments=self._segments.count,
+            max_steps_in_flight=self._segments.options.max_steps_in_flight,
+        )
+        times = TableTimes(self._table)
+        return Gpu(sizes=sizes, plans=self._plans, times=times, host=self.host)
+
+
+def arriving(
+    requests: Sequence[JaggedBatch], due_s: Float[np.ndarray, " arrivals"]
+) -> Iterator[Request]:
+    """Request i % len(requests) at due_s[i], as the scheduler knows it."""
+    offsets = [np.asarray(r.offsets[:: r.features], np.int64) for r in requests]
+    for index, due in enumerate(due_s.tolist()):
+        of_ids = offsets[index % len(requests)]
+        yield Request(
+            id=index, samples=len(of_ids) - 1, id_offsets=of_ids, arrived_us=int(1e6 * due)
+        )

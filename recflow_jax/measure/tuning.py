@@ -1,0 +1,40 @@
+"""How serial batching had best collect: some ways are tried."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+from scheduling import Collecting
+
+TRIED_WAITS_MS = (0.0, 0.5, 2.0, 5.0)
+TRIED_LIMITS = 3  # batch sizes below the largest
+TRIED_IN_FLIGHT = (2, 1)
+TRIES = len(TRIED_WAITS_MS) + TRIED_LIMITS + len(TRIED_IN_FLIGHT) - 1
+
+
+@runtime_checkable
+class Served(Protocol):
+    """What became of requests."""
+
+    @property
+    def p99_ms(self) -> float: ...
+
+
+def best_collecting[S: Served](
+    serve: Callable[[Collecting], S], batch_buckets: Sequence[int]
+) -> tuple[Collecting, S]:
+    """The lowest p99 of some waits for full batches, then of smaller batches after that wait, then
+    of other numbers in flight; and what `serve` gave for it. At most TRIES are served.
+    """
+    first, *others = TRIED_IN_FLIGHT
+    waits = [Collecting(wait_ms=wait_ms, in_flight=first) for wait_ms in TRIED_WAITS_MS]
+    best = _best(serve, waits)
+    smaller = batch_buckets[:-1][-TRIED_LIMITS:]
+    best = _best(serve, [replace(best[0], max_samples=limit) for limit in smaller], best)
+    return _best(serve, [replace(best[0], in_flight=number) for number in others], best)
+
+
+def _best(serve: Callable[[Collecting], Any], tried: Sequence[Collecting], *best: Any) -> Any:
+    """With what came of it."""
+    served = [*best, *((collecting, serve(collecting)) for collecting in tried)]
+    return min(served, key=lambda pair: pair[1].p99_ms)

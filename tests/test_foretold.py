@@ -1,0 +1,59 @@
+"""Foretelling an online run: the same requests, a host as measured, a device of known times."""
+
+import numpy as np
+import pytest
+
+from recflow_jax.batch import JaggedBatch
+from recflow_jax.data.workloads import generate
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.options import EngineOptions
+from recflow_jax.measure.foretold import Foreteller, Foretold, arriving
+from recflow_jax.measure.load import poisson_arrivals_s, run_open_loop
+from scheduling import Collecting, HostCosts
+from small_models import CONCAT, FIXED
+from timed_segments import TimedSegments
+
+OPTIONS = EngineOptions(max_batch=32, max_slice=32, smallest_slice=8, segments=2, freeze_heap=False)
+
+
+def requests_of(samples: int, count: int = 4) -> list[JaggedBatch]:
+    return [generate(FIXED, samples, seed=seed) for seed in range(count)]
+
+
+def test_the_scheduler_sees_the_very_requests():
+    pool = [generate(CONCAT, n, seed=n) for n in (2, 5)]
+    seen = [*arriving(pool, np.array([0.0, 0.5, 2.0]))]
+    assert [request.samples for request in seen] == [2, 5, 2]
+    assert [request.arrived_us for request in seen] == [0, 500_000, 2_000_000]
+    assert [request.ids for request in seen] == [len(pool[i].values) for i in (0, 1, 0)]
+    first_sample = pool[0].offsets[pool[0].features]
+    assert seen[0].id_offsets.tolist() == [0, first_sample, len(pool[0].values)]
+
+
+def test_a_request_alone_takes_what_the_table_and_the_host_say():
+    segments = TimedSegments(FIXED, OPTIONS)
+    host = HostCosts(launch_us=10, sample_us=0, id_us=0, byte_us=0, answer_us=100)
+    teller = Foreteller(segments, segments.table(), host)
+    far_apart = np.arange(20) * 1.0
+    # A slice of 8 samples, 560 us, and a batch of 8, 1120 us.
+    told = teller.foretell(None, requests_of(8), far_apart)
+    assert told.p50_ms == pytest.approx(0.01 + 0.56 + 1.12 + 0.1)
+    waits = teller.foretell(Collecting(wait_ms=3), requests_of(8), far_apart)
+    assert waits.p50_ms == pytest.approx(3 + told.p50_ms)
+
+
+@pytest.mark.parametrize("collecting", [None, Collecting(wait_ms=2, in_flight=2)])
+def test_what_is_foretold_is_about_what_is_measured(collecting: Collecting | None):
+    """Steps of milliseconds, so that a busy machine does not hide them."""
+    segments, requests = TimedSegments(FIXED, OPTIONS), requests_of(8)
+    table = segments.table()
+    with Engine.from_segments(segments, profile=table) as engine:
+        of = (segments, table, engine, requests)
+        teller = Foreteller.calibrated(*of, ids="uniform", seed=0)
+    assert min(teller.host.submit_us, teller.host.request_us, teller.host.launch_us) > 0
+    due_s = poisson_arrivals_s(300, 300, seed=1)
+    with Engine.from_segments(segments, profile=table, batching=collecting) as engine:
+        measured = run_open_loop(engine.submit, requests, due_s)
+    told = Foretold.of(teller.foretell(collecting, requests, due_s), measured)
+    assert told.p50_ratio == pytest.approx(told.p50_ms / measured.p50_ms)
+    assert 0.5 < told.p50_ratio < 1.5

@@ -1,0 +1,37 @@
+"""The search for the best way to collect."""
+
+from dataclasses import dataclass
+
+from recflow_jax.measure.tuning import TRIES, best_collecting
+from scheduling import Collecting
+
+
+@dataclass(frozen=True)
+class Served:
+    p99_ms: float
+
+
+def test_waits_then_limits_then_numbers_in_flight_are_tried():
+    tried = []
+
+    def serve(collecting: Collecting) -> Served:
+        tried.append(collecting)
+        limit = collecting.max_samples or 16
+        return Served(abs(collecting.wait_ms - 2) + abs(limit - 4) + collecting.in_flight)
+
+    best, served = best_collecting(serve, (2, 4, 8, 16))
+    assert best == Collecting(wait_ms=2, max_samples=4, in_flight=1)
+    assert served == Served(1)
+    assert len(tried) == len({*tried}) == TRIES == 8
+
+
+def test_the_best_may_be_the_first():
+    best, _ = best_collecting(lambda c: Served(c.wait_ms - c.in_flight), (8, 16))
+    assert best == Collecting(wait_ms=0, in_flight=2)
+
+
+def test_how_it_collects_reads_well():
+    assert str(Collecting(wait_ms=0.5)) == "0.5 ms, 1 in flight"
+    assert str(Collecting(wait_ms=2, max_samples=4096, in_flight=2)) == (
+        "2 ms or 4,096, 2 in flight"
+    )
