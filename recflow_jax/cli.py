@@ -23,6 +23,8 @@ Exit codes:
   3    something needed is not on this machine: a GPU, a package, the data
   130  interrupted"""
 
+MOST_ROWS_WRITTEN = 65536  # by one request to a server
+
 app = typer.Typer(
     name="recflow",
     help="DLRM inference in JAX and Pallas: train, profile, serve and compare.",
@@ -685,11 +687,24 @@ def serve(
     backend: BackendName = "auto",
     max_batch: MaxBatch = 8192,
     segments: SegmentsOption = 3,
+    objective: Annotated[
+        Literal["throughput", "latency"], typer.Option(help="What is planned for, by --profile.")
+    ] = "throughput",
+    p99_ms: Annotated[
+        float | None, typer.Option(help="With --profile: keeps batches so small.")
+    ] = None,
     max_queued_samples: Annotated[
         int, typer.Option(help="Samples inside, beyond which requests get 429.", min=1)
     ] = 65536,
     name: Annotated[str | None, typer.Option(help="Its name in URLs.  [default: its own]")] = None,
     model_version: Annotated[str, typer.Option(help="Its version in URLs.")] = "1",
+    model_control: Annotated[
+        Path | None,
+        typer.Option(help="Clients may load and unload versions: N.safetensors in this folder."),
+    ] = None,
+    row_updates: Annotated[
+        bool, typer.Option("--row-updates", help="Clients may write rows of tables.")
+    ] = False,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8001,
@@ -733,7 +748,10 @@ def serve(
             backend=backend,
             max_batch=max_batch,
             segments=segments,
+            objective=objective,
+            p99_ms=p99_ms,
             max_queued_samples=max_queued_samples,
+            max_update_rows=MOST_ROWS_WRITTEN if row_updates else None,
         ),
         server=ServerOptions(
             host=host,
@@ -750,6 +768,7 @@ def serve(
         ),
         name=name,
         version=model_version,
+        model_control=model_control,
         log_level=log_level,
         log_format=log_format,
     )

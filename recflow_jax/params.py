@@ -80,10 +80,10 @@ def _draw_group(key: Array, group: Group, bound: float) -> Table:
 def _draw_chunk(table: Table, key: Array, start: Array, bound: Array, *, rows: int) -> Table:
     dim = jax.tree.leaves(table)[0].shape[1]
     chunk = jax.random.uniform(key, (rows, dim), jnp.float32, -1, 1) * bound
-    return update_rows(table, _like(chunk, table), start)
+    return update_rows(table, as_rows_of(chunk, table), start)
 
 
-def _like(rows: Table, table: Table) -> Table:
+def as_rows_of(rows: Table, table: Table) -> Table:
     """`rows` as rows of `table`: quantised if it is and they are not yet."""
     if isinstance(rows, QuantisedTable):
         return rows
@@ -360,4 +360,4 @@ def _read_rows(slices: list[Any], bases: np.ndarray, chunk: range, dtype: np.dty
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fill_chunk(table: Table, rows: Table, start: Array) -> Table:
-    return update_rows(table, _like(rows, table), start)
+    return update_rows(table, as_rows_of(rows, table), start)

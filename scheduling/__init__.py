@@ -12,6 +12,7 @@ from scheduling.costs import StepTimes, TableTimes
 from scheduling.host_costs import HostCosts
 from scheduling.pipeline import (
     Action,
+    Apply,
     Arrive,
     Cancel,
     Event,
@@ -20,6 +21,7 @@ from scheduling.pipeline import (
     Pipeline,
     PipelineConfig,
     StepDone,
+    Write,
 )
 from scheduling.planner import Plans, SerialPlans, TablePlans
 from scheduling.policy import Policy
@@ -48,6 +50,7 @@ from scheduling.table import (
 __all__ = [
     "Action",
     "Admission",
+    "Apply",
     "Arrive",
     "Cancel",
     "CoRun",
@@ -81,6 +84,7 @@ __all__ = [
     "StepTimes",
     "TablePlans",
     "TableTimes",
+    "Write",
     "ladder",
     "simulate",
     "smallest_holding",

@@ -102,6 +102,11 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """Rows of tables are to change: no request and no batch may read some before and some after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
     """Enqueue this step on the device now."""
 
@@ -115,8 +120,13 @@ class Expire:
     request_id: int
 
 
-Event = Arrive | Cancel | StepDone
-Action = Launch | Expire
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apply:
+    """Enqueue the change of the earliest `Write` now: nothing is partly embedded."""
+
+
+Event = Arrive | Cancel | StepDone | Write
+Action = Launch | Expire | Apply
 
 
 class Pipeline:
@@ -125,7 +135,8 @@ class Pipeline:
     Requests run by ascending priority, then in the order of arrival; one that is too large for a
     slice or for the rest of a batch is split, and its remainder stays first in its priority. While
     urgent requests use up the device, less urgent ones wait without bound: give them deadlines.
-    How batches are cut, and what is launched beside a segment, is up to `plans`.
+    How batches are cut, and what is launched beside a segment, is up to `plans`. A write waits for
+    the requests that are partly gathered and for the filling batch, which takes in no others.
     Not thread-safe; one thread calls `step`.
     """
 
@@ -140,6 +151,7 @@ class Pipeline:
         self._running: _Batch | None = None
         self._filling = _Batch(id=0)
         self._backlog = 0
+        self._writes = 0
         self._steps_launched = 0
         self._steps_done = 0
 
@@ -154,7 +166,11 @@ class Pipeline:
         for event in events:
             self._apply(event)
         actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
+        actions += self._due_writes()
         while self.can_launch and self._has_work():
+            if self._running is None and not self._is_gathering():
+                self._run_filled()
+                actions += self._due_writes()
             actions.append(Launch(step=self._next_step()))
         return actions
 
@@ -185,9 +201,14 @@ class Pipeline:
     def _has_work(self) -> bool:
         return self._running is not None or self._filling.rows > 0 or self._queue.samples > 0
 
+    def _due_writes(self) -> list[Action]:
+        """All that have come, once nothing is partly embedded."""
+        if not self._writes or self._filling.rows or self._queue.has_begun:
+            return []
+        due, self._writes = self._writes, 0
+        return [Apply()] * due
+
     def _next_step(self) -> Step:
-        if self._running is None and not self._is_gathering():
-            self._run_filled()
         shape = self._running.next_shape if self._running else None
         piece = self._slice(self._room_beside(shape))
         co_run = self._plans.co_run(shape, piece.bucket) if shape and piece else None
@@ -205,6 +226,8 @@ class Pipeline:
         if self._filling.rows == 0:
             self._backlog = self._queue.samples
         room = self._config.largest_slice_at(self._filling.rows)
+        if self._writes:
+            return room is not None and self._queue.fits(room, begun=True)
         return self._backlog > 0 and room is not None and self._queue.fits(room)
 
     def _run_filled(self) -> None:
@@ -225,7 +248,8 @@ class Pipeline:
 
     def _slice(self, room: SliceBucket | None) -> Slice | None:
         """As much waiting work as there is room for."""
-        parts, ids = self._queue.take(room) if room else ((), 0)
+        only_begun = self._writes > 0
+        parts, ids = self._queue.take(room, begun=only_begun) if room else ((), 0)
         if not parts:
             return None
         row, samples = self._filling.rows, self._filling.append(parts)
@@ -282,6 +306,8 @@ class Pipeline:
                 self._queue.drop(request_id)
             case StepDone():
                 self._steps_done += 1
+            case Write():
+                self._writes += 1
 
 
 def _check_ids_per_sample(request: Request, most: int) -> None:

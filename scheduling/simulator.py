@@ -14,7 +14,7 @@ import numpy as np
 
 from scheduling.costs import StepTimes
 from scheduling.host_costs import HostCosts
-from scheduling.pipeline import Action, Arrive, Event, Expire, StepDone
+from scheduling.pipeline import Action, Arrive, Event, Launch, StepDone
 from scheduling.policy import Policy
 from scheduling.request import Part, Request, Step, StepShape
 
@@ -173,7 +173,7 @@ class _Engine:
 
     def _act(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if not isinstance(action, Expire):
+            if isinstance(action, Launch):
                 self._launch(action.step)
 
     def _launch(self, step: Step) -> None:

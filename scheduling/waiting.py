@@ -46,6 +46,7 @@ class WaitingQueue:
         self.samples = 0
         self._arrivals = 0
         self._waiting: dict[int, _Waiting] = {}
+        self._begun: dict[int, _Waiting] = {}
         self._by_priority = _Heap(alive=lambda waiting: not waiting.gone)
         self._by_deadline = _Heap(alive=lambda waiting: not waiting.gone and waiting.start == 0)
 
@@ -56,6 +57,11 @@ class WaitingQueue:
     def next_deadline_us(self) -> int | None:
         first = self._by_deadline.head
         return first.request.deadline_us if first else None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a request waits of which some samples have left."""
+        return bool(self._begun)
 
     def push(self, request: Request) -> None:
         waiting = self._waiting[request.id] = _Waiting(request, self._arrivals)
@@ -68,6 +74,7 @@ class WaitingQueue:
     def drop(self, request_id: int) -> None:
         """Forget what still waits of a request; one that does not wait is ignored."""
         waiting = self._waiting.pop(request_id, None)
+        self._begun.pop(request_id, None)
         if waiting:
             waiting.gone = True
             self.samples -= waiting.request.samples - waiting.start
@@ -80,15 +87,18 @@ class WaitingQueue:
             self.drop(first.request.id)
         return late
 
-    def fits(self, room: SliceBucket) -> bool:
-        """Whether at least the first waiting sample fits."""
-        first = self._by_priority.head
+    def fits(self, room: SliceBucket, *, begun: bool = False) -> bool:
+        """Whether at least the first waiting sample fits, or the first of requests begun."""
+        first = self._first(begun)
         return first is not None and first.reach(room.samples, room.ids) > first.start
 
-    def take(self, room: SliceBucket) -> tuple[tuple[Part, ...], int]:
-        """As many samples as fit, strictly in order; their parts and how many ids they have."""
+    def take(self, room: SliceBucket, *, begun: bool = False) -> tuple[tuple[Part, ...], int]:
+        """As many samples as fit, strictly in order; their parts and how many ids they have.
+
+        begun: only of requests of which some samples have left.
+        """
         parts, samples_left, ids_left = [], room.samples, room.ids
-        while first := self._by_priority.head:
+        while first := self._first(begun):
             stop = first.reach(samples_left, ids_left)
             if stop == first.start:
                 break
@@ -96,9 +106,16 @@ class WaitingQueue:
             parts.append(part)
             samples_left, ids_left = samples_left - part.samples, ids_left - ids
             self.samples -= part.samples
+            self._begun[part.request_id] = first
             if stop == first.request.samples:
                 self.drop(part.request_id)
         return tuple(parts), room.ids - ids_left
+
+    def _first(self, begun: bool) -> _Waiting | None:
+        """Of those begun there is one in each priority at most."""
+        if not begun:
+            return self._by_priority.head
+        return min(self._begun.values(), key=lambda one: one.request.priority, default=None)
 
 
 class _Heap:

@@ -1,7 +1,8 @@
 """Segments whose arithmetic can be done by hand, on a device that can be held, broken and watched.
 
 A sample's score is its dense feature + 10 * (the sum of its ids), doubled by the last segment:
-2 * (dense + 10 * ids), however a batch is cut.
+2 * (dense + 10 * ids), however a batch is cut. Row r of its table is r until it
+is updated.
 """
 
 import threading
@@ -18,6 +19,7 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.staging import Staging
+from recflow_jax.engine.updates import NewRows
 from recflow_jax.layout import Layout
 from scheduling.request import CoRun, SegmentShape
 
@@ -35,6 +37,7 @@ OPTIONS = EngineOptions(
     max_queued_samples=64,
     max_ids_per_sample=600,
     segments=2,
+    max_update_rows=64,
     freeze_heap=False,
 )
 
@@ -64,8 +67,8 @@ class FakeArray:
 
 class FakeSegments(Segments):
     """`takes_s` is how long a result takes. `hold()` keeps every step from ending until `go_on()`;
-    `break_next(what)` makes one dispatch ("embed", "start", "run") raise; `lose_next(what)` makes
-    one fail on the device, later.
+    `break_next(what)` makes one dispatch ("embed", "start", "run", "write") raise;
+    `lose_next(what)` makes one fail on the device, later.
     """
 
     def __init__(self, options: EngineOptions = OPTIONS) -> None:
@@ -79,6 +82,7 @@ class FakeSegments(Segments):
         self.runs = threading.Event()
         self.runs.set()
         self.takes_s = 0.0
+        self.table = np.arange(CONFIG.tables[0].rows, dtype=np.float32)
         self.states_made = 0
         self.batches_seen: list[list[float]] = []
         self._break: set[str] = set()
@@ -109,7 +113,7 @@ class FakeSegments(Segments):
         lost = state.vectors.lost or self._is_next("embed")
         (bucket,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
         fields = {n: packed[p] for n, p in self.staging.shape(bucket).places.items()}
-        sums = np.concatenate([[0], np.cumsum(fields["rows"])])[fields["offsets"]]
+        sums = np.concatenate([[0], np.cumsum(self.table[fields["rows"]])])[fields["offsets"]]
         row, new = fields["first_row"][0], state.vectors.values.copy()
         assert row + bucket.samples <= len(new)
         new[row : row + bucket.samples] = fields["dense"].view(np.float32) + 10 * np.diff(sums)
@@ -134,6 +138,11 @@ class FakeSegments(Segments):
     def run_with(self, cell: CoRun, x: Any, filling: BatchState, packed: Any) -> Any:
         self._check(cell, packed)
         return self.run(cell.segment, x), self.embed(filling, packed)
+
+    def write_rows(self, new: NewRows) -> FakeArray:
+        lost = self._is_next("write")
+        self.table[np.asarray(new.rows)[: new.count]] = np.asarray(new.values)[: new.count, 0]
+        return FakeArray(self, self.table, lost)
 
     def compile_all(self, progress: bool | None = None, **what: Any) -> None:
         self.compiled = what

@@ -12,6 +12,7 @@ import uvloop
 
 from recflow_jax.engine.engine import Engine
 from recflow_jax.serving.options import ServerOptions
+from recflow_jax.serving.repository import Repository
 from recflow_jax.serving.server import Ending, Ports, Server
 
 SOON_S = 60
@@ -21,10 +22,13 @@ FREE_PORTS: dict[str, Any] = {"http_port": 0, "grpc_port": 0}
 class RunningServer:
     """What a test needs of it: addresses, a way to stop it, and how it ended."""
 
-    def __init__(self, load: Callable[[], Engine], **options: Any) -> None:
+    def __init__(
+        self, load: Callable[[], Engine], repository: Repository | None = None, **options: Any
+    ) -> None:
         self._ports: Future[Ports] = Future()
         self._ending: Future[Ending] = Future()
-        self._server = Server(load, options=ServerOptions(**FREE_PORTS | options))
+        told = ServerOptions(**FREE_PORTS | options)
+        self._server = Server(load, options=told, repository=repository)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         ports = self._ports.result(SOON_S)
@@ -68,9 +72,11 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(load: Callable[[], Engine], **options: Any) -> Iterator[RunningServer]:
+def serving(
+    load: Callable[[], Engine], repository: Repository | None = None, **options: Any
+) -> Iterator[RunningServer]:
     """A server that is ready, and stopped at the end if the test has not done so."""
-    server = RunningServer(load, **options)
+    server = RunningServer(load, repository, **options)
     try:
         server.wait_until_ready()
         yield server

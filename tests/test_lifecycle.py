@@ -18,7 +18,7 @@ from fake_clients import INFER, asking, tensors
 from fake_segments import FakeSegments, scores
 from fake_server import Start, starting
 from recflow_jax.engine.engine import Engine
-from recflow_jax.serving import server
+from recflow_jax.serving import control
 from request_tensors import as_json
 from running_server import SOON_S, RunningServer, serving, wait_for
 
@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_is_named(name: str) -> None:
         address = server.http_address if name == "http_port" else server.grpc_address
         port = int(address.rpartition(":")[2])
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1.*{port}"):
-            RunningServer(load, **{name: port})
+            RunningServer(load, None, **{name: port})
 
 
 # --- draining
@@ -122,7 +122,7 @@ def test_what_was_accepted_is_answered_and_nothing_else_let_in(start: Start) -> 
 def test_a_device_that_hangs_does_not_keep_it_from_ending(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "CLOSING_S", 0.2)
+    monkeypatch.setattr(control, "CLOSING_S", 0.2)
     fake = start(drain_s=0.2)
     fake.device.hold()
     inside = fake.ask(1)
@@ -164,7 +164,7 @@ def test_tls(tmp_path: Path) -> None:
     for pem in issued.cert_chain_pems:
         pem.write_to_path(files["chain.pem"], append=True)
     pair = {"tls_certificate": files["chain.pem"], "tls_key": files["key.pem"]}
-    server = RunningServer(load, **pair)
+    server = RunningServer(load, None, **pair)
     trusted = ssl.create_default_context(cafile=files["ca.pem"])
     with httpx.Client(base_url=server.http, verify=trusted) as client:
         wait_for(lambda: client.get("/v2/health/ready").status_code == 200)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scheduling import waiting as waiting_module
 from scheduling.pipeline import (
     Action,
+    Apply,
     Arrive,
     Cancel,
     Event,
@@ -55,6 +56,8 @@ def told(actions: list[Action]) -> list[str]:
 def _told(action: Action) -> str:
     if isinstance(action, Expire):
         return f"expire {action.request_id}"
+    if isinstance(action, Apply):
+        return "apply"
     parts = []
     if slice_ := action.step.slice:
         whose = ",".join(f"r{p.request_id}[{p.start}:{p.stop}]" for p in slice_.parts)

@@ -208,7 +208,7 @@ def test_nothing_compiles_before_it_is_asked_for():
 def test_numpy_parameters_are_moved_to_the_device_once():
     host = jax.tree.map(np.asarray, params_of(DOT))
     segments = Segments(DOT, host, choose_backend("xla"), SMALL)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(segments.params))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(segments.tables.groups))
 
 
 def test_largest_sample_is_told_or_what_the_largest_slice_holds():

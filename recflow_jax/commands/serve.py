@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from recflow_jax.config import DLRMConfig
@@ -18,6 +19,7 @@ try:
 
     from recflow_jax.serving import logs
     from recflow_jax.serving.options import ServerOptions
+    from recflow_jax.serving.repository import Repository
     from recflow_jax.serving.server import Ending, Server
 except ModuleNotFoundError as error:
     raise Missing(f"{error}: pip install 'recflow-jax[serve]'") from error
@@ -33,27 +35,37 @@ def serve(
     server: ServerOptions,
     name: str | None,
     version: str,
+    model_control: Path | None,
     log_level: logs.LogLevel,
     log_format: logs.LogFormat | None,
 ) -> None:
     """Serves until SIGTERM or SIGINT. Raises SystemExit if what was accepted was not all answered.
 
     config: None takes that of the file `params`. random: drawn parameters instead, to try things.
-    Raises ValueError if there is neither or both, OSError for ports that are taken.
+    model_control: a folder of versions that clients may load. Raises ValueError if there is neither
+    params nor random or both, OSError for ports that are taken and a folder that is none.
     """
     if (params is None) != random or (random and config is None):
         raise ValueError("serve takes --params FILE, or --model with --random-params to try it")
+    if model_control is not None and not model_control.is_dir():
+        raise NotADirectoryError(f"--model-control: {model_control} is no folder")
     logs.set_up(log_level, log_format)
 
-    def load() -> Engine:
-        if params is None:
+    def load(path: Path | None) -> Engine:
+        if path is None:
             assert config is not None
             return Engine(config, init_params(config), options=engine, profile=profile)
-        found, loaded = load_params(params, config=config)
+        found, loaded = load_params(path, config=config)
         return Engine(found, loaded, options=engine, profile=profile)
 
-    ending = uvloop.run(_until_signal(Server(load, name=name, version=version, options=server)))
-    _leave(ending)
+    made = Server(
+        partial(load, params),
+        name=name,
+        version=version,
+        options=server,
+        repository=None if model_control is None else Repository(folder=model_control, load=load),
+    )
+    _leave(uvloop.run(_until_signal(made)))
 
 
 async def _until_signal(server: Server) -> Ending:

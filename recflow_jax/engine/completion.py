@@ -4,9 +4,10 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from recflow_jax.engine.launcher import fail_step
-from recflow_jax.engine.ledger import Ledger
-from recflow_jax.engine.messages import Fault, Flight, Inbox, now_us
+from recflow_jax.engine.errors import StepFailed
+from recflow_jax.engine.launcher import fail_step, fail_update
+from recflow_jax.engine.ledger import Ledger, settle
+from recflow_jax.engine.messages import Fault, Flight, Inbox, Written, now_us
 from recflow_jax.engine.staging import Staging
 from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import StepDone
@@ -20,7 +21,7 @@ class Completion:
         staging: Staging,
         *,
         inbox: Inbox,
-        flights: SimpleQueue[Flight | None],
+        flights: SimpleQueue[Flight | Written | None],
         ledger: Ledger,
         tally: Tally,
     ) -> None:
@@ -33,10 +34,23 @@ class Completion:
     def run(self) -> None:
         """Until the launcher says that there is no more."""
         while (flight := self._flights.get()) is not None:
+            if isinstance(flight, Written):
+                self._finish_update(flight)
+                continue
             try:
                 self._finish(flight)
             except Exception as error:
                 self._fail(flight, error)
+
+    def _finish_update(self, written: Written) -> None:
+        update = written.update
+        try:
+            written.landed.block_until_ready()
+        except Exception as error:
+            fail_update(update, StepFailed, "the rows could not be written", error)
+        else:
+            self._tally.updated(update.rows.count)
+            settle(update.done.set_result, None)
 
     def _finish(self, flight: Flight) -> None:
         """A fault is reported before the end of its step, so that nothing is built on it."""

@@ -8,6 +8,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,7 +27,7 @@ from recflow_jax.engine.heap import HEAP
 from recflow_jax.engine.intake import Sparse, Terms, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
-from recflow_jax.engine.messages import Close, Flight, Inbox, now_us
+from recflow_jax.engine.messages import Close, Flight, Inbox, Written, now_us
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
 from recflow_jax.engine.planning import pipeline_config, plans_of, policy_of
@@ -34,6 +35,7 @@ from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stats import EngineStats, Tally, Waits
+from recflow_jax.engine.updates import Update, new_rows
 from recflow_jax.model import Params
 from scheduling.planner import Plans
 from scheduling.request import Request
@@ -109,7 +111,7 @@ class Engine:
         self._request_ids = itertools.count()
         self._tally = Tally(self.options.latency_window)
         policy = policy_of(segments, options, plans)
-        inbox, flights = Inbox(), SimpleQueue[Flight | None]()
+        inbox, flights = Inbox(), SimpleQueue[Flight | Written | None]()
         self._ledger = Ledger(
             max_samples=self.options.max_queued_samples,
             outputs=self.config.outputs,
@@ -173,6 +175,26 @@ class Engine:
             return self._enter_now(samples).result()
         size = max(most // PIECES_WAITING, 1)
         return predict_in_pieces(samples, size, self.config.outputs, self._enter_now)
+
+    def update_rows(self, table: str, ids: Any, values: Any) -> Future[None]:
+        """Changes rows of a table between batches; never waits for them. ids: integers [k]; values:
+        floats [k, dim], rounded as loading them does; of an id that comes twice the last counts.
+
+        What is submitted after this returns is scored with the new rows, or with newer ones; no
+        request and no batch is scored with some of them alone. The future is done when they are on
+        the device; wait for it before the next one of many, as each holds its rows there. It raises
+        StepFailed or EngineClosed, cannot be cancelled, and is not to be waited for in callbacks of
+        answers.
+        Raises InputError, EngineClosed, and EngineError without `options.max_update_rows`.
+        """
+        sizes = self.options.update_sizes
+        if not sizes:
+            raise EngineError("rows do not change here: the option max_update_rows is not set")
+        segments = self._segments
+        rows = new_rows(segments.config, segments.layout, table, ids, values, sizes=sizes)
+        update = Update(rows)
+        self._ledger.pass_on(update)
+        return update.done
 
     def stats(self) -> EngineStats:
         """What was accepted, answered, rejected, launched so far, and how long that took."""

@@ -1,5 +1,6 @@
 """The thread that owns the policy: mail in, launches out. It never waits for the device."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from recflow_jax.engine.errors import EngineClosed, StepFailed
-from recflow_jax.engine.ledger import Ledger
+from recflow_jax.engine.errors import EngineClosed, EngineError, StepFailed
+from recflow_jax.engine.ledger import Ledger, settle
 from recflow_jax.engine.messages import (
     Close,
     Dropped,
@@ -18,19 +19,24 @@ from recflow_jax.engine.messages import (
     Inbox,
     Message,
     Submitted,
+    Written,
     now_us,
 )
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
+from recflow_jax.engine.updates import Update
 from scheduling.pipeline import (
     Action,
+    Apply,
     Arrive,
     Cancel,
     Event,
     Expire,
+    Launch,
     StepDone,
+    Write,
 )
 from scheduling.policy import Policy
 from scheduling.request import CoRun, Part, Segment, Slice, Step
@@ -69,7 +75,7 @@ class Launcher:
         policy: Policy,
         *,
         inbox: Inbox,
-        flights: SimpleQueue[Flight | None],
+        flights: SimpleQueue[Flight | Written | None],
         ledger: Ledger,
         tally: Tally,
     ) -> None:
@@ -80,6 +86,7 @@ class Launcher:
         self._ledger = ledger
         self._tally = tally
         self._waiting: dict[int, Submitted] = {}
+        self._updates: deque[Update] = deque()
         self._batches: dict[int, _Batch] = {}
         self._free_states: list[BatchState] = []
         self._close: Close | None = None
@@ -107,6 +114,9 @@ class Launcher:
     def _give_up(self, message: str, cause: BaseException | None = None) -> None:
         self._ledger.shut()
         self._ledger.fail_all(EngineClosed, message, cause)
+        unread = [found for found in self._inbox.wait(0) if isinstance(found, Update)]
+        for update in (*self._updates, *unread):
+            fail_update(update, EngineClosed, "the engine was closed before it came to the rows")
 
     def _events(self, messages: Iterable[Message]) -> Iterator[Event]:
         for message in messages:
@@ -117,6 +127,9 @@ class Launcher:
                 case Dropped(request_id=request_id):
                     self._waiting.pop(request_id, None)
                     yield Cancel(request_id=request_id)
+                case Update():
+                    self._updates.append(message)
+                    yield Write()
                 case StepDone():
                     yield message
                 case Fault(error=error):
@@ -126,10 +139,21 @@ class Launcher:
 
     def _act(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if isinstance(action, Expire):
-                self._ledger.expire(action.request_id)
-            else:
-                self._flights.put(self._launch(action.step))
+            match action:
+                case Expire(request_id=request_id):
+                    self._ledger.expire(request_id)
+                case Launch(step=step):
+                    self._flights.put(self._launch(step))
+                case Apply():
+                    self._write(self._updates.popleft())
+
+    def _write(self, update: Update) -> None:
+        try:
+            landed = self._segments.write_rows(update.rows)
+        except Exception as error:
+            fail_update(update, StepFailed, "the rows could not be written", error)
+        else:
+            self._flights.put(Written(update=update, landed=landed))
 
     def _launch(self, step: Step) -> Flight:
         flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
@@ -253,6 +277,15 @@ def fail_step(ledger: Ledger, request_ids: Iterable[int], fault: Exception) -> N
     for request_id in request_ids:
         message = f"a step of the request's batch failed: {type(fault).__name__}: {fault}"
         ledger.fail(request_id, StepFailed, message, fault)
+
+
+def fail_update(
+    update: Update, kind: type[EngineError], message: str, cause: Exception | None = None
+) -> None:
+    """Ends an update with an error."""
+    error = kind(f"{message}: {type(cause).__name__}: {cause}" if cause else message)
+    error.__cause__ = cause
+    settle(update.done.set_exception, error)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, EngineError, QueueFull
 from recflow_jax.engine.messages import Close, Dropped, Inbox, Submitted, now_us
 from recflow_jax.engine.stats import Tally
+from recflow_jax.engine.updates import Update
 from scheduling.admission import Admission
 from scheduling.request import Part, Request
 
@@ -70,6 +71,13 @@ class Ledger:
         self._tally.accepted(request.samples)
         return answer
 
+    def pass_on(self, update: Update) -> None:
+        """Tells the launcher of an update. Raises EngineClosed."""
+        with self._door:
+            if self._shut:
+                raise EngineClosed("the engine is closed")
+            self._inbox.put(update)
+
     def shut(self, close: Close | None = None) -> None:
         """Accepts nothing more; `close` is the first message behind all that was accepted."""
         with self._door:
@@ -108,7 +116,7 @@ class Ledger:
         error = kind(message)
         error.__cause__ = cause
         self._count(error)
-        _settle(entry.answer.set_exception, error)
+        settle(entry.answer.set_exception, error)
 
     def fail_all(
         self, kind: type[EngineError], message: str, cause: BaseException | None = None
@@ -153,7 +161,7 @@ class Ledger:
             latencies_us=[now - entry.request.arrived_us for entry in timely],
         )
         for entry in timely:
-            _settle(entry.answer.set_result, entry.scores)
+            settle(entry.answer.set_result, entry.scores)
 
     def _is_timely(self, entry: _Open, now: int) -> bool:
         """Whether the answer is still wanted; ends the request if it is not."""
@@ -162,7 +170,7 @@ class Ledger:
         elif late_us := entry.late_us(now):
             self._tally.rejected("deadline")
             message = f"the answer came {late_us / 1000:.3f} ms after the deadline"
-            _settle(entry.answer.set_exception, DeadlineExceeded(message))
+            settle(entry.answer.set_exception, DeadlineExceeded(message))
         else:
             return True
         return False
@@ -181,7 +189,7 @@ class Ledger:
         return entry
 
 
-def _settle(settle: Callable[[Any], None], outcome: Any) -> None:
+def settle(settle: Callable[[Any], None], outcome: Any) -> None:
     """A caller's callback may raise even SystemExit: that must not end the engine's thread."""
     try:
         settle(outcome)

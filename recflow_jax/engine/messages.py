@@ -1,7 +1,7 @@
 """What an engine's threads tell each other.
 
-Callers and the completion thread write to the launcher's inbox; the launcher writes flights to
-the completion thread.
+Callers and the completion thread write to the launcher's inbox; the launcher writes flights and
+updates to the completion thread.
 """
 
 import time
@@ -14,6 +14,7 @@ from typing import Any
 
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.staging import Buffer
+from recflow_jax.engine.updates import Update
 from scheduling.pipeline import StepDone
 from scheduling.request import Part, Request
 
@@ -51,7 +52,7 @@ class Close:
     drain: bool
 
 
-Message = Submitted | Dropped | Fault | Close | StepDone
+Message = Submitted | Dropped | Fault | Close | StepDone | Update
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +70,14 @@ class Flight:
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
     buffer: Buffer | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Written:
+    """A launched update: the array that is ready when its rows have landed."""
+
+    update: Update
+    landed: Any
 
 
 class Inbox:

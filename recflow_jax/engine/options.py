@@ -14,6 +14,7 @@ from scheduling.serial_batching import Collecting
 
 JAGGED_HEADROOM = 1.25
 IDS_STEP = 128
+SMALLEST_UPDATE, UPDATE_FACTOR = 64, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class EngineOptions:
         with no queue is answered in that time, by the table.
     max_queued_samples: samples accepted and not yet answered, beyond which QueueFull is raised.
     max_steps_in_flight: how far launches run ahead of the device.
+    max_update_rows: the most rows that one `update_rows` may have; None: tables do not change. With
+        it, the engine takes the tables in `params` for its own: nobody else can use those arrays.
     backend: "auto", "xla" or "mosaic".
     compilation_cache: where compiled executables are kept between processes; "auto" is
         recflow-jax/xla in the user's cache folder, None keeps none. A cache folder that JAX is
@@ -60,6 +63,7 @@ class EngineOptions:
     p99_ms: float | None = None
     max_queued_samples: int = 65536
     max_steps_in_flight: int = 3
+    max_update_rows: int | None = None
     backend: str = "auto"
     compilation_cache: str | Path | None = "auto"
     latency_window: int = 8192
@@ -76,7 +80,7 @@ class EngineOptions:
         if self.objective not in get_args(Objective):
             known = ", ".join(get_args(Objective))
             raise ValueError(f"options: objective is {self.objective!r}, not one of {known}")
-        for name in ("ids_per_sample", "max_ids_per_sample", "p99_ms"):
+        for name in ("ids_per_sample", "max_ids_per_sample", "p99_ms", "max_update_rows"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"options: {name} is {value!r}, not above 0")
@@ -100,6 +104,12 @@ class EngineOptions:
     def batch_buckets(self) -> tuple[int, ...]:
         """Batch sizes, ascending."""
         return ladder(self.max_batch, min(self.smallest_batch, self.max_batch), self.batch_factor)
+
+    @property
+    def update_sizes(self) -> tuple[int, ...]:
+        """Sizes that updates of rows are padded to, ascending; none if tables do not change."""
+        most = self.max_update_rows
+        return ladder(most, min(SMALLEST_UPDATE, most), UPDATE_FACTOR) if most else ()
 
     def slice_buckets(self, config: DLRMConfig) -> tuple[SliceBucket, ...]:
         """Slice sizes, ascending in samples and ids; the last holds `max_ids_per_sample`."""

@@ -18,10 +18,12 @@ from pallas_kernels.tables import QuantisedTable
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job, compile_jobs, use_cache
+from recflow_jax.engine.live_tables import LiveTables
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.stages import BatchState, Stages
 from recflow_jax.engine.staging import Staging
+from recflow_jax.engine.updates import NewRows
 from recflow_jax.layout import Layout
 from recflow_jax.model import Params, param_shapes
 from recflow_jax.rides import Ride, rides
@@ -46,11 +48,14 @@ class Segments:
         self.backend = backend
         self.options = options or EngineOptions()
         self.layout = Layout.of(config)
-        self.params = backend.prepare(jax.tree.map(jnp.asarray, params), config)
+        params = backend.prepare(jax.tree.map(jnp.asarray, params), config)
+        self.tables = LiveTables(params.groups, self.options.update_sizes)
         self.batch_buckets = self.options.batch_buckets
         self.slice_buckets = self.options.slice_buckets(config)
         self.staging = Staging(config, self.layout)
-        self.stages = Stages(config, self.params, backend, self.batch_buckets[-1], self.cuts)
+        self.stages = Stages(
+            config, params, self.tables, backend, self.batch_buckets[-1], self.cuts
+        )
         self._executables: dict[Any, Callable[..., Any]] = {}
 
     @property
@@ -97,7 +102,7 @@ class Segments:
     def embed(self, state: BatchState, packed: np.ndarray | Array) -> BatchState:
         """Pools a slice that `staging` packed into its rows of `state`, which is used up."""
         run = self._executables["slice", len(packed)]
-        return run(self.params.groups, state.vectors, state.dense, packed)
+        return run(self.tables.groups, state.vectors, state.dense, packed)
 
     def start(
         self, shape: SegmentShape, state: BatchState
@@ -135,8 +140,12 @@ class Segments:
         self, cell: CoRun, flow: tuple[Any, ...], filling: BatchState, packed: Any
     ) -> tuple[tuple[Any, ...], BatchState]:
         weights = self.stages.weights(cell.segment)
-        into = (self.params.groups, filling.vectors, filling.dense, packed)
+        into = (self.tables.groups, filling.vectors, filling.dense, packed)
         return self._executables[cell](*weights, *flow, *into)
+
+    def write_rows(self, new: NewRows) -> Any:
+        """Writes rows of the tables behind all that was launched; ready when they have landed."""
+        return self.tables.write(self._executables, new)
 
     def compile_all(
         self,
@@ -151,17 +160,20 @@ class Segments:
         progress: show a bar; None does so on a terminal when it takes longer than two seconds.
         """
         use_cache(self.options.compilation_cache)
-        jobs = [*self._jobs({self.count} if cuts is None else {*cuts}), *self._co_run_jobs(co_runs)]
-        jobs = [job for job in jobs if job.key not in self._executables]
+        running = self._jobs({self.count} if cuts is None else {*cuts})
+        running += self._co_run_jobs(co_runs)
+        running = [job for job in running if job.key not in self._executables]
+        writing = [job for job in self.tables.jobs() if job.key not in self._executables]
         self._executables |= compile_jobs(
-            jobs,
+            [*running, *writing],
             progress,
             options=self.backend.compiler_options,
             workers=self.backend.compile_workers,
         )
         if jax.default_backend() != "cpu":
-            for job in jobs:
+            for job in running:
                 _warm_up(self._executables[job.key], job)
+            self.tables.warm_up(self._executables)
 
     def _jobs(self, cuts: Iterable[int]) -> list[Job]:
         slices = [self.stages.slice_job(self.staging.shape(b)) for b in self.slice_buckets]

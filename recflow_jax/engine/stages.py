@@ -19,6 +19,7 @@ from jaxtyping import Array
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job
+from recflow_jax.engine.live_tables import LiveTables
 from recflow_jax.engine.staging import PackedShape
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
@@ -51,18 +52,25 @@ class BatchState:
 class Stages:
     """The functions of one model, to be compiled for static shapes.
 
-    `params` are prepared for the back end; the batch's buffers have `rows` rows. Whatever takes a
-    state's vectors is given them for good and gives them back.
+    `params` are prepared for the back end, their groups in `tables`; the batch's buffers have
+    `rows` rows. Whatever takes a state's vectors is given them for good and gives them back.
     """
 
     def __init__(
-        self, config: DLRMConfig, params: Params, backend: Backend, rows: int, cuts: tuple[int, ...]
+        self,
+        config: DLRMConfig,
+        params: Params,
+        tables: LiveTables,
+        backend: Backend,
+        rows: int,
+        cuts: tuple[int, ...],
     ) -> None:
         self._config = config
-        self._groups = params.groups
+        self._tables = tables
         self._ops = backend.ops
         self._rows = rows
         self._layout = Layout.of(config)
+        self._arithmetic = _Arithmetic(config, rows)
         self._top = {cut: _runs(config, cut) for cut in cuts}
         places = [(cut, index) for cut in cuts for index in range(cut)]
         self._bound = {place: self._bind(backend, params, *place) for place in places}
@@ -115,8 +123,8 @@ class Stages:
         last = index == cut - 1
         if index == 0:
             weights = (params.bottom, params.cross, top)
-            return backend.bind(partial(self._first, last), weights)
-        return backend.bind(partial(self._later, last), top)
+            return backend.bind(partial(self._arithmetic.first, last), weights)
+        return backend.bind(partial(self._arithmetic.later, last), top)
 
     def _fed(
         self, segments: int, batch: int
@@ -137,7 +145,7 @@ class Stages:
         """The arguments that bring a slice into a batch."""
         state = jax.eval_shape(self._zero_state)
         packed = jax.ShapeDtypeStruct((shape.length,), jnp.int32)
-        return self._groups, state.vectors, state.dense, packed
+        return self._tables.groups, state.vectors, state.dense, packed
 
     def _zero_state(self) -> BatchState:
         config = self._config
@@ -179,17 +187,27 @@ class Stages:
         dense = lax.dynamic_update_slice(dense, batch.dense.astype(dense.dtype), (row, 0))
         return cargo, BatchState(vectors=vectors, dense=dense, landed=row)
 
-    def _first(
+
+class _Arithmetic:
+    """What segments compute of their weights; no owner of any, so that a model goes with its last
+    user, and not when garbage is collected.
+    """
+
+    def __init__(self, config: DLRMConfig, rows: int) -> None:
+        self._config = config
+        self._rows = rows
+
+    def first(
         self, last: bool, weights: Any, vectors: Array, dense: Array, *, batch: int, ops: Ops
     ) -> tuple[Array, Array]:
         bottom_layers, cross, top = weights
         bottom = self._mlp(bottom_layers, dense[:batch], ops)
         complete = lax.dynamic_update_slice(vectors[:batch], bottom, (0, 0))
         x = interact(cross, complete, config=self._config, precision=self._precision, ops=ops)
-        (x,) = self._later(last, top, x, batch=batch, ops=ops)
+        (x,) = self.later(last, top, x, batch=batch, ops=ops)
         return x, complete if batch == self._rows else vectors
 
-    def _later(
+    def later(
         self, last: bool, layers: tuple[DenseLayer, ...], x: Array, *, batch: int, ops: Ops
     ) -> tuple[Array]:
         if not last:

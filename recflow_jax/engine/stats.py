@@ -23,6 +23,8 @@ COUNTED = (
     "batches",
     "slices",
     "steps",
+    "updates",
+    "rows_updated",
 )
 
 
@@ -37,7 +39,8 @@ class EngineStats:
     executable by their config, `step_times` steps by the first of STEP_BOUNDS_US that their time
     did not exceed, from launch to end, behind whatever was in flight; `steps_us` is their sum.
     `sample_padding`, `id_padding`: the part of all rows of batches, and ids of slices, that was
-    padding. Latencies, from submit to answer, are of the last `options.latency_window` answers,
+    padding. `updates` and `rows_updated`: calls of `update_rows` that have landed, and their rows.
+    Latencies, from submit to answer, are of the last `options.latency_window` answers,
     and nan before the first. Waits, from submit to the first launch that carries the request, are
     of as many requests: in microseconds, and in steps that ended in the meantime. One at most is
     what nobody can do without, while the device is busy: the end of the step that runs.
@@ -54,6 +57,8 @@ class EngineStats:
     batches: int
     slices: int
     steps: int
+    updates: int
+    rows_updated: int
     batch_buckets: dict[int, int]
     batch_segments: dict[int, int]
     co_runs: dict[str, int]
@@ -118,6 +123,9 @@ class Tally:
 
     def failed(self) -> None:
         self._add(failed=1)
+
+    def updated(self, rows: int) -> None:
+        self._add(updates=1, rows_updated=rows)
 
     def launched(self, step: Step, waits: Sequence[tuple[int, int]]) -> None:
         """`waits`, in microseconds and steps, of the requests that begin in it."""

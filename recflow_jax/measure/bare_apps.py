@@ -53,7 +53,7 @@ async def _serving(config: DLRMConfig, port: Connection) -> None:
         landing=landing,
         max_body_bytes=options.max_body_bytes,
     )
-    service.serve(model)
+    service.control.serve(model)
     listening = socket.create_server(("127.0.0.1", 0))
     port.send(listening.getsockname()[1])
     apps = Apps(model, Application(service))

@@ -57,6 +57,21 @@ def priority_of(parameters: Mapping[str, Any]) -> int:
     return _whole(parameters, "priority", 0)
 
 
+def version_of(parameters: Mapping[str, Any]) -> str:
+    """The parameter `version` of a load, its only one; "" without. Raises InputError."""
+    check_known(parameters, "version")
+    version = parameters.get("version", "")
+    if not isinstance(version, str):
+        raise InputError(f"parameter 'version' is {version!r}, not a string")
+    return version
+
+
+def check_known(parameters: Mapping[str, Any], *known: str) -> None:
+    """Raises InputError for a parameter that is not one of these."""
+    for name in parameters.keys() - {*known}:
+        raise InputError(f"parameter {name!r} is not read here ({', '.join(known)} may be given)")
+
+
 def check_outputs(names: list[Any]) -> None:
     """Raises InputError for an output that no model has."""
     for name in names:

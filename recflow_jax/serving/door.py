@@ -1,6 +1,8 @@
 """Who is inside: so many requests at most, with so many bytes at most, and none that come late."""
 
 import asyncio
+from types import TracebackType
+from typing import Self
 
 from recflow_jax.serving.failures import Busy, NotReady
 
@@ -51,3 +53,28 @@ class Door:
         except TimeoutError:
             return False
         return True
+
+
+class Stay:
+    """One request inside, with its bytes, as a context. Entering raises Busy, NotReady."""
+
+    def __init__(self, door: Door) -> None:
+        self.bytes = 0
+        self._door = door
+
+    def __enter__(self) -> Self:
+        self._door.enter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._door.leave(self.bytes)
+
+    def carry_in(self, size: int) -> None:
+        """So many bytes more, until it leaves. Raises Busy."""
+        self._door.carry_in(size)
+        self.bytes += size

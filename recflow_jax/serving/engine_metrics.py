@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.stats import STEP_BOUNDS_US, EngineStats
 from recflow_jax.serving.calls import US_PER_S
+from recflow_jax.serving.model import ServedModel
 
 COUNTERS = {
     "requests_accepted": "Requests that the engine let in.",
@@ -29,6 +29,8 @@ COUNTERS = {
     "batches": "Batches launched.",
     "slices": "Slices of embedding work launched.",
     "steps": "Launches to the device.",
+    "updates": "Updates of rows that have landed.",
+    "rows_updated": "Rows of those.",
 }
 GAUGES = {
     "queued_samples": "Samples accepted and not yet answered.",
@@ -38,11 +40,10 @@ GAUGES = {
 
 
 class EngineCollector(Collector):
-    """Reports one engine under a model's name and version."""
+    """Reports the engine of the model that is current, if there is one, under name and version."""
 
-    def __init__(self, engine: Engine, *, model: str, version: str) -> None:
-        self._engine = engine
-        self._labels = {"model": model, "version": version}
+    def __init__(self, current: Callable[[], ServedModel | None]) -> None:
+        self._current = current
 
     def describe(self) -> list[Metric]:
         """Nothing: registering asks no engine."""
@@ -50,15 +51,33 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families, at one moment."""
+        model = self._current()
+        return iter(()) if model is None else _Report(model).families()
+
+
+class _Report:
+    """What one engine tells."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._engine = model.engine
+        self._labels = {"model": model.name, "version": model.version}
+
+    def families(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         for name, text in COUNTERS.items():
             yield self._counter(name, text, "", {"": getattr(stats, name)})
         yield self._counter("rejected", "Requests refused or too late.", "reason", stats.rejected)
+        text = "Steps that ran a segment and a slice in one executable."
+        yield self._counter("co_runs", text, "config", stats.co_runs)
+        text = "Batches by how many segments they were cut into."
+        cuts = {str(segments): count for segments, count in stats.batch_segments.items()}
+        yield self._counter("batch_segments", text, "segments", cuts)
         yield from self._histograms(stats)
         for name, text in GAUGES.items():
             yield self._gauge(name, text, "", {"": getattr(stats, name)})
         plan = {stats.profile or "none": 1}
         yield self._gauge("plan", "The profile table in use.", "profile", plan)
+        yield self._gauge("in_use", "1 for the version that is served.", "", {"": 1})
         yield self._gauge("device_bytes", "Memory in use by device.", "device", _device_bytes())
 
     def _histograms(self, stats: EngineStats) -> Iterator[Metric]:

@@ -16,6 +16,14 @@ class Unauthorized(ServingError):
     """The request brought no token, or a wrong one."""
 
 
+class Forbidden(ServingError):
+    """The server was not told to allow it."""
+
+
+class LoadFailed(ServingError):
+    """A version could not be loaded; what was served before still is."""
+
+
 class NoSuchModel(ServingError):
     """No model of that name or version is served here."""
 
@@ -37,7 +45,7 @@ class Busy(ServingError):
 
 
 class NotReady(ServingError):
-    """The model is not loaded yet, or the server is about to end."""
+    """No model is loaded, or the server is about to end."""
 
 
 class ClientGone(ServingError):
@@ -59,6 +67,7 @@ INTERNAL = Failure(reason="internal", http=500, grpc=grpc.StatusCode.INTERNAL)
 KINDS: dict[type[Exception], Failure] = {
     InputError: Failure(reason="input", http=400, grpc=grpc.StatusCode.INVALID_ARGUMENT),
     Unauthorized: Failure(reason="token", http=401, grpc=grpc.StatusCode.UNAUTHENTICATED),
+    Forbidden: Failure(reason="off", http=403, grpc=grpc.StatusCode.PERMISSION_DENIED),
     NoSuchModel: Failure(reason="model", http=404, grpc=grpc.StatusCode.NOT_FOUND),
     TooSlow: Failure(reason="slow_body", http=408, grpc=grpc.StatusCode.DEADLINE_EXCEEDED),
     TooLarge: Failure(reason="size", http=413, grpc=grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -68,6 +77,7 @@ KINDS: dict[type[Exception], Failure] = {
     ),
     Busy: Failure(reason="busy", http=429, grpc=grpc.StatusCode.RESOURCE_EXHAUSTED, retry=True),
     ClientGone: Failure(reason="cancelled", http=499, grpc=grpc.StatusCode.CANCELLED),
+    LoadFailed: Failure(reason="load", http=500, grpc=grpc.StatusCode.INTERNAL),
     StepFailed: Failure(reason="device", http=500, grpc=grpc.StatusCode.INTERNAL),
     NotReady: Failure(reason="not_ready", http=503, grpc=grpc.StatusCode.UNAVAILABLE, retry=True),
     EngineClosed: Failure(

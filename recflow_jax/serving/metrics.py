@@ -1,6 +1,7 @@
 """What Prometheus and Triton's clients are told: counts of the server, and of the engine in it."""
 
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,10 +16,11 @@ SAMPLES_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Metrics:
-    """The counters of one server."""
+    """The counters of one server, and of the model that is `current`."""
 
-    def __init__(self) -> None:
+    def __init__(self, current: Callable[[], ServedModel | None]) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(current))
         requests = Counter(
             "recflow_requests",
             "Requests by protocol and outcome.",
@@ -43,17 +45,21 @@ class Metrics:
             buckets=SAMPLES_BUCKETS,
             registry=self._registry,
         )
+        self._changes = Counter(
+            "recflow_model_changes",
+            "Loads and unloads that clients asked for.",
+            ("outcome",),
+            registry=self._registry,
+        )
         self.ready = Gauge("recflow_ready", "1 while ready for requests.", registry=self._registry)
         self.inside = Gauge("recflow_inside", "Requests inside now.", registry=self._registry)
         self._seconds = {"ok": 0.0, "fail": 0.0}
         self._counts = {"ok": 0, "fail": 0}
         self._last_ms = 0
 
-    def watch(self, model: ServedModel) -> None:
-        """Reports the engine of `model` too."""
-        self._registry.register(
-            EngineCollector(model.engine, model=model.name, version=model.version)
-        )
+    def changed(self, outcome: str) -> None:
+        """A version was `loaded` or `unloaded`, or its loading `failed`."""
+        self._changes.labels(outcome).inc()
 
     def arrived(self, protocol: str) -> None:
         """A request has come."""

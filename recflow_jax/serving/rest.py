@@ -1,7 +1,6 @@
 """Open Inference Protocol v2 over HTTP, as a Starlette application."""
 
 import logging
-import math
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,20 +13,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from recflow_jax.batch import InputError
-from recflow_jax.serving.asgi import JSON, Headers, Receive, Send, read_body, respond, respond_error
+from recflow_jax.serving.asgi import (
+    JSON,
+    ErrorResponse,
+    Headers,
+    Receive,
+    Send,
+    read_body,
+    respond,
+    respond_error,
+)
 from recflow_jax.serving.connections import CALL, LOST
-from recflow_jax.serving.failures import ClientGone, ServingError, Unsupported, is_internal
+from recflow_jax.serving.failures import ClientGone, ServingError, is_internal
 from recflow_jax.serving.pending import Pending
-from recflow_jax.serving.rest_body import DecodedBody, decode, encode
+from recflow_jax.serving.rest_admin import MODELS, Admin
+from recflow_jax.serving.rest_body import HEADER_LENGTH, decode_request, encode, named
 from recflow_jax.serving.service import Service
 from recflow_jax.serving.tracing import Tracer
 from recflow_jax.serving.visit import Visit
 
-HEADER_LENGTH = b"inference-header-content-length"
-TIMEOUT = b"inference-timeout-ms"
 INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?/infer")
-MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger("recflow.serving")
@@ -42,7 +47,7 @@ class Application:
         rest = _Rest(service)
         self._infer = InferEndpoint(service)
         self._others = Starlette(
-            routes=[*rest.server_routes(), *rest.model_routes()],
+            routes=[*rest.server_routes(), *rest.model_routes(), *Admin(service).routes()],
             exception_handlers={HTTPException: _http_error, ServingError: rest.serving_error},
         )
 
@@ -78,9 +83,9 @@ class _Rest:
 
     def model_routes(self) -> list[Route]:
         told = {
-            "": lambda r: self._service.model(*_named(r.path_params)).metadata(),
-            "/config": lambda r: self._service.model(*_named(r.path_params)).configuration(),
-            "/stats": lambda r: self._service.statistics(*_named(r.path_params)),
+            "": lambda r: self._service.model(*named(r.path_params)).metadata(),
+            "/config": lambda r: self._service.model(*named(r.path_params)).configuration(),
+            "/stats": lambda r: self._service.statistics(*named(r.path_params)),
         }
         routes = []
         for path in MODELS:
@@ -90,7 +95,7 @@ class _Rest:
 
     async def serving_error(self, request: Request, error: Exception) -> Response:
         """Errors of all paths but inference."""
-        return _ErrorResponse(error, self._service.options.retry_after_s)
+        return ErrorResponse(error, self._service.options.retry_after_s)
 
     def _telling(self, tell: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -104,7 +109,7 @@ class _Rest:
         return _json({"ready": ready}, 200 if ready else 503)
 
     async def _model_ready(self, request: Request) -> Response:
-        name, version = _named(request.path_params)
+        name, version = named(request.path_params)
         model = self._service.model(name, version)
         return _json(
             {"name": model.name, "version": model.version, "ready": self._service.ready},
@@ -145,10 +150,10 @@ class InferEndpoint:
         body = await read_body(
             receive, headers, visit, most=options.max_body_bytes, within_s=options.body_timeout_s
         )
-        asked = _decoded(body, headers, scope["path_params"])
+        asked = decode_request(body, headers, scope["path_params"])
         pending = self._service.submit(visit, asked.call)
         scores = await _scores(pending, scope["extensions"][LOST][CALL])
-        answer = self._service.answer(asked.call, scores)
+        answer = self._service.answer(visit, asked.call, scores)
         content, header_length = encode(answer, binary=asked.binary)
         if header_length is None:
             return content, JSON
@@ -165,20 +170,6 @@ async def _scores(pending: Pending, call_when_lost: Callable[[Any], None]) -> np
         call_when_lost(None)
 
 
-def _decoded(body: bytes, headers: dict[bytes, bytes], path: dict[str, str]) -> DecodedBody:
-    encoding = headers.get(b"content-encoding", b"identity")
-    if encoding != b"identity":
-        raise Unsupported(f"content-encoding {encoding.decode('latin-1')!r} is not read here")
-    model, version = _named(path)
-    return decode(
-        body,
-        _header_length(headers),
-        model=model,
-        version=version,
-        timeout_s=_timeout_s(headers),
-    )
-
-
 def _traced(headers: dict[bytes, bytes], tracer: Tracer) -> dict[str, str]:
     """Those that the tracer looks at."""
     return {
@@ -186,32 +177,6 @@ def _traced(headers: dict[bytes, bytes], tracer: Tracer) -> dict[str, str]:
         for name in tracer.headers
         if name.encode() in headers
     }
-
-
-def _header_length(headers: dict[bytes, bytes]) -> int | None:
-    text = headers.get(HEADER_LENGTH)
-    if text is None:
-        return None
-    if not text.isdigit():
-        raise InputError(f"{HEADER_LENGTH.decode()} is {text!r}, not a number of bytes")
-    return int(text)
-
-
-def _timeout_s(headers: dict[bytes, bytes]) -> float | None:
-    text = headers.get(TIMEOUT)
-    if text is None:
-        return None
-    try:
-        timeout_s = float(text) / 1000
-    except ValueError:
-        timeout_s = math.nan
-    if not 0 <= timeout_s < math.inf:
-        raise InputError(f"{TIMEOUT.decode()} is {text!r}, not a number of milliseconds")
-    return timeout_s
-
-
-def _named(path: dict[str, str]) -> tuple[str, str]:
-    return path["model"], path.get("version", "")
 
 
 async def _live(request: Request) -> Response:
@@ -225,15 +190,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def _json(data: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(data), status, media_type="application/json")
-
-
-class _ErrorResponse(Response):
-    """`respond_error` as Starlette wants it."""
-
-    def __init__(self, error: Exception, retry_after_s: int) -> None:
-        super().__init__()
-        self._error = error
-        self._retry_after_s = retry_after_s
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await respond_error(send, self._error, retry_after_s=self._retry_after_s)

@@ -1,5 +1,6 @@
 """Bodies of inference over HTTP: JSON, and JSON with binary tensors behind it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,12 @@ from recflow_jax.serving.calls import (
     priority_of,
     timeout_of,
 )
+from recflow_jax.serving.failures import Unsupported
 from recflow_jax.serving.inputs import SCORES
 from recflow_jax.serving.tensors import TensorHead
+
+HEADER_LENGTH = b"inference-header-content-length"
+TIMEOUT = b"inference-timeout-ms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,34 @@ class DecodedBody:
 
     call: InferCall
     binary: bool
+
+
+def decode_request(
+    body: bytes, headers: dict[bytes, bytes], path: Mapping[str, str]
+) -> DecodedBody:
+    """`decode` by a request's headers and its path's parts. Raises InputError, Unsupported."""
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding != b"identity":
+        raise Unsupported(f"content-encoding {encoding.decode('latin-1')!r} is not read here")
+    model, version = named(path)
+    return decode(
+        body,
+        _header_length(headers),
+        model=model,
+        version=version,
+        timeout_s=_timeout_s(headers),
+    )
+
+
+def named(path: Mapping[str, str]) -> tuple[str, str]:
+    """Model and version ("": any) in a path."""
+    return path["model"], path.get("version", "")
+
+
+def parameters_of(body: bytes) -> Mapping[str, Any]:
+    """The parameters of a request that may have nothing else, nor a body. Raises InputError."""
+    header, _ = _split(body or b"{}", None)
+    return _entry(header, "parameters", dict, {})
 
 
 def decode(
@@ -72,6 +105,28 @@ def encode(answer: InferAnswer, *, binary: bool) -> tuple[bytes, int | None]:
     if not binary:
         return header, None
     return header + answer.scores.astype("<f4", copy=False).tobytes(), len(header)
+
+
+def _header_length(headers: dict[bytes, bytes]) -> int | None:
+    text = headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise InputError(f"{HEADER_LENGTH.decode()} is {text!r}, not a number of bytes")
+    return int(text)
+
+
+def _timeout_s(headers: dict[bytes, bytes]) -> float | None:
+    text = headers.get(TIMEOUT)
+    if text is None:
+        return None
+    try:
+        timeout_s = float(text) / 1000
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 <= timeout_s < math.inf:
+        raise InputError(f"{TIMEOUT.decode()} is {text!r}, not a number of milliseconds")
+    return timeout_s
 
 
 def _split(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], memoryview]:

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from recflow_jax.batch import InputError
 from recflow_jax.serving.failures import failure_of, is_internal, message_of
-from recflow_jax.serving.rpc_body import decode, encode
+from recflow_jax.serving.rpc_body import decode, encode, parameters_of
 from recflow_jax.serving.rpc_messages import MESSAGES, SERVICE
 from recflow_jax.serving.service import Service
 
@@ -35,6 +35,8 @@ def handlers(service: Service) -> grpc.GenericRpcHandler:
         ),
         "ModelStatistics": rpc.told(lambda m: service.statistics(m.name, m.version)),
         "RepositoryIndex": rpc.told(lambda _: {"models": service.index()}),
+        "RepositoryModelLoad": rpc.changed(service.load),
+        "RepositoryModelUnload": rpc.changed(service.unload),
         "ModelInfer": rpc.infer,
     }
     return grpc.method_handlers_generic_handler(
@@ -81,6 +83,17 @@ class _Rpc:
 
         return checked
 
+    def changed(self, change: Callable[[str, dict[str, Any]], Awaitable[None]]) -> Answer:
+        """Changes the model of that name by the parameters."""
+
+        async def answer(message: Any, context: Context) -> Any:
+            self._check_token(context)
+            await change(message.model_name, parameters_of(message))
+            name = type(message).__name__.removesuffix("Request")
+            return MESSAGES[f"{name}Response"]()
+
+        return answer
+
     def model_ready(self, message: Any) -> dict[str, Any]:
         """Whether the model of that name takes requests."""
         self._service.model(message.name, message.version)
@@ -93,7 +106,7 @@ class _Rpc:
             visit.carry_in(message.ByteSize())
             call = decode(message, timeout_s=context.time_remaining())
             pending = self._service.submit(visit, call)
-            return encode(self._service.answer(call, await pending.scores()))
+            return encode(self._service.answer(visit, call, await pending.scores()))
 
     def _check_token(self, context: Context) -> None:
         self._service.check_token(_metadata(context).get("authorization", ""))

@@ -21,7 +21,7 @@ _CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_c
 
 def decode(message: Any, *, timeout_s: float | None) -> InferCall:
     """Reads a ModelInferRequest; timeout_s: the call's own deadline. Raises InputError."""
-    parameters = {name: _value(p) for name, p in message.parameters.items()}
+    parameters = parameters_of(message)
     check_outputs([output.name for output in message.outputs])
     return InferCall(
         model=message.model_name,
@@ -31,6 +31,11 @@ def decode(message: Any, *, timeout_s: float | None) -> InferCall:
         timeout_s=timeout_of(parameters, timeout_s),
         priority=priority_of(parameters),
     )
+
+
+def parameters_of(message: Any) -> dict[str, Any]:
+    """A message's parameters, whatever their types."""
+    return {name: _value(parameter) for name, parameter in message.parameters.items()}
 
 
 def encode(answer: InferAnswer) -> Any:

@@ -58,6 +58,14 @@ _MESSAGES = {
     "RepositoryIndexRequest": "repository_name:1 string, ready:2 bool",
     "ModelIndex": "name:1 string, version:2 string, state:3 string, reason:4 string",
     "RepositoryIndexResponse": "models:1 *ModelIndex",
+    "ModelRepositoryParameter": "bool_param:1 |bool, int64_param:2 |int64, "
+    "string_param:3 |string, bytes_param:4 |bytes",
+    "RepositoryModelLoadRequest": "repository_name:1 string, model_name:2 string, "
+    "parameters:3 map ModelRepositoryParameter",
+    "RepositoryModelLoadResponse": "",
+    "RepositoryModelUnloadRequest": "repository_name:1 string, model_name:2 string, "
+    "parameters:3 map ModelRepositoryParameter",
+    "RepositoryModelUnloadResponse": "",
 }
 _DATA_TYPES = {"TYPE_INVALID": 0, "TYPE_INT32": 8, "TYPE_INT64": 9, "TYPE_FP32": 11}
 

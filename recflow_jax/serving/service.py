@@ -8,44 +8,51 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.serving import tracing
-from recflow_jax.serving.calls import InferAnswer, InferCall
+from recflow_jax.serving import rows, tracing
+from recflow_jax.serving.calls import InferAnswer, InferCall, check_known, version_of
+from recflow_jax.serving.control import ModelControl
 from recflow_jax.serving.door import Door
 from recflow_jax.serving.failures import NoSuchModel, NotReady, Unauthorized
 from recflow_jax.serving.metrics import Metrics
 from recflow_jax.serving.model import ServedModel
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.pending import Pending
+from recflow_jax.serving.repository import Repository
 from recflow_jax.serving.visit import Visit
 
 SERVER = "recflow"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "parameters", "schedule_policy"]
-EXTENSIONS += ["statistics"]
+EXTENSIONS += ["model_repository", "statistics"]
 LONGEST_TIMEOUT_S = 86400.0  # for clients that ask for more
 
 
 class Service:
-    """The models that are served, and who may ask them. Used on the event loop alone."""
+    """The model that is served, and who may ask it. Used on the event loop alone.
 
-    def __init__(self, options: ServerOptions) -> None:
+    name: what it is served under; None: what its config says. repository: of its versions, if
+    clients may change it.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        *,
+        name: str | None = None,
+        repository: Repository | None = None,
+    ) -> None:
         self.options = options
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: self.control.model)
+        self.control = ModelControl(options, self.metrics, name=name, repository=repository)
         self.door = Door(max_requests=options.max_requests, max_bytes=options.max_buffered_bytes)
         self.healthy = True
         self.tracer = tracing.tracer()
-        self._model: ServedModel | None = None
         self.metrics.ready.set_function(lambda: self.ready)
         self.metrics.inside.set_function(lambda: self.door.requests)
 
     @property
     def ready(self) -> bool:
         """Whether requests will be answered: all is compiled, the engine works, nothing ends."""
-        return self._model is not None and self.healthy and not self.door.shut
-
-    def serve(self, model: ServedModel) -> None:
-        """Takes requests for `model` from now on."""
-        self._model = model
-        self.metrics.watch(model)
+        return self.control.model is not None and self.healthy and not self.door.shut
 
     def check_token(self, authorization: str) -> None:
         """Raises Unauthorized if a token is asked for and this is not it."""
@@ -70,41 +77,64 @@ class Service:
         timeout_s = self.options.default_timeout_s if call.timeout_s is None else call.timeout_s
         due_s = visit.arrived_s + min(timeout_s, LONGEST_TIMEOUT_S)
         pending = model.submit(batch, due_s=due_s, priority=call.priority)
-        visit.span.tell(model=model.name, version=model.version)
+        visit.is_of(model.name, model.version)
         visit.span.event("submitted")
         return pending
 
-    def answer(self, call: InferCall, scores: np.ndarray) -> InferAnswer:
+    def answer(self, visit: Visit, call: InferCall, scores: np.ndarray) -> InferAnswer:
         """The scores as an answer to `call`."""
-        model = self.model(call.model, call.version)
         self.metrics.answered(len(scores))
-        return InferAnswer(model=model.name, version=model.version, id=call.id, scores=scores)
+        return InferAnswer(model=visit.model, version=visit.version, id=call.id, scores=scores)
+
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """`ModelControl.load` as clients ask for it. Raises InputError too."""
+        self._check_may_change(name)
+        await self.control.load(version_of(parameters))
+
+    async def unload(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """`ModelControl.unload` as clients ask for it. Raises InputError too."""
+        self._check_may_change(name)
+        check_known(parameters, "unload_dependents")  # no model depends on another
+        await self.control.unload()
+
+    async def update_rows(self, call: InferCall, table: str) -> dict[str, Any]:
+        """Writes the rows in the call's tensors. Raises what `submit` and `rows.update` do."""
+        timeout_s = self.options.default_timeout_s if call.timeout_s is None else call.timeout_s
+        return await rows.update(
+            lambda: self.model(call.model, call.version),
+            table,
+            call.tensors,
+            timeout_s=min(timeout_s, LONGEST_TIMEOUT_S),
+        )
 
     def model(self, name: str, version: str = "") -> ServedModel:
         """The model of that name and version ("": any). Raises NotReady, NoSuchModel."""
-        if self._model is None:
-            raise NotReady("the model is not loaded yet")
-        if name != self._model.name or version not in ("", self._model.version):
+        model = self.control.model
+        if model is None:
+            raise NotReady("the model is not loaded")
+        if name != model.name or version not in ("", model.version):
             suffix = f", version {version!r}" if version else ""
             raise NoSuchModel(f"no model {name!r}{suffix} is served here")
-        return self._model
+        return model
+
+    def _check_may_change(self, name: str) -> None:
+        self.control.check_allowed()
+        if self.control.name is None:
+            raise NotReady("the model is not loaded yet")
+        if name != self.control.name:
+            raise NoSuchModel(f"no model {name!r} is served here")
 
     def metadata(self) -> dict[str, Any]:
         """What the server is."""
         return {"name": SERVER, "version": _version(), "extensions": EXTENSIONS}
 
     def index(self) -> list[dict[str, str]]:
-        """Which models there are, and whether they are ready."""
-        if self._model is None:
-            return []
-        state = "READY" if self.ready else "UNAVAILABLE"
-        return [{"name": self._model.name, "version": self._model.version, "state": state}]
+        """Which versions of the model there are, and whether they are ready."""
+        return self.control.index(ready=self.ready)
 
     def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """What the model ("": all) has done so far. Raises NotReady, NoSuchModel."""
-        if not name and self._model is not None:
-            name = self._model.name
-        model = self.model(name, version)
+        model = self.model(name or self.control.name or "", version)
         return {"model_stats": [self.metrics.statistics(model)]}
 
 

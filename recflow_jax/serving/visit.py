@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from recflow_jax.serving.door import Door
+from recflow_jax.serving.door import Door, Stay
 from recflow_jax.serving.failures import INTERNAL, ServingError, failure_of
 from recflow_jax.serving.metrics import Metrics
 from recflow_jax.serving.tracing import Tracer
@@ -15,7 +15,7 @@ from recflow_jax.serving.tracing import Tracer
 log = logging.getLogger("recflow.serving")
 
 
-class Visit:
+class Visit(Stay):
     """From a request's first byte to its end, as a context. Entering raises Busy, NotReady."""
 
     def __init__(
@@ -27,10 +27,10 @@ class Visit:
         metrics: Metrics,
         tracer: Tracer,
     ) -> None:
+        super().__init__(door)
         self.arrived_s = time.monotonic()
-        self.bytes = 0
+        self.model, self.version = "", ""
         self._protocol = protocol
-        self._door = door
         self._metrics = metrics
         self._spanning = tracer.span("infer", headers)
         self.span = self._spanning.__enter__()
@@ -38,7 +38,7 @@ class Visit:
     def __enter__(self) -> Self:
         self._metrics.arrived(self._protocol)
         try:
-            self._door.enter()
+            super().__enter__()
         except ServingError as error:
             self._tell(failure_of(error).reason)
             raise
@@ -50,13 +50,13 @@ class Visit:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._door.leave(self.bytes)
+        super().__exit__(kind, error, traceback)
         self._tell(_outcome(error))
 
-    def carry_in(self, size: int) -> None:
-        """So many bytes more, until it leaves. Raises Busy."""
-        self._door.carry_in(size)
-        self.bytes += size
+    def is_of(self, model: str, version: str) -> None:
+        """Which model will answer, even if another is served by then."""
+        self.model, self.version = model, version
+        self.span.tell(model=model, version=version)
 
     def _tell(self, outcome: str) -> None:
         seconds = time.monotonic() - self.arrived_s
