@@ -19,14 +19,8 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure.clients import GrpcClient, HttpClient
 from recflow_jax.measure.memory import Memory
 from recflow_jax.measure.scraped import Scraped, final_counts
-from recflow_jax.measure.soak import (
-    Crowd,
-    ServerCounts,
-    SoakResult,
-    send_crowd,
-    tolerance,
-    wrong_request,
-)
+from recflow_jax.measure.soak import Crowd, send_crowd, tolerance, wrong_request
+from recflow_jax.measure.soaked import ServerCounts, SoakResult
 from running_server import serving
 from small_models import NO_DENSE
 

@@ -22,7 +22,8 @@ from recflow_jax.measure.launched import SHARING, Launched
 from recflow_jax.measure.memory import Memory, sampled
 from recflow_jax.measure.online import request_pool
 from recflow_jax.measure.scraped import Scraped, final_counts
-from recflow_jax.measure.soak import Crowd, SoakResult, send_crowd, tolerance, wrong_request
+from recflow_jax.measure.soak import Crowd, send_crowd, tolerance, wrong_request
+from recflow_jax.measure.soaked import SoakResult
 from recflow_jax.params import init_params
 
 TOLD_EVERY = 30  # samples of memory

@@ -26,7 +26,7 @@ from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
 from recflow_jax.measure.served import HttpCost, ServedResult
-from recflow_jax.measure.soak import SoakResult
+from recflow_jax.measure.soaked import SoakResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
 

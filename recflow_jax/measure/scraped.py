@@ -6,7 +6,7 @@ from http.client import HTTPConnection
 from prometheus_client.parser import text_string_to_metric_families
 
 from recflow_jax.measure.load import LoadError
-from recflow_jax.measure.soak import ServerCounts
+from recflow_jax.measure.soaked import ServerCounts
 
 EMPTY_WITHIN_S = 60
 SETTLED = ("requests_answered", "cancelled", "failed")

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,66 +21,10 @@ from recflow_jax.config import DLRMConfig
 from recflow_jax.measure.agreement import TOLERANCES
 from recflow_jax.measure.encoded import http_request, packed_tensors
 from recflow_jax.measure.load import LoadError, Submit, poisson_arrivals_s
-from recflow_jax.measure.memory import Memory, growth_bytes, is_flat
 
 KINDS = {"asked": 0.85, "cancelled": 0.06, "wrong": 0.05, "left": 0.04}
 CANCELLED_WITHIN_S = 0.01
 ENDS_WITHIN_S = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerCounts:
-    """What the server says of itself once nothing is inside.
-
-    arrived, ended: requests, at either end. accepted, settled: of the engine; settled are those
-    that were answered, cancelled, failed or late.
-    """
-
-    arrived: int
-    ended: int
-    accepted: int
-    settled: int
-
-    @property
-    def once_each(self) -> bool:
-        """Whether every request that came had exactly one end."""
-        return self.arrived == self.ended and self.accepted == self.settled
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoakResult:
-    """What was sent by kind, how it ended for its client, and the server's memory meanwhile.
-
-    ends: "right", "wrong scores", "cancelled", "told so" for a wrong request that was told what is
-    wrong with it, or an error's type.
-    """
-
-    seconds: float
-    qps: float
-    sent: Mapping[str, int]
-    ends: Mapping[str, int]
-    server: ServerCounts
-    memory: Sequence[Memory]
-
-    @property
-    def growth_bytes(self) -> Mapping[str, float]:
-        """See `memory.growth_bytes`."""
-        return growth_bytes(self.memory)
-
-    @property
-    def flat(self) -> bool:
-        """Whether neither memory has grown after the warm-up, by the rule of `memory`."""
-        return is_flat(self.memory)
-
-    @property
-    def as_expected(self) -> bool:
-        """Whether each request had the end that it should, and just one."""
-        return self.server.once_each and not {*self.ends} - {"right", "cancelled", "told so"}
-
-    @property
-    def passed(self) -> bool:
-        """All of it."""
-        return self.flat and self.as_expected
 
 
 @dataclass(frozen=True, kw_only=True)
