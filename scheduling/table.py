@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 SCHEMA = 3
+WITHOUT_LAUNCHES = 2  # the schema before: times are the device's, or the launch's if it took longer
 
 Kind = Literal["slice", "segment", "step"]
 MissPolicy = Literal["error", "next_bucket", "scale"]
@@ -206,7 +207,7 @@ class ProfileTable:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote; ProfileTableError, with the path, for any other file."""
         try:
-            values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            values: Any = _in_this_schema(json.loads(Path(path).read_text(encoding="utf-8")))
             _check_schema(values.get("schema") if isinstance(values, dict) else None)
             _check_fields(cls, values, "the table")
             values["rows"] = tuple(_row(index, row) for index, row in enumerate(values["rows"]))
@@ -221,6 +222,16 @@ class ProfileTable:
         alike.sort(key=lambda row: (row.series != key.series, _distance(row, key)))
         named = ", ".join(f"{row.key}" for row in alike[:NEAREST_NAMED])
         return f"nearest: {named}" if named else f"the table has no {key.kind} at all"
+
+
+def _in_this_schema(values: Any) -> Any:
+    """A table without launches knows none: all its time is the device's."""
+    if not isinstance(values, dict) or values.get("schema") != WITHOUT_LAUNCHES:
+        return values
+    rows = [
+        row | {"launch_us": 0.0} if isinstance(row, dict) else row for row in values.get("rows", ())
+    ]
+    return values | {"schema": SCHEMA} | ({"rows": rows} if "rows" in values else {})
 
 
 def _row(index: int, values: Any) -> ProfileRow:

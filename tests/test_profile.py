@@ -49,9 +49,9 @@ def test_every_part_is_measured_and_what_may_pay_in_one_executable(profiled: Pro
 
 @pytest.mark.parametrize(
     ("queued_us", "kernels_us", "device_us", "launch_us"),
-    [(200.0, 15.0, 200.0, 80.0), (90.0, 15.0, 15.0, 90.0), (90.0, None, 90.0, 80.0)],
+    [(200.0, 180.0, 200.0, 80.0), (90.0, 15.0, 15.0, 90.0), (90.0, None, 90.0, 80.0)],
 )
-def test_what_waits_for_launches_is_timed_by_its_kernels(
+def test_what_waits_for_the_host_is_timed_by_its_kernels(
     monkeypatch: pytest.MonkeyPatch,
     queued_us: float,
     kernels_us: float | None,
@@ -71,8 +71,10 @@ def test_what_waits_for_launches_is_timed_by_its_kernels(
     (row,) = timer.slice_rows(segments.slice_buckets[0])
     assert (row.median_us, row.p10_us, row.launch_us) == (device_us, device_us, launch_us)
     rows = [r for s in segments.cuts for r in timer.segment_rows(s, segments.batch_buckets[0])]
-    table = hand_tables.table([replace(r, launch_us=r.launch_us / 2) for r in (row, *rows)])
+    rows.append(row)
+    table = hand_tables.table([replace(r, launch_us=r.launch_us / 2) for r in rows])
     assert timer.launch_factor(table) == 2
+    assert timer.launch_factor(hand_tables.table([replace(r, launch_us=0) for r in rows])) == 1
 
 
 def test_the_files_are_written(profiled: ProfileResult) -> None:

@@ -37,7 +37,7 @@ from scheduling import (
 from scheduling.costs import CO_RUN, segment_key, slice_key, step_key
 
 PACKED_SETS = 4
-LAUNCH_BOUND = 1.25  # times a launch alone: calls in a row that take less may wait for launches
+HOST_BOUND = 1.15  # times its kernels: calls in a row that take longer wait for the host
 
 
 class Profiler:
@@ -78,7 +78,8 @@ class Profiler:
 
     def launch_factor(self, table: ProfileTable) -> float:
         """How many times as long launches take here as where the table was made: the median over
-        its smallest slice and segments. Raises ProfileMiss for a table without them.
+        its smallest slice and segments; 1 for a table that does not know. Raises ProfileMiss for
+        one without these sizes.
         """
         steps = {
             segment_key(shape): StepShape(segment=shape, slice=None)
@@ -87,8 +88,11 @@ class Profiler:
         }
         smallest = self.segments.slice_buckets[0]
         steps[slice_key(smallest)] = StepShape(segment=None, slice=smallest)
+        then_us = {key: table.row(key).launch_us for key in steps}
+        if not all(then_us.values()):
+            return 1.0
         rows = [row for key, step in steps.items() for row in self._rows({key: step})]
-        return median(row.launch_us / table.row(row.key).launch_us for row in rows)
+        return median(row.launch_us / then_us[row.key] for row in rows)
 
     def launch(self, steps: Iterable[StepShape], i: int) -> Any:
         """Queues steps one after the other, each as its scheme says; what the last one gives."""
@@ -168,11 +172,15 @@ def _fitting(batch: JaggedBatch, ids: int) -> JaggedBatch:
 
 
 def _row(key: ProfileKey, timing: Timing, timed: Timed) -> ProfileRow:
-    alone_us = launch_us(timed)
-    if timing.median_us > LAUNCH_BOUND * alone_us or (device_us := kernels_us(timed)) is None:
-        times_us = (timing.median_us, timing.p10_us, timing.p90_us)
+    """A launch takes as long as the calls in a row, where the device waits for them; else what one
+    takes alone.
+    """
+    device_us = kernels_us(timed)
+    if device_us is not None and timing.median_us > HOST_BOUND * device_us:
+        times_us, launching_us = (device_us,) * 3, timing.median_us
     else:
-        times_us, alone_us = (device_us,) * 3, timing.median_us
+        times_us = (timing.median_us, timing.p10_us, timing.p90_us)
+        launching_us = launch_us(timed)
     median_us, p10_us, p90_us = times_us
     return ProfileRow(
         **asdict(key),
@@ -180,5 +188,5 @@ def _row(key: ProfileKey, timing: Timing, timed: Timed) -> ProfileRow:
         p10_us=p10_us,
         p90_us=p90_us,
         samples=timing.samples,
-        launch_us=alone_us,
+        launch_us=launching_us,
     )
