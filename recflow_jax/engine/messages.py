@@ -23,7 +23,7 @@ LONGEST_WAIT_S = 3600.0
 ARRIVALS_TO_WAKE = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Submitted:
     """A request was accepted, with these samples, when so many steps had ended."""
 
