@@ -57,3 +57,4 @@ def test_what_is_foretold_is_about_what_is_measured(collecting: Collecting | Non
     told = Foretold.of(teller.foretell(collecting, requests, due_s), measured)
     assert told.p50_ratio == pytest.approx(told.p50_ms / measured.p50_ms)
     assert 0.5 < told.p50_ratio < 1.5
+    assert 0.1 < told.device_busy_share <= 1

@@ -28,12 +28,16 @@ from scheduling import (
 
 @dataclass(frozen=True, kw_only=True)
 class Foretold:
-    """Latencies of one contender at one load, and how they compare: foretold / measured."""
+    """Latencies of one contender at one load, and how they compare: foretold / measured. Which of
+    the two limits it, device or host, say the parts of the time in which each is at work.
+    """
 
     p50_ms: float
     p99_ms: float
     p50_ratio: float
     p99_ratio: float
+    device_busy_share: float
+    launcher_busy_share: float
 
     @classmethod
     def of(cls, foretold: SimulatedLoad, measured: LoadResult) -> "Foretold":
@@ -42,6 +46,8 @@ class Foretold:
             p99_ms=foretold.p99_ms,
             p50_ratio=foretold.p50_ms / measured.p50_ms,
             p99_ratio=foretold.p99_ms / measured.p99_ms,
+            device_busy_share=foretold.device_busy_share,
+            launcher_busy_share=foretold.launcher_busy_share,
         )
 
 

@@ -225,6 +225,7 @@ def foretold_table(result: OnlineResult) -> Table:
     table = _table(
         "foretold by the profile table, for the same arrivals",
         *("requests/s", "contender", "p50 ms", "measured", "ratio", "p99 ms", "measured", "ratio"),
+        *("device busy", "launcher busy"),
     )
     for point in result.points:
         for name, told in point.foretold.items():
@@ -233,6 +234,7 @@ def foretold_table(result: OnlineResult) -> Table:
                 *(f"{point.qps:,.0f}" if name == RECFLOW else "", name),
                 *(f"{told.p50_ms:,.2f}", f"{load.p50_ms:,.2f}", f"{told.p50_ratio:.2f}"),
                 *(f"{told.p99_ms:,.2f}", f"{load.p99_ms:,.2f}", f"{told.p99_ratio:.2f}"),
+                *(f"{told.device_busy_share:.0%}", f"{told.launcher_busy_share:.0%}"),
             )
     return table
 
