@@ -268,7 +268,7 @@ def sustained_lines(result: ServedResult | OnlineResult) -> list[str]:
     return [
         f"{name}: {found.qps:,.0f} requests/s with a p99 of at most {result.p99_ms:g} ms"
         if found.load
-        else f"{name}: no load has a p99 of at most {result.p99_ms:g} ms"
+        else f"{name}: no load that was tried has a p99 of at most {result.p99_ms:g} ms"
         for name, found in result.sustained.items()
     ]
 
