@@ -333,7 +333,7 @@ def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         PAIR, models.params_of(PAIR), choose_backend("xla"), ("jax", "jax-per-table", "torch")
     )
     assert lineup.rivals == ("jax",)
-    assert lineup.skipped["torch"] == "torch is not installed"
+    assert lineup.skipped["torch"] == "torch is not installed: pip install 'recflow-jax[torch]'"
     assert "2 tables" in lineup.skipped["jax-per-table"]
 
 
