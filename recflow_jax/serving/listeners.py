@@ -82,9 +82,8 @@ def _socket(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot listen on {host}, port {port}: {error.strerror}"
-        ) from error
+        why = str(error.strerror).partition(" (while")[0]
+        raise OSError(f"cannot listen on {host}, port {port}: {why}") from error
 
 
 def _grpc_options(options: ServerOptions) -> list[tuple[str, int]]:
