@@ -245,7 +245,7 @@ def test_paths_may_name_the_version(web: httpx.Client, path: str) -> None:
         ("GET", "/v2/health/ready", 200),
         ("GET", "/v2/models/stats", 200),
         ("POST", "/v2/repository/index", 200),
-        ("GET", INFER, 404),
+        ("GET", INFER, 405),
         ("POST", "/v2", 405),
         ("GET", "/v2/nothing", 404),
     ],
