@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.table import Table
 
 import small_models as models
 from pallas_kernels import reference
@@ -31,7 +32,7 @@ from recflow_jax.measure.kernels import (
 )
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.online import OnlineOptions, request_pool
-from recflow_jax.measure.report import corun_table
+from recflow_jax.measure.report import corun_table, show
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Ops
 
@@ -324,6 +325,12 @@ def test_requests_have_mlperf_sizes_or_one() -> None:
     assert sizes <= {100, 200, 300, 400, 500, 600, 700} and len(sizes) > 1
     fixed = request_pool(PAIR, ids="uniform", seed=0, request_samples=3)
     assert {request.samples for request in fixed} == {3}
+
+
+def test_a_title_may_be_wider_than_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "Microseconds per batch, " * 4
+    show(Table("batch", title=title))
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == title.rstrip()
 
 
 def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
