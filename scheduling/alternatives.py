@@ -38,7 +38,7 @@ class Alternatives:
         if waiting:
             largest = fitting(self._slices, waiting)
             for size in self._slices[: self._slices.index(largest) + 1]:
-                for scheme in (None, *self._costs.co_runs_us(shape, size)):
+                for scheme in (None, *self._costs.co_runs(shape, size)):
                     yield StepShape(segment=shape, slice=size, co_run=scheme)
 
 

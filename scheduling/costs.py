@@ -1,5 +1,8 @@
-"""What a step costs on the device, by a profile table; and the table's keys."""
+"""What a step costs, by a profile table; and the table's keys."""
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, runtime_checkable
 
@@ -10,14 +13,42 @@ SERIAL = "serial"
 CO_RUN = "co-run"
 
 
-class StepCosts:
-    """Times of steps in microseconds, from a table: one after the other, or by the best co-run.
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Microseconds of steps: of the device that runs them, and of the host that launches them."""
 
-    Raises ProfileMiss for a slice or a segment that was not measured.
+    device_us: float = 0.0
+    launch_us: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.device_us + other.device_us, self.launch_us + other.launch_us)
+
+    def times(self, factor: float) -> "Cost":
+        """So many times as long."""
+        return Cost(self.device_us * factor, self.launch_us * factor)
+
+    @property
+    def us(self) -> float:
+        """How long they take one behind the other: the host launches while the device runs."""
+        return max(self.device_us, self.launch_us)
+
+    def least_first(self) -> tuple[float, float]:
+        """To sort by: whichever takes less time; of those that take as long, less work."""
+        return self.us, self.device_us + self.launch_us
+
+
+class StepCosts:
+    """What steps cost, by a table: one after the other, or by the best co-run.
+
+    launch_factor: how many times as long launches take on this host as on the table's. Raises
+    ProfileMiss for a slice or a segment that was not measured, ValueError for no such factor.
     """
 
-    def __init__(self, table: ProfileTable) -> None:
+    def __init__(self, table: ProfileTable, *, launch_factor: float = 1.0) -> None:
+        if not 0 < launch_factor < math.inf:
+            raise ValueError(f"costs: launch_factor is {launch_factor}, not above 0")
         self._table = table
+        self._launch_factor = launch_factor
         self._configs = sorted({row.config for row in table.rows if row.scheme == CO_RUN})
 
     @property
@@ -25,44 +56,50 @@ class StepCosts:
         """The steps that were measured, by whatever scheme."""
         return {_pair(row) for row in self._table.rows if row.kind == "step"}
 
-    def slice_us(self, size: SliceBucket) -> float:
+    def slice(self, size: SliceBucket) -> Cost:
         """A slice alone."""
-        return self._table.time_us(slice_key(size))
+        return self._of(slice_key(size))
 
-    def segment_us(self, shape: SegmentShape) -> float:
+    def segment(self, shape: SegmentShape) -> Cost:
         """A segment alone."""
-        return self._table.time_us(segment_key(shape))
+        return self._of(segment_key(shape))
 
-    def serial_us(self, shape: SegmentShape, size: SliceBucket) -> float:
+    def serial(self, shape: SegmentShape, size: SliceBucket) -> Cost:
         """Segment and slice, launched one after the other: as measured, or their sum."""
         key = step_key(shape, size)
-        if self._table.has(key):
-            return self._table.time_us(key)
-        return self.segment_us(shape) + self.slice_us(size)
+        return self._of(key) if self._table.has(key) else self.segment(shape) + self.slice(size)
 
-    def co_runs_us(self, shape: SegmentShape, size: SliceBucket) -> dict[str, float]:
+    def co_runs(self, shape: SegmentShape, size: SliceBucket) -> dict[str, Cost]:
         """The co-runs that were measured, by their configs."""
         keys = {c: step_key(shape, size, scheme=CO_RUN, config=c) for c in self._configs}
-        return {c: self._table.time_us(key) for c, key in keys.items() if self._table.has(key)}
+        return {config: self._of(key) for config, key in keys.items() if self._table.has(key)}
 
-    def step_us(self, step: StepShape) -> float:
+    def step(self, step: StepShape) -> Cost:
         """Whatever a step has, by its own scheme; a co-run, too, has to be measured."""
         if step.segment and step.slice:
-            return self._pair_us(step.segment, step.slice, step.co_run)
+            return self._pair(step.segment, step.slice, step.co_run)
         if step.segment:
-            return self.segment_us(step.segment)
-        return self.slice_us(step.slice) if step.slice else 0.0
+            return self.segment(step.segment)
+        return self.slice(step.slice) if step.slice else Cost()
 
-    def best(self, shape: SegmentShape, size: SliceBucket) -> tuple[float, str | None]:
-        """The shortest time of a step, and the config if it is a co-run's."""
-        serial = (self.serial_us(shape, size), None)
-        co_runs = [(us, config) for config, us in self.co_runs_us(shape, size).items()]
-        return min([serial, *co_runs], key=lambda timed: timed[0])
+    def steps(self, steps: Iterable[StepShape]) -> Cost:
+        """All of them, one behind the other."""
+        return sum(map(self.step, steps), Cost())
 
-    def _pair_us(self, shape: SegmentShape, size: SliceBucket, co_run: str | None) -> float:
+    def best(self, shape: SegmentShape, size: SliceBucket) -> tuple[Cost, str | None]:
+        """A step at its fastest, and the config if that is a co-run's."""
+        serial = (self.serial(shape, size), None)
+        co_runs = [(cost, config) for config, cost in self.co_runs(shape, size).items()]
+        return min([serial, *co_runs], key=lambda found: found[0].least_first())
+
+    def _pair(self, shape: SegmentShape, size: SliceBucket, co_run: str | None) -> Cost:
         if co_run is None:
-            return self.serial_us(shape, size)
-        return self._table.time_us(step_key(shape, size, scheme=CO_RUN, config=co_run))
+            return self.serial(shape, size)
+        return self._of(step_key(shape, size, scheme=CO_RUN, config=co_run))
+
+    def _of(self, key: ProfileKey) -> Cost:
+        row = self._table.row(key)
+        return Cost(row.median_us, self._launch_factor * row.launch_us)
 
 
 @runtime_checkable
@@ -75,16 +112,16 @@ class StepTimes(Protocol):
 
 
 class TableTimes:
-    """Every step takes the median time of its scheme in a profile table; each is looked up once.
+    """Every step takes the device's median time of its scheme in a profile table.
 
     Raises ProfileMiss as `StepCosts` does.
     """
 
     def __init__(self, table: ProfileTable) -> None:
-        self._known_us = cache(StepCosts(table).step_us)
+        self._known = cache(StepCosts(table).step)
 
     def step_us(self, step: Step) -> float:
-        return self._known_us(step.shape)
+        return self._known(step.shape).device_us
 
 
 def slice_key(size: SliceBucket) -> ProfileKey:

@@ -5,6 +5,12 @@ from dataclasses import dataclass, fields
 
 from scheduling.request import Request, Slice, SliceBucket, Step
 
+REST_STEP_US = 100
+"""Python runs one thread at a time. A launcher that launched for longer than it had slept before
+leaves the interpreter to the callers for the difference, as long as something comes in each step of
+this time, and until a step has ended that a launch waits for. Else each request would be launched
+alone, at a cost that holds the callers up, so that their requests come one by one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostCosts:

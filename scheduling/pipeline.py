@@ -80,7 +80,7 @@ def _check_ladder(name: str, sizes: list[tuple[int, int]]) -> None:
             raise ValueError(f"pipeline: {name} does not ascend from {(a, b)} to {(c, d)}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Arrive:
     """A request joins the queue."""
 

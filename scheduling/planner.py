@@ -12,7 +12,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 from scheduling.alternatives import alone, fitting, left_after
 from scheduling.buckets import ladder
-from scheduling.costs import StepCosts, segment_key
+from scheduling.costs import Cost, StepCosts, segment_key
 from scheduling.request import CoRun, SegmentShape, SliceBucket, StepShape
 from scheduling.table import ProfileTable
 
@@ -80,9 +80,11 @@ class TablePlans:
     """The best plans by a profile table, all worked out when it is made.
 
     throughput: a batch and what waits are through as soon as possible. latency: samples wait as
-    little as possible on average, where as many come in as a batch has while it runs.
+    little as possible on average, where as many come in as a batch has while it runs. Steps take
+    what the device takes for all, or the host for all launches, whichever is longer.
     cuts: those that there may be; None allows all that were measured.
     p99_ms: no batch is so large that two in a row take longer than that, by the table.
+    launch_factor: see `StepCosts`.
     Raises ProfileMiss for a table without the slices or without one whole cut, and ValueError for
     a bound that even the smallest batch does not meet.
     """
@@ -96,12 +98,13 @@ class TablePlans:
         cuts: Sequence[int] | None = None,
         objective: Objective = "throughput",
         p99_ms: float | None = None,
+        launch_factor: float = 1.0,
     ) -> None:
         if objective not in get_args(Objective):
             raise ValueError(
                 f"objective {objective!r} is not one of {', '.join(get_args(Objective))}"
             )
-        self.costs = StepCosts(table)
+        self.costs = StepCosts(table, launch_factor=launch_factor)
         self.objective = objective
         self._slices = tuple(slice_buckets)
         self._cuts = _measured_cuts(table, batch_buckets[-1], cuts)
@@ -115,7 +118,7 @@ class TablePlans:
             for waiting in self._pending
         }
         self._beside = {
-            (shape, waiting): self._rest(shape, waiting)[1] or self._slices[0]
+            (shape, waiting): self._rest(shape, waiting)[0].size or self._slices[0]
             for shape in self._shapes()
             for waiting in self._pending
         }
@@ -148,7 +151,7 @@ class TablePlans:
 
     def predicted_us(self, batch: int, waiting: int) -> float:
         """Until a batch of a bucket has run and all that waits is gathered."""
-        return sum(map(self.costs.step_us, self.steps(batch, waiting)))
+        return self.costs.steps(self.steps(batch, waiting)).us
 
     def steps(self, batch: int, waiting: int) -> tuple[StepShape, ...]:
         """What is launched until then, where nothing else arrives."""
@@ -176,32 +179,34 @@ class TablePlans:
         return self._pending[min(bisect_left(self._pending, waiting), len(self._pending) - 1)]
 
     def _best_cut(self, batch: int, waiting: int) -> int:
-        def cost(segments: int) -> float:
-            return self._rest(SegmentShape(segments=segments, index=0, batch=batch), waiting)[0]
+        def cost(segments: int) -> tuple[float, float]:
+            first = SegmentShape(segments=segments, index=0, batch=batch)
+            return self._rest(first, waiting)[0].cost.least_first()
 
         return min(self._cuts, key=cost)
 
-    def _cheapest(
-        self, shape: SegmentShape | None, waiting: int
-    ) -> tuple[float, SliceBucket | None]:
-        """The least cost from a segment on, and the slice to launch beside it; None if none waits.
+    def _cheapest(self, shape: SegmentShape | None, waiting: int) -> "tuple[_Choice, ...]":
+        """What may be launched beside a segment, with the cost from there on: the best first.
 
-        A slice is launched whenever something waits: nobody waits longer than a step for that.
+        Any of them may be best behind the steps before, which the host or the device may bound. A
+        slice is launched whenever something waits: nobody waits longer than a step for that.
         """
         if shape is None:
-            return self._alone_us(waiting) * self._weight(0, waiting), None
+            return (_Choice(self._alone(waiting).times(self._weight(0, waiting))),)
         weight, coming = self._weight(shape.batch, waiting), self._coming(shape)
         if not waiting:
-            return weight * self.costs.segment_us(shape) + self._rest(shape.next, coming)[0], None
+            own = self.costs.segment(shape).times(weight)
+            rests = self._rest(shape.next, coming)
+            return _undominated([_Choice(own + rest.cost) for rest in rests])
         most = fitting(self._slices, waiting)
-        costs = {
-            size: weight * self._best(shape, size)[0]
-            + self._rest(shape.next, max(waiting - size.samples, 0) + coming)[0]
-            for size in self._slices
-            if size.samples <= most.samples
-        }
-        best = min(costs, key=lambda size: costs[size])
-        return costs[best], best
+        return _undominated(
+            [
+                _Choice(self._best(shape, size)[0].times(weight) + rest.cost, size)
+                for size in self._slices
+                if size.samples <= most.samples
+                for rest in self._rest(shape.next, max(waiting - size.samples, 0) + coming)
+            ]
+        )
 
     def _weight(self, batch: int, waiting: int) -> float:
         """Whom a microsecond costs."""
@@ -211,9 +216,9 @@ class TablePlans:
         """Samples that arrive during a segment."""
         return 0 if self.objective == "throughput" else shape.batch // shape.segments
 
-    def _alone_us(self, waiting: int) -> float:
+    def _alone(self, waiting: int) -> Cost:
         """Slices with nothing beside them."""
-        return sum(map(self.costs.step_us, alone(self._slices, waiting)))
+        return self.costs.steps(alone(self._slices, waiting))
 
     def _within(self, batch_buckets: Sequence[int], p99_ms: float | None) -> tuple[int, ...]:
         """The batch sizes that meet the bound, with as much waiting as the batch has."""
@@ -231,15 +236,34 @@ class TablePlans:
     def _fastest_us(self, batch: int) -> float:
         """The shortest time of a batch with as much waiting, in slices as large as can be."""
 
-        def us(shape: SegmentShape | None, waiting: int) -> float:
-            if shape is None or not waiting:
-                rest = self._alone_us(waiting) if shape is None else 0.0
-                return rest if shape is None else self.costs.segment_us(shape) + us(shape.next, 0)
+        def cost(shape: SegmentShape | None, waiting: int) -> Cost:
+            if shape is None:
+                return self._alone(waiting)
+            if not waiting:
+                return self.costs.segment(shape) + cost(shape.next, 0)
             size = fitting(self._slices, waiting)
             left = max(waiting - size.samples, 0)
-            return self._best(shape, size)[0] + us(shape.next, left)
+            return self._best(shape, size)[0] + cost(shape.next, left)
 
-        return min(us(SegmentShape(segments=n, index=0, batch=batch), batch) for n in self._cuts)
+        firsts = [SegmentShape(segments=n, index=0, batch=batch) for n in self._cuts]
+        return min(cost(first, batch).us for first in firsts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A slice to launch beside a segment, or none, and the cost of all from there on."""
+
+    cost: Cost
+    size: SliceBucket | None = None
+
+
+def _undominated(choices: Sequence[_Choice]) -> tuple[_Choice, ...]:
+    """Those that no other beats on the device and on the host, the best first."""
+    kept: list[_Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.cost.device_us, c.cost.launch_us)):
+        if not kept or choice.cost.launch_us < kept[-1].cost.launch_us:
+            kept.append(choice)
+    return tuple(sorted(kept, key=lambda c: c.cost.least_first()))
 
 
 def _measured_cuts(

@@ -4,6 +4,8 @@ A *request* asks for the scores of some samples. The scheduler cuts it into *par
 many requests into *slices* (embedding work) and collects slices in a *batch*, which then runs
 through its *segments* (bottom MLP, interaction, top MLP). One *step* launches a slice of one
 batch beside a segment of the batch before it.
+
+What is made anew for each request is not frozen, which would take three times as long to make.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Request:
     """Some samples to be scored together, known here only by their sizes.
 
@@ -48,7 +50,7 @@ class Request:
         return int(self.id_offsets[-1])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Part:
     """Samples [start, stop) of a request."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scheduling.costs import StepTimes
-from scheduling.host_costs import HostCosts
+from scheduling.host_costs import REST_STEP_US, HostCosts
 from scheduling.pipeline import Action, Arrive, Event, Launch, StepDone
 from scheduling.policy import Policy
 from scheduling.request import Part, Request, Step, StepShape
@@ -120,6 +120,7 @@ class _Engine:
         self._next = self._draw()
         self._served: dict[int, _Served] = {}
         self._launched = _Launched()
+        self._mailed: list[Event] = []
         self._now_us = 0.0
         self._copied_us = 0.0
         self._device_free_us = 0.0
@@ -129,11 +130,16 @@ class _Engine:
 
     def run(self) -> None:
         while (next_us := self._next_mail_us()) < math.inf:
-            self._now_us = max(self._now_us, next_us)
-            self._act(self._policy.step(int(self._now_us), self._mail()))
+            slept_us = max(next_us - self._now_us, 0)
+            self._now_us = started_us = self._now_us + slept_us
+            mail, self._mailed = self._mailed + self._mail(), []
+            self._act(self._policy.step(int(started_us), mail))
+            self._rest(self._now_us - started_us - slept_us)
 
     def _next_mail_us(self) -> float:
         """When the launcher has something to do: an arrival, a step's end, a deadline."""
+        if self._mailed:
+            return self._now_us
         flights, deadline_us = self._launched.flights, self._policy.next_deadline_us
         return min(
             math.inf if self._next is None else self._entered_us,
@@ -141,7 +147,20 @@ class _Engine:
             math.inf if deadline_us is None else deadline_us,
         )
 
+    def _rest(self, longest_us: float) -> None:
+        """See REST_STEP_US."""
+        end_us, mailed = self._now_us + longest_us, -1
+        while len(self._mailed) > mailed and self._now_us < end_us and not self._is_waited_for():
+            mailed = len(self._mailed)
+            self._now_us = min(self._now_us + REST_STEP_US, end_us)
+            self._mailed += self._mail()
+
+    def _is_waited_for(self) -> bool:
+        has_ended = any(isinstance(event, StepDone) for event in self._mailed)
+        return has_ended and not self._policy.can_launch
+
     def _mail(self) -> list[Event]:
+        """What came since it was asked before."""
         events: list[Event] = []
         while self._next is not None and self._entered_us <= self._now_us:
             events.append(Arrive(request=self._next))

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-SCHEMA = 2
+SCHEMA = 3
+WITHOUT_LAUNCHES = 2  # the schema before: times are the device's, or the launch's if it took longer
 
 Kind = Literal["slice", "segment", "step"]
 MissPolicy = Literal["error", "next_bucket", "scale"]
@@ -83,18 +84,23 @@ class ProfileKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRow(ProfileKey):
-    """A key with the median, 10th and 90th percentile of `samples` timings, in microseconds."""
+    """A key with the median, 10th and 90th percentile of `samples` timings, in microseconds: of the
+    device, with whatever else it takes between kernels. launch_us: of the host, for the launch.
+    """
 
     median_us: float
     p10_us: float
     p90_us: float
     samples: int
+    launch_us: float = 0.0
 
     def __post_init__(self) -> None:
         ProfileKey.__post_init__(self)
         if not 0 <= self.p10_us <= self.median_us <= self.p90_us < math.inf:
             times = f"{self.p10_us}, {self.median_us}, {self.p90_us}"
             raise ValueError(f"profile: p10, median, p90 of {self} do not ascend: {times}")
+        if not 0 <= self.launch_us < math.inf:
+            raise ValueError(f"profile: launch_us of {self} is {self.launch_us}, not 0 or more")
         if self.samples < 1:
             raise ValueError(f"profile: samples of {self} is {self.samples}, not at least 1")
 
@@ -133,6 +139,12 @@ class ProfileTable:
     def has(self, key: ProfileKey) -> bool:
         """Whether exactly this was measured."""
         return key in self._by_key
+
+    def row(self, key: ProfileKey) -> ProfileRow:
+        """What was measured of exactly this; ProfileMiss if nothing was."""
+        if row := self._by_key.get(key):
+            return row
+        raise ProfileMiss(f"{key} was not measured; {self._nearest(key)}")
 
     def with_rows(self, rows: Iterable[ProfileRow]) -> Self:
         """The table with these rows too; a row replaces the one that has the same key."""
@@ -195,7 +207,7 @@ class ProfileTable:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote; ProfileTableError, with the path, for any other file."""
         try:
-            values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            values: Any = _in_this_schema(json.loads(Path(path).read_text(encoding="utf-8")))
             _check_schema(values.get("schema") if isinstance(values, dict) else None)
             _check_fields(cls, values, "the table")
             values["rows"] = tuple(_row(index, row) for index, row in enumerate(values["rows"]))
@@ -210,6 +222,16 @@ class ProfileTable:
         alike.sort(key=lambda row: (row.series != key.series, _distance(row, key)))
         named = ", ".join(f"{row.key}" for row in alike[:NEAREST_NAMED])
         return f"nearest: {named}" if named else f"the table has no {key.kind} at all"
+
+
+def _in_this_schema(values: Any) -> Any:
+    """A table without launches knows none: all its time is the device's."""
+    if not isinstance(values, dict) or values.get("schema") != WITHOUT_LAUNCHES:
+        return values
+    rows = [
+        row | {"launch_us": 0.0} if isinstance(row, dict) else row for row in values.get("rows", ())
+    ]
+    return values | {"schema": SCHEMA} | ({"rows": rows} if "rows" in values else {})
 
 
 def _row(index: int, values: Any) -> ProfileRow:

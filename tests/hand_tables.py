@@ -7,8 +7,9 @@ from typing import Any
 from scheduling import ProfileKey, ProfileRow, ProfileTable
 
 
-def row(key: ProfileKey, us: float) -> ProfileRow:
+def row(key: ProfileKey, us: float, launch_us: float = 0) -> ProfileRow:
     times: dict[str, Any] = {"median_us": us, "p10_us": us, "p90_us": us, "samples": 1}
+    times["launch_us"] = launch_us
     return ProfileRow(**asdict(key), **times)
 
 

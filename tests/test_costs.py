@@ -43,9 +43,9 @@ def test_a_step_takes_what_was_measured_of_its_scheme(segment, slice, co_run, us
 def test_a_simulated_step_takes_what_it_was_planned_with():
     costs, times = StepCosts(TABLE), TableTimes(TABLE)
     for shape, size in product((FIRST, LAST), (SMALL, LARGE)):
-        us, co_run = costs.best(shape, size)
-        assert times.step_us(step(shape, size, co_run)) == us
-        assert times.step_us(step(shape, size)) == costs.serial_us(shape, size)
+        cost, co_run = costs.best(shape, size)
+        assert times.step_us(step(shape, size, co_run)) == cost.us
+        assert times.step_us(step(shape, size)) == costs.serial(shape, size).us
 
 
 @pytest.mark.parametrize("co_run", [None, "deep"])

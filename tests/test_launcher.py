@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
 from recflow_jax.batch import InputError
+from recflow_jax.engine import launcher
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import (
@@ -25,6 +28,7 @@ from recflow_jax.engine.errors import (
     QueueFull,
     StepFailed,
 )
+from recflow_jax.engine.messages import Inbox
 from scheduling.pipeline import Action, Arrive, Cancel, Event, Pipeline
 
 SOON_S = 30
@@ -120,6 +124,20 @@ def test_requests_that_arrive_meanwhile_share_the_next_batch(engine: Engine, dev
     device.go_on()
     assert [result(answer) for answer in later] == [scores(3), scores(4), scores(5)]
     assert len(device.batches_seen) < 5
+
+
+def test_a_launcher_leaves_the_interpreter_to_the_callers_for_as_long_as_it_launched(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each look at the clock takes 50 us here: one while it slept, several while it launched."""
+    rests_us: list[int] = []
+    monkeypatch.setattr(Inbox, "rest", lambda _, us, can_launch: rests_us.append(us))
+    monkeypatch.setattr(launcher, "now_us", partial(next, count(0, 50)))
+    with Engine.from_segments(FakeSegments()) as engine:
+        result(engine.submit(samples(1)))
+    launches = [us for us in rests_us if us > 0]
+    assert launches
+    assert all(us % 50 == 0 for us in rests_us)
 
 
 def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(

@@ -8,9 +8,11 @@ from itertools import cycle
 import numpy as np
 import pytest
 
+from recflow_jax.engine import messages
 from recflow_jax.engine.intake import Terms, new_request
 from recflow_jax.engine.messages import ARRIVALS_TO_WAKE, Dropped, Inbox, Message, Submitted
 from recflow_jax.engine.prepared import Prepared
+from scheduling.host_costs import REST_STEP_US
 
 LONG_S = 60
 SOON_S = 30
@@ -33,11 +35,11 @@ def request_id(message: Message) -> int:
 
 
 def test_messages_come_in_their_order():
-    inbox, messages = Inbox(), [arrival(0), Dropped(0), arrival(1)]
-    inbox.put_arrival(messages[0])
-    inbox.put(messages[1])
-    inbox.put_arrival(messages[2])
-    assert inbox.wait(None) == messages
+    inbox, sent = Inbox(), [arrival(0), Dropped(0), arrival(1)]
+    inbox.put_arrival(sent[0])
+    inbox.put(sent[1])
+    inbox.put_arrival(sent[2])
+    assert inbox.wait(None) == sent
     assert inbox.wait(0) == []
 
 
@@ -76,6 +78,29 @@ def test_arrivals_that_did_not_wake_are_there_afterwards():
     inbox, request = Inbox(), arrival(0)
     inbox.put_arrival(request)
     assert inbox.wait(0, can_launch=False) == [request]
+
+
+@pytest.mark.parametrize(("comings", "rests"), [((1, 1, 0, 1), 3), ((0, 1), 1), ((1,) * 99, 10)])
+def test_it_rests_for_so_long_but_only_while_messages_come(
+    monkeypatch: pytest.MonkeyPatch, comings: tuple[int, ...], rests: int
+):
+    inbox, slept_us = Inbox(), []
+
+    def sleep(seconds: float) -> None:
+        for _ in range(comings[len(slept_us)]):
+            inbox.put(Dropped(len(slept_us)))
+        slept_us.append(round(1e6 * seconds))
+
+    monkeypatch.setattr(messages.time, "sleep", sleep)
+    monkeypatch.setattr(messages, "now_us", lambda: sum(slept_us))
+    inbox.rest(10 * REST_STEP_US)
+    assert slept_us == [REST_STEP_US] * rests
+
+
+def test_it_does_not_rest_where_no_rest_is_due(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages.time, "sleep", pytest.fail)
+    Inbox().rest(0)
+    Inbox().rest(-1000)
 
 
 def test_nothing_is_lost_or_doubled_between_many_threads():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import permutations, product
 from typing import Any, cast
 
 import pytest
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hand_tables import row, table
-from scheduling.costs import CO_RUN, StepCosts, segment_key, slice_key, step_key
-from scheduling.planner import SerialPlans, TablePlans
+from scheduling.costs import CO_RUN, Cost, StepCosts, segment_key, slice_key, step_key
+from scheduling.planner import SerialPlans, TablePlans, _Choice, _undominated
 from scheduling.request import CoRun, SegmentShape, SliceBucket
 from scheduling.table import ProfileMiss, ProfileRow
 
@@ -46,21 +46,21 @@ def whole(batch: int) -> SegmentShape:
 
 def test_a_step_takes_the_sum_of_its_parts_unless_it_was_measured():
     costs = StepCosts(table([*parts(), row(step_key(whole(8), SLICES[0]), 17)]))
-    assert costs.serial_us(whole(8), SLICES[0]) == 17
-    assert costs.serial_us(whole(8), SLICES[1]) == 16 + 8
-    assert costs.best(whole(8), SLICES[1]) == (24, None)
+    assert costs.serial(whole(8), SLICES[0]) == Cost(17)
+    assert costs.serial(whole(8), SLICES[1]) == Cost(16 + 8)
+    assert costs.best(whole(8), SLICES[1]) == (Cost(24), None)
 
 
 def test_the_fastest_co_run_is_taken_where_it_beats_serial():
     rows = [co_run(whole(8), SLICES[0], us, name) for us, name in ((19, "a"), (18, "b"), (30, "c"))]
     costs = StepCosts(table([*parts(), *rows, co_run(whole(8), SLICES[1], 25)]))
-    assert costs.best(whole(8), SLICES[0]) == (18, "b")
-    assert costs.best(whole(8), SLICES[1]) == (24, None)
+    assert costs.best(whole(8), SLICES[0]) == (Cost(18), "b")
+    assert costs.best(whole(8), SLICES[1]) == (Cost(24), None)
 
 
 def test_what_was_not_measured_is_a_miss():
     with pytest.raises(ProfileMiss, match="slice_samples=5"):
-        StepCosts(table(parts())).slice_us(SliceBucket(samples=5, ids=5))
+        StepCosts(table(parts())).slice(SliceBucket(samples=5, ids=5))
 
 
 # --- throughput -----------------------------------------------------------------------------------
@@ -97,20 +97,57 @@ def test_only_what_is_used_has_to_be_compiled():
     assert plans.co_runs == (CoRun(segment=whole(16), slice=SLICES[2], config="deep"),)
 
 
+def test_a_host_that_launches_slowly_launches_less():
+    """The cut that lets a slice hide takes three launches, and two more beside it."""
+    rows = [row(r.key, r.median_us, launch_us=4) for r in parts()]
+    rows += [
+        row(step_key(s, SLICES[1], scheme=CO_RUN, config="deep"), 2 * s.batch / 3, launch_us=4)
+        for s in shapes((FINEST,))
+    ]
+    fast, slow = (
+        TablePlans(table(rows), BATCHES, SLICES, launch_factor=factor) for factor in (1, 5)
+    )
+    assert (fast.segments(16, 16), fast.predicted_us(16, 16)) == (FINEST, pytest.approx(32))
+    assert (slow.segments(16, 16), slow.predicted_us(16, 16)) == (1, 48)
+    assert slow.predicted_us(8, 4) == 2 * 20
+
+
+def test_a_plan_takes_the_longer_of_its_launches_and_the_device():
+    """A launch behind a long one is free; between short ones it is all that counts."""
+    long, short = row(segment_key(whole(16)), 100, 10), row(segment_key(whole(8)), 1, 10)
+    rows = [long, short, *(row(slice_key(size), 2, 10) for size in SLICES)]
+    plans = TablePlans(table(rows), BATCHES, SLICES, cuts=(1,))
+    assert plans.predicted_us(16, 4) == 102
+    assert plans.predicted_us(8, 4) == 20
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_choices_are_those_that_none_beats_on_device_and_host(data: st.DataObject):
+    times = st.integers(0, 5).map(float)
+    costs = data.draw(st.lists(st.builds(Cost, times, times), min_size=1))
+    kept = [choice.cost for choice in _undominated([_Choice(cost) for cost in costs])]
+    for cost in costs:
+        assert any(k.device_us <= cost.device_us and k.launch_us <= cost.launch_us for k in kept)
+    for one, other in permutations(kept, 2):
+        assert one.device_us < other.device_us or one.launch_us < other.launch_us
+    assert kept[0].us == min(cost.us for cost in costs)
+
+
 def all_plans(costs: StepCosts, shape: SegmentShape | None, waiting: int) -> Iterator[float]:
     """The times of every way to run the rest of a batch and gather what waits."""
     largest = SLICES[-1].samples
     if shape is None:
         total = 0.0
         while waiting > 0:
-            total += costs.slice_us(next(s for s in SLICES if s.samples >= min(waiting, largest)))
+            total += costs.slice(next(s for s in SLICES if s.samples >= min(waiting, largest))).us
             waiting -= largest
         yield total
     elif waiting == 0:
-        yield from (costs.segment_us(shape) + rest for rest in all_plans(costs, shape.next, 0))
+        yield from (costs.segment(shape).us + rest for rest in all_plans(costs, shape.next, 0))
     else:
         for size in SLICES[: 1 + [s.samples >= waiting for s in SLICES].index(True)]:
-            own, left = costs.best(shape, size)[0], max(waiting - size.samples, 0)
+            own, left = costs.best(shape, size)[0].us, max(waiting - size.samples, 0)
             yield from (own + rest for rest in all_plans(costs, shape.next, left))
 
 

@@ -1,16 +1,18 @@
 """`recflow profile`: what it measures, keeps, refuses and writes."""
 
-import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import hand_tables
 import small_models as models
 from recflow_jax.commands.profile import ProfileResult, profile
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
 from recflow_jax.measure import profiler
+from recflow_jax.measure.timing import Timing, TimingOptions
 from scheduling import ProfileTable, ProfileTableError, SegmentShape
 from scheduling.costs import CO_RUN, segment_key, slice_key, step_key
 
@@ -45,6 +47,36 @@ def test_every_part_is_measured_and_what_may_pay_in_one_executable(profiled: Pro
     assert steps <= keys
 
 
+@pytest.mark.parametrize(
+    ("queued_us", "kernels_us", "device_us", "launch_us"),
+    [(200.0, 180.0, 200.0, 80.0), (90.0, 15.0, 15.0, 90.0), (90.0, None, 90.0, 80.0)],
+)
+def test_what_waits_for_the_host_is_timed_by_its_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    queued_us: float,
+    kernels_us: float | None,
+    device_us: float,
+    launch_us: float,
+) -> None:
+    """A launch alone takes 80 us here."""
+    monkeypatch.setattr(
+        profiler,
+        "measure_side_by_side",
+        lambda timed, _: {name: Timing.of([queued_us]) for name in timed},
+    )
+    monkeypatch.setattr(profiler, "launch_us", lambda _: 80.0)
+    monkeypatch.setattr(profiler, "kernels_us", lambda _: kernels_us)
+    segments = models.compiled(CONFIG)
+    timer = profiler.Profiler(segments, ids="uniform", seed=0, timing=TimingOptions())
+    (row,) = timer.slice_rows(segments.slice_buckets[0])
+    assert (row.median_us, row.p10_us, row.launch_us) == (device_us, device_us, launch_us)
+    rows = [r for s in segments.cuts for r in timer.segment_rows(s, segments.batch_buckets[0])]
+    rows.append(row)
+    table = hand_tables.table([replace(r, launch_us=r.launch_us / 2) for r in rows])
+    assert timer.launch_factor(table) == 2
+    assert timer.launch_factor(hand_tables.table([replace(r, launch_us=0) for r in rows])) == 1
+
+
 def test_the_files_are_written(profiled: ProfileResult) -> None:
     assert profiled.path.name == "dot-cpu.json"
     assert ProfileTable.load(profiled.path) == profiled.table
@@ -63,7 +95,7 @@ def test_an_engine_takes_the_table(profiled: ProfileResult) -> None:
 
 
 def copied(profiled: ProfileResult, tmp_path: Path, **changes: object) -> Path:
-    table = dataclasses.replace(profiled.table, **changes)  # pyright: ignore
+    table = replace(profiled.table, **changes)  # pyright: ignore
     table.save(tmp_path / profiled.path.name)
     return tmp_path
 
@@ -72,7 +104,7 @@ def test_resume_measures_what_is_missing(
     profiled: ProfileResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = [row for row in profiled.table.rows if row.batch != 4]
-    marked = [dataclasses.replace(row, median_us=row.p90_us, samples=99) for row in kept]
+    marked = [replace(row, median_us=row.p90_us, samples=99) for row in kept]
     resumed = run(copied(profiled, tmp_path, rows=tuple(marked)))
     parts = {row.key for row in profiled.table.rows if row.kind != "step"}
     assert parts <= {row.key for row in resumed.table.rows}
@@ -83,7 +115,7 @@ def test_resume_measures_what_is_missing(
 
 
 def test_no_resume_measures_all(profiled: ProfileResult, tmp_path: Path) -> None:
-    marked = [dataclasses.replace(row, samples=99) for row in profiled.table.rows]
+    marked = [replace(row, samples=99) for row in profiled.table.rows]
     anew = run(copied(profiled, tmp_path, rows=tuple(marked)), resume=False)
     assert all(row.samples < 99 for row in anew.table.rows)
 

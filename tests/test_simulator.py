@@ -94,6 +94,36 @@ def test_a_device_waits_for_a_slow_launcher():
     assert slow.device_busy_us == 50 and slow.span_us == 320
 
 
+def test_a_busy_launcher_leaves_as_much_time_as_it_takes_to_the_callers():
+    host = replace(FREE, launch_us=150)
+    crowd = [request(i, 50 * i) for i in range(14)]
+    policy = Pipeline(config(segments=1, batch_buckets=(16,), max_steps_in_flight=9))
+    busy = run(*crowd, policy=policy, host=host)
+    # Slice and segment of the first are launched at 300; what has come by 600 is seen then.
+    assert (busy.launched_us[0], busy.launched_us[1]) == (150, 600 + 150)
+
+
+def test_a_launcher_that_slept_before_goes_on_at_once():
+    host = replace(FREE, launch_us=150)
+    both = run(request(0, 400), request(1, 600), host=host, segments=1)
+    # The first is launched from 400 to 700, after a sleep of 400.
+    assert both.launched_us.tolist() == [550, 850]
+
+
+def test_a_launcher_rests_no_longer_than_something_comes():
+    host = replace(FREE, launch_us=500)
+    both = run(request(0, 0), request(1, 30), host=host, segments=1)
+    # The first is launched at 1000. The second has come, and nothing after 1100.
+    assert both.launched_us.tolist() == [500, 1200 + 500]
+
+
+def test_a_rest_ends_with_a_step_that_a_launch_waits_for():
+    host = replace(FREE, launch_us=500)
+    one = run(request(0, 0), request(1, 30), host=host, segments=1, max_steps_in_flight=2)
+    # Both steps are launched at 1000. One has ended, which is seen at 1100.
+    assert one.launched_us.tolist() == [500, 1100 + 500]
+
+
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():
     host = replace(FREE, byte_us=1, bytes_per_id=0, bytes_per_sample=100)
     both = run(request(0, samples=4), request(1, samples=4), host=host, segments=1)
@@ -118,9 +148,9 @@ def test_a_later_request_rides_beside_the_segments_of_an_earlier_one():
 def test_what_comes_while_the_launcher_is_busy_is_seen_when_it_is_done():
     host = replace(FREE, launch_us=50)
     late = run(request(0, 0), request(1, 60), host=host, segments=1, max_steps_in_flight=9)
-    # Launches end at 50 and 100 (seen then: the second request), 150 and 200.
-    assert late.launched_us.tolist() == [50, 150]
-    assert late.answered_us.tolist() == [120, 220]
+    # Launches end at 50 and 100. It rests; the second request is seen at 200.
+    assert late.launched_us.tolist() == [50, 250]
+    assert late.answered_us.tolist() == [120, 320]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +168,13 @@ def test_a_deadline_is_missed_before_the_launch_or_by_the_answer(
     assert both.steps == (5 if launched else 3)
 
 
-@pytest.mark.parametrize(("deadline_us", "answered"), [(129, False), (130, True)])
+@pytest.mark.parametrize(("deadline_us", "answered"), [(229, False), (230, True)])
 def test_a_split_request_counts_from_its_first_launch_to_its_last_answer(
     deadline_us: int, answered: bool
 ):
-    split = run(request(0, samples=11, deadline_us=deadline_us), host=replace(FREE, launch_us=10))
-    # Slices to 20 and 30, a third beside the first of four segments from 40 to 70, 60 more.
+    asked = request(0, 100, samples=11, deadline_us=deadline_us)
+    split = run(asked, host=replace(FREE, launch_us=10))
+    # Slices to 120 and 130, a third beside the first of four segments from 140 to 170, 60 more.
     assert split.batch_samples.tolist() == [8, 3]
     assert split.waits_us.tolist() == [10]
     assert np.isfinite(split.latencies_us).tolist() == [answered]

@@ -9,6 +9,7 @@ import pytest
 from scheduling import table as table_module
 from scheduling.table import (
     SCHEMA,
+    WITHOUT_LAUNCHES,
     ProfileKey,
     ProfileMiss,
     ProfileRow,
@@ -205,6 +206,17 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert ProfileTable.load(path) == TABLE
     assert ProfileTable.load(str(path)).time_us(STEP) == 60
     assert [file.name for file in path.parent.iterdir()] == ["h100.json"]
+
+
+def test_a_file_from_before_launches_were_measured_knows_none(tmp_path):
+    values = _saved_values(tmp_path)
+    rows = [_without(row, "launch_us") for row in values["rows"]]
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps(values | {"schema": WITHOUT_LAUNCHES, "rows": rows}))
+    assert ProfileTable.load(path) == TABLE
+    path.write_text(json.dumps(_without(values, "rows") | {"schema": WITHOUT_LAUNCHES}))
+    with pytest.raises(ProfileTableError, match="the table lacks rows"):
+        ProfileTable.load(path)
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """Timing: every round ends with one wait, contenders take turns, the first call is left out."""
 
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
+from jax.experimental.mosaic.gpu import profiler
 
 from recflow_jax.measure.timing import (
     Timed,
     Timing,
     TimingOptions,
     device_us,
+    kernels_us,
+    launch_us,
     measure,
     measure_side_by_side,
 )
@@ -73,5 +78,57 @@ def test_nothing_to_measure_is_an_error() -> None:
         TimingOptions(rounds=0)
 
 
+def _never(call: int) -> None:
+    raise AssertionError(f"call {call} was launched")
+
+
 def test_a_cpu_has_no_kernels_to_time() -> None:
     assert device_us(None, [()]) is None
+    assert kernels_us(Timed(launch=_never)) is None
+
+
+class Cupti:
+    """Each launch is two kernels, of 2 us and of 0.5 us; they are seen between start and end."""
+
+    def __init__(self, kernels: int = 2) -> None:
+        self.kernels = kernels
+        self.seen: list[tuple[str, float]] | None = None
+
+    def launch(self, call: int) -> int:
+        if self.seen is not None:
+            self.seen += [("long", 2e-3), ("short", 5e-4)][: self.kernels]
+        return call
+
+    def _cupti_init(self) -> None:
+        self.seen = []
+
+    def _cupti_get_timings(self, finalize: bool) -> list[tuple[str, float]]:
+        assert finalize and self.seen is not None
+        return self.seen
+
+
+@pytest.mark.parametrize(("kernels", "us"), [(2, 2.5), (1, 2.0), (0, None)])
+def test_kernels_are_timed_call_by_call_without_the_first(
+    monkeypatch: pytest.MonkeyPatch, kernels: int, us: float | None
+) -> None:
+    cupti = Cupti(kernels)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(profiler, "mosaic_gpu_lib", SimpleNamespace(_mosaic_gpu_ext=cupti))
+    assert kernels_us(Timed(launch=cupti.launch)) == (us and pytest.approx(us))
+
+
+def test_without_cupti_no_kernels_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(profiler, "mosaic_gpu_lib", None)
+    assert kernels_us(Timed(launch=_never)) is None
+
+
+def test_a_launch_is_timed_without_what_it_launches() -> None:
+    waited: list[int] = []
+
+    def wait(call: int) -> None:
+        waited.append(call)
+        time.sleep(0.002)
+
+    assert launch_us(Timed(launch=lambda call: call, wait=wait), calls=5) < 1000
+    assert waited == [0, 1, 2, 3, 4]

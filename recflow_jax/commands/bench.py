@@ -81,6 +81,7 @@ def bench_model(
     if "numpy" in modes or "online" in modes:
         options = engine_options(batches, run.backend)
         segments = Segments(run.config, run.params, run.backend, options)
+        console.print("compiling the engine's executables", markup=False)
         with Engine.from_segments(segments, profile=profile) as engine:
             if "numpy" in modes:
                 result["numpy"] = _numpy(engine, lineup, run, sets)

@@ -26,6 +26,7 @@ from scheduling import TablePlans
 TIMING = TimingOptions(rounds=5, round_s=0.01)
 WORST_SHOWN = 5
 TEXTS = ("plan", "best")
+CLASSES = ((0, 128), (128, 1024), (1024, None))  # of batches, by samples: above, at most
 
 
 def bench_plans(
@@ -48,10 +49,14 @@ def bench_plans(
     params = init_params(config, seed=seed)
     config = ready(config, params, ids=ids, seed=seed)
     segments = Segments(config, params, choose_backend(options.backend), options)
-    plans = plans_of(segments, options, load_profile(profile, segments))
+    table = load_profile(profile, segments)
+    segments.compile_all(cuts=segments.cuts)
+    profiler = Profiler(segments, ids=ids, seed=seed, timing=TIMING)
+    launch_factor = profiler.launch_factor(table)
+    console.print(f"a launch takes {launch_factor:.2f} times as long here as in the table")
+    plans = plans_of(segments, options, table, launch_factor=launch_factor)
     assert isinstance(plans, TablePlans)
-    segments.compile_all(cuts=plans.cuts, co_runs=plans.co_runs)
-    bench = MixBench(Profiler(segments, ids=ids, seed=seed, timing=TIMING), plans)
+    bench = MixBench(profiler, plans)
     drawn = random_mixes(plans, mixes, seed=seed)
     with progress("plans", len(drawn)) as advance:
         foretold = bench.foretold(drawn, advance)
@@ -60,6 +65,7 @@ def bench_plans(
     _print(foretold, contested)
     result = report.header(config, segments.backend, ids=ids, seed=seed, versions=versions())
     result |= {"profile": str(profile), "timing": report.as_json(TIMING)}
+    result["launch_factor"] = launch_factor
     result |= _summary(foretold, contested)
     result |= {"mixes": report.as_json(foretold), "contests": report.as_json(contested)}
     if out is not None:
@@ -71,8 +77,8 @@ def bench_plans(
 def _summary(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> dict[str, float]:
     """Parts of one: of the prediction's error without its sign, and of regret."""
     errors = np.abs([mix.error for mix in foretold])
-    regrets = [contest.regret for contest in contested]
     summary = {"error_median": np.median(errors), "error_p90": np.percentile(errors, 90)}
+    regrets = [contest.regret for contest in contested]
     if regrets:
         summary |= {"regret_median": np.median(regrets), "regret_max": np.max(regrets)}
     return {name: float(value) for name, value in summary.items()}
@@ -85,6 +91,10 @@ def _print(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> None:
         f"(median; a tenth by more than {found['error_p90']:.1%})",
         markup=False,
     )
+    for above, most in CLASSES:
+        of_class = [m for m in foretold if above < m.batch <= (most or m.batch)]
+        if of_class:
+            console.print(f"  {_error_line(of_class, above, most)}", markup=False)
     report.show(_mixes_table(foretold))
     if contested:
         console.print(
@@ -94,6 +104,11 @@ def _print(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> None:
             markup=False,
         )
         report.show(_contests_table(contested))
+
+
+def _error_line(mixes: Sequence[MixResult], above: int, most: int | None) -> str:
+    sizes = f"at most {most:,}" if most else f"more than {above:,}"
+    return f"{len(mixes)} batches of {sizes} samples: {_summary(mixes, ())['error_median']:.1%}"
 
 
 def _new_table(title: str, *columns: str) -> Table:

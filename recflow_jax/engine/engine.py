@@ -35,6 +35,7 @@ from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stats import EngineStats, Tally, Waits
+from recflow_jax.engine.switching import SWITCH_INTERVAL
 from recflow_jax.engine.updates import Update, new_rows
 from recflow_jax.model import Params
 from scheduling.planner import Plans
@@ -126,6 +127,10 @@ class Engine:
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
         self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
         self._thaw = HEAP.freeze(self) if self.options.freeze_heap else None
+        interval_ms = self.options.switch_interval_ms
+        self._restore_switching = (
+            SWITCH_INTERVAL.shorten(self, interval_ms / 1000) if interval_ms is not None else None
+        )
 
     @property
     def config(self) -> DLRMConfig:
@@ -216,8 +221,9 @@ class Engine:
         In a callback of an answer it does not wait.
         """
         _close(self._ledger, self._threads, drain=drain)
-        if self._thaw is not None:
-            self._thaw()
+        for restore in (self._thaw, self._restore_switching):
+            if restore is not None:
+                restore()
 
     def __enter__(self) -> Self:
         return self

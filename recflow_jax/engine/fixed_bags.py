@@ -24,6 +24,7 @@ class FixedBags:
         self.ids = sum(per_sample)
         self._samples = max(1, BLOCK_IDS // max(self.ids, 1))
         self._offsets = bag_offsets(per_sample, self._samples)
+        self._offset_bytes = self._offsets.tobytes()
         self._limits = np.tile(np.repeat(limits, per_sample), self._samples)
         self._bases = np.tile(np.repeat(bases, per_sample), self._samples)
         self._kept_steps = {n: n * np.arange(KEPT_STEPS) for n in {*per_sample, self.ids}}
@@ -39,8 +40,8 @@ class FixedBags:
         for start in range(0, batch.samples, self._samples):
             first = start * len(self._lengths)
             found = batch.offsets[first : first + len(self._offsets)]
-            expected = self._offsets[: len(found)]
-            if np.count_nonzero(found != (expected + start * self.ids if start else expected)):
+            found = found - start * self.ids if start else found
+            if not self._offset_bytes.startswith(found.tobytes()):
                 return False
         return True
 

@@ -14,7 +14,7 @@ from scheduling.request import Request
 Sparse = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Terms:
     """When a request came, by when and in which order it wants its answer."""
 

@@ -95,9 +95,14 @@ class Launcher:
         """Until it is told to close; never ends with a request left open."""
         try:
             while not self._is_done():
+                asked_us = now_us()
                 messages = self._inbox.wait(self._patience_s(), can_launch=self._policy.can_launch)
-                actions = self._policy.step(now_us(), [*self._events(messages)])
+                started_us = now_us()
+                actions = self._policy.step(started_us, [*self._events(messages)])
                 self._act(actions)
+                if actions:
+                    took_us, slept_us = now_us() - started_us, started_us - asked_us
+                    self._inbox.rest(took_us - slept_us, can_launch=self._policy.can_launch)
             self._give_up("the engine was closed before it came to the request")
         except BaseException as error:
             self._give_up(f"the engine stopped: {error!r}", error)

@@ -15,6 +15,7 @@ from typing import Any
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.staging import Buffer
 from recflow_jax.engine.updates import Update
+from scheduling.host_costs import REST_STEP_US
 from scheduling.pipeline import StepDone
 from scheduling.request import Part, Request
 
@@ -22,7 +23,7 @@ LONGEST_WAIT_S = 3600.0
 ARRIVALS_TO_WAKE = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Submitted:
     """A request was accepted, with these samples, when so many steps had ended."""
 
@@ -117,6 +118,17 @@ class Inbox:
             self._sleep(timeout_s)
         self._asleep = self._has_urgent = False
         return [self._messages.popleft() for _ in range(len(self._messages))]
+
+    def rest(self, longest_us: int, *, can_launch: bool = True) -> None:
+        """Leaves the interpreter to others for so long, but only while messages come; and unless it
+        `can_launch`, until there is an urgent one.
+        """
+        end_us, seen = now_us() + longest_us, -1
+        while len(self._messages) > seen and (left_us := end_us - now_us()) > 0:
+            if self._has_urgent and not can_launch:
+                return
+            seen = len(self._messages)
+            time.sleep(min(left_us, REST_STEP_US) / 1e6)
 
     def _sleep(self, timeout_s: float | None) -> None:
         if timeout_s is not None:

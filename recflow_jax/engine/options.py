@@ -15,6 +15,13 @@ from scheduling.serial_batching import Collecting
 JAGGED_HEADROOM = 1.25
 IDS_STEP = 128
 SMALLEST_UPDATE, UPDATE_FACTOR = 64, 4
+POSITIVE_OR_NONE = (
+    "ids_per_sample",
+    "max_ids_per_sample",
+    "p99_ms",
+    "max_update_rows",
+    "switch_interval_ms",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,9 @@ class EngineOptions:
     latency_window: answers, and launches, that the percentiles of `stats()` look back on.
     freeze_heap: leave what is in memory at the start out of Python's cyclic garbage collection, for
         as long as the engine is open. A full collection holds all requests up for 0.1 s and more.
+    switch_interval_ms: how long one thread may keep Python's interpreter from others, for as long
+        as the engine is open (`sys.setswitchinterval`). None leaves it as it is, 5 ms by default,
+        for which a caller who always computes may hold each launch up several times.
     """
 
     max_batch: int = 8192
@@ -68,6 +78,7 @@ class EngineOptions:
     compilation_cache: str | Path | None = "auto"
     latency_window: int = 8192
     freeze_heap: bool = True
+    switch_interval_ms: float | None = 0.5
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -80,7 +91,7 @@ class EngineOptions:
         if self.objective not in get_args(Objective):
             known = ", ".join(get_args(Objective))
             raise ValueError(f"options: objective is {self.objective!r}, not one of {known}")
-        for name in ("ids_per_sample", "max_ids_per_sample", "p99_ms", "max_update_rows"):
+        for name in POSITIVE_OR_NONE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"options: {name} is {value!r}, not above 0")

@@ -15,11 +15,18 @@ from scheduling.table import ProfileMiss, ProfileTable, ProfileTableError
 log = logging.getLogger("recflow.engine")
 
 
-def plans_of(segments: Segments, options: EngineOptions, table: ProfileTable | None) -> Plans:
+def plans_of(
+    segments: Segments,
+    options: EngineOptions,
+    table: ProfileTable | None,
+    *,
+    launch_factor: float = 1.0,
+) -> Plans:
     """The plans for the objective in the options; in one segment for serial batching.
 
-    Raises ProfileTableError for a table without these sizes, and ValueError for a p99 that cannot
-    be held, or that there is no table for.
+    launch_factor: how many times as long launches take here as on the table's host. Raises
+    ProfileTableError for a table without these sizes, and ValueError for a p99 that cannot be held,
+    or that there is no table for.
     """
     if isinstance(options.batching, Collecting):
         return _same_for_all(segments, 1)
@@ -36,6 +43,7 @@ def plans_of(segments: Segments, options: EngineOptions, table: ProfileTable | N
             cuts=segments.cuts,
             objective=options.objective,
             p99_ms=options.p99_ms,
+            launch_factor=launch_factor,
         )
     except ProfileMiss as miss:
         raise ProfileTableError(

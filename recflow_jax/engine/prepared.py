@@ -22,7 +22,7 @@ from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, write_rows
 from recflow_jax.layout import Layout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Prepared:
     """`n` samples in arrays that nobody else writes to, to be copied into slices.
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int32
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.fixed_bags import bag_offsets
+from recflow_jax.engine.pinned import pinned_zeros
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch
@@ -98,7 +99,7 @@ class Buffer:
     @classmethod
     def of(cls, shape: PackedShape) -> "Buffer":
         """A buffer of no samples."""
-        array = np.zeros(shape.length, np.int32)
+        array = pinned_zeros(shape.length)
         places = shape.places
         dense = array[places["dense"]].view(np.float32)
         return cls(

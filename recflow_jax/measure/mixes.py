@@ -1,8 +1,9 @@
 """Whether plans hold what the profile table promises: whole batches with lookups beside them.
 
 A mix is a batch and samples that wait meanwhile, as many as come. Its plan is launched as it
-stands, step after step, and timed beside the sum of its steps' times in the table; and, for some
-mixes, beside every other plan that could be better.
+stands, step after step, and timed beside what its steps take by the table: the sum of their times
+on the device or, if that is longer, of their launches. Some mixes run by every other plan, too,
+that could be better.
 """
 
 import heapq
@@ -116,7 +117,7 @@ class MixBench:
         return heapq.nsmallest(MOST_RIVALS, near, key=self._predicted_us)
 
     def _predicted_us(self, plan: Plan) -> float:
-        return sum(map(self._plans.costs.step_us, plan))
+        return self._plans.costs.steps(plan).us
 
     def _compile(self, plans: Sequence[Plan]) -> None:
         cells = {cell for plan in plans for step in plan if (cell := _cell(step))}

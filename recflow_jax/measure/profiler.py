@@ -1,12 +1,14 @@
 """Times the compiled pieces of a model on this device: slices, segments, and steps of both.
 
-Inputs lie on the device and calls are queued: what is timed is the device's work, or the launch
-where that takes longer. Slices rotate among input sets; segments find what the one before left.
+Inputs lie on the device and calls are queued, so that what is timed is the device's work; or the
+launch, where the host takes longer, and the kernels are then timed by themselves. Slices rotate
+among input sets; segments find what the one before left.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from statistics import median
 from typing import Any
 
 import jax
@@ -19,13 +21,23 @@ from recflow_jax.measure.timing import (
     Timed,
     Timing,
     TimingOptions,
-    measure,
+    kernels_us,
+    launch_us,
     measure_side_by_side,
 )
-from scheduling import CoRun, ProfileKey, ProfileRow, SegmentShape, SliceBucket, StepShape
+from scheduling import (
+    CoRun,
+    ProfileKey,
+    ProfileRow,
+    ProfileTable,
+    SegmentShape,
+    SliceBucket,
+    StepShape,
+)
 from scheduling.costs import CO_RUN, segment_key, slice_key, step_key
 
 PACKED_SETS = 4
+HOST_BOUND = 1.15  # times its kernels: calls in a row that take longer wait for the host
 
 
 class Profiler:
@@ -44,13 +56,14 @@ class Profiler:
 
     def slice_rows(self, bucket: SliceBucket) -> list[ProfileRow]:
         """The row of one slice size."""
-        return [_row(slice_key(bucket), self._measure(partial(self._embed, bucket)))]
+        return self._rows({slice_key(bucket): StepShape(segment=None, slice=bucket)})
 
     def segment_rows(self, segments: int, batch: int) -> list[ProfileRow]:
         """The rows of all segments of one cut of one batch size."""
         return [
-            _row(segment_key(shape), self._measure(lambda _, shape=shape: self._run(shape)))
+            row
             for shape in SegmentShape.all_of(segments, batch)
+            for row in self._rows({segment_key(shape): StepShape(segment=shape, slice=None)})
         ]
 
     def step_rows(
@@ -61,10 +74,25 @@ class Profiler:
         for ride in rides:
             key = step_key(shape, bucket, scheme=CO_RUN, config=ride)
             steps[key] = StepShape(segment=shape, slice=bucket, co_run=ride)
-        launches = {key: partial(self._launch, step) for key, step in steps.items()}
-        timed = {str(key): Timed(launch=launch) for key, launch in launches.items()}
-        timings = measure_side_by_side(timed, self.timing)
-        return [_row(key, timings[str(key)]) for key in launches]
+        return self._rows(steps)
+
+    def launch_factor(self, table: ProfileTable) -> float:
+        """How many times as long launches take here as where the table was made: the median over
+        its smallest slice and segments; 1 for a table that does not know. Raises ProfileMiss for
+        one without these sizes.
+        """
+        steps = {
+            segment_key(shape): StepShape(segment=shape, slice=None)
+            for cut in self.segments.cuts
+            for shape in SegmentShape.all_of(cut, self.segments.batch_buckets[0])
+        }
+        smallest = self.segments.slice_buckets[0]
+        steps[slice_key(smallest)] = StepShape(segment=None, slice=smallest)
+        then_us = {key: table.row(key).launch_us for key in steps}
+        if not all(then_us.values()):
+            return 1.0
+        rows = [row for key, step in steps.items() for row in self._rows({key: step})]
+        return median(row.launch_us / then_us[row.key] for row in rows)
 
     def launch(self, steps: Iterable[StepShape], i: int) -> Any:
         """Queues steps one after the other, each as its scheme says; what the last one gives."""
@@ -80,8 +108,11 @@ class Profiler:
         ran = self._run(step.segment) if step.segment else None
         return (ran, self._embed(step.slice, i)) if step.slice else ran
 
-    def _measure(self, launch: Callable[[int], Any]) -> Timing:
-        return measure(Timed(launch=launch), self.timing)
+    def _rows(self, steps: Mapping[ProfileKey, StepShape]) -> list[ProfileRow]:
+        """Of steps that take turns."""
+        timed = {key: Timed(launch=partial(self._launch, step)) for key, step in steps.items()}
+        timings = measure_side_by_side({str(key): one for key, one in timed.items()}, self.timing)
+        return [_row(key, timings[str(key)], one) for key, one in timed.items()]
 
     def _embed(self, bucket: SliceBucket, i: int) -> Any:
         self._filling = self.segments.embed(self._filling, self._input(bucket, i))
@@ -140,11 +171,22 @@ def _fitting(batch: JaggedBatch, ids: int) -> JaggedBatch:
     return batch.part(0, fitting)
 
 
-def _row(key: ProfileKey, timing: Timing) -> ProfileRow:
+def _row(key: ProfileKey, timing: Timing, timed: Timed) -> ProfileRow:
+    """A launch takes as long as the calls in a row, where the device waits for them; else what one
+    takes alone.
+    """
+    device_us = kernels_us(timed)
+    if device_us is not None and timing.median_us > HOST_BOUND * device_us:
+        times_us, launching_us = (device_us,) * 3, timing.median_us
+    else:
+        times_us = (timing.median_us, timing.p10_us, timing.p90_us)
+        launching_us = launch_us(timed)
+    median_us, p10_us, p90_us = times_us
     return ProfileRow(
         **asdict(key),
-        median_us=timing.median_us,
-        p10_us=timing.p10_us,
-        p90_us=timing.p90_us,
+        median_us=median_us,
+        p10_us=p10_us,
+        p90_us=p90_us,
         samples=timing.samples,
+        launch_us=launching_us,
     )

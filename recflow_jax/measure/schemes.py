@@ -50,18 +50,18 @@ def chosen_schemes(table: ProfileTable) -> list[Scheme]:
 
 
 def _scheme(costs: StepCosts, shape: SegmentShape, size: SliceBucket) -> Scheme | None:
-    co_runs = costs.co_runs_us(shape, size)
+    co_runs = costs.co_runs(shape, size)
     if not co_runs:
         return None
-    ride = min(co_runs, key=lambda name: co_runs[name])
+    ride = min(co_runs, key=lambda name: co_runs[name].us)
     return Scheme(
         segments=shape.segments,
         segment=shape.index,
         batch=shape.batch,
         slice_samples=size.samples,
         slice_ids=size.ids,
-        serial_us=costs.serial_us(shape, size),
-        co_run_us=co_runs[ride],
+        serial_us=costs.serial(shape, size).us,
+        co_run_us=co_runs[ride].us,
         ride=ride,
     )
 

@@ -90,8 +90,8 @@ class Sweep:
     def _winner(self, table: ProfileTable) -> list[str]:
         """The fastest ride with a kernel, if there is one."""
         (shape,) = SegmentShape.all_of(1, self._batches[0])
-        times = StepCosts(table).co_runs_us(shape, self._slices[0])
-        return sorted({*times} - {IN_TURN}, key=lambda ride: times[ride])[:1]
+        costs = StepCosts(table).co_runs(shape, self._slices[0])
+        return sorted({*costs} - {IN_TURN}, key=lambda ride: costs[ride].us)[:1]
 
     def _worth_trying(
         self, costs: StepCosts, shape: SegmentShape, size: SliceBucket, winner: Sequence[str]
@@ -99,10 +99,10 @@ class Sweep:
         """The rides to measure; none for what is best serially for sure, or hardly ever run."""
         if not 1 / NEAR <= size.samples / shape.batch <= NEAR:
             return []
-        parts_us = (costs.segment_us(shape), costs.slice_us(size))
+        parts_us = (costs.segment(shape).us, costs.slice(size).us)
         if min(parts_us) < LEAST_GAIN * sum(parts_us):
             return []
-        is_work = costs.slice_us(size) - costs.slice_us(self._slices[-1]) >= LEAST_US
+        is_work = costs.slice(size).us - costs.slice(self._slices[-1]).us >= LEAST_US
         if shape.segments > 1 and not is_work:
             return []
         return [IN_TURN, *(winner if is_work else ())]

@@ -64,6 +64,38 @@ class Timed:
     wait: Callable[[Any], Any] = field(default=jax.block_until_ready)
 
 
+def launch_us(timed: Timed, *, calls: int = 20) -> float:
+    """Microseconds of the host for a call alone: the median of `calls`, each on an idle device."""
+    taken_us = []
+    for call in range(calls):
+        started = time.perf_counter()
+        launched = timed.launch(call)
+        taken_us.append(1e6 * (time.perf_counter() - started))
+        timed.wait(launched)
+    return float(np.median(taken_us))
+
+
+def kernels_us(timed: Timed, *, calls: int = 5) -> float | None:
+    """Microseconds of the kernels of a call on a GPU, however it launches them: the mean over
+    `calls`. None where CUPTI saw none, as on a CPU. Not beside another profiler.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    from jax.experimental.mosaic.gpu import profiler
+
+    cupti = getattr(getattr(profiler, "mosaic_gpu_lib", None), "_mosaic_gpu_ext", None)
+    if cupti is None:
+        return None
+    timed.wait(timed.launch(0))
+    cupti._cupti_init()
+    try:
+        for launched in [timed.launch(call) for call in range(calls)]:
+            timed.wait(launched)
+    finally:
+        kernels = cupti._cupti_get_timings(True)
+    return 1e3 * sum(taken_ms for _, taken_ms in kernels) / calls if kernels else None
+
+
 def device_us(
     executable: Any, inputs: Sequence[tuple[Any, ...]], *, calls: int = 10
 ) -> float | None:

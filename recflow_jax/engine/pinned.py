@@ -1,0 +1,33 @@
+"""Host memory that a GPU reads by itself, while the thread that launched the copy goes on.
+
+From other memory a copy takes that thread's time, and goes through a buffer of the driver's. On an
+H100, a call with 7 MB of numpy as an argument takes 1.1 ms of the thread; if they are pinned, 0.2.
+"""
+
+import mmap
+import weakref
+
+import jax
+import numpy as np
+
+
+def pinned_zeros(length: int) -> np.ndarray:
+    """int32 [length], zero; in plain memory where there is no GPU or the driver pins no more."""
+    if jax.default_backend() != "gpu":
+        return np.zeros(length, np.int32)
+    page = mmap.PAGESIZE  # nothing else may lie in a page that is pinned
+    size = -(-4 * length // page) * page
+    memory = np.zeros(size + page, np.uint8)
+    start = -memory.ctypes.data % page
+    _pin(memory, memory.ctypes.data + start, size)
+    return memory[start : start + 4 * length].view(np.int32)
+
+
+def _pin(memory: np.ndarray, address: int, size: int) -> None:
+    """For as long as there is a view of `memory`."""
+    client = jax.devices()[0].client
+    try:
+        client.dma_map(address, size)
+    except (AttributeError, RuntimeError):  # an older jaxlib, or a limit of the driver
+        return
+    weakref.finalize(memory, client.dma_unmap, address).atexit = False
