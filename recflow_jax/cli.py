@@ -35,6 +35,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+
+def _file(path: Path | None) -> Path | None:
+    """Refuses, before hours of measuring, a path that no file can be written to."""
+    if path is not None:
+        _folder(path.absolute().parent)
+        if path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder")
+    return path
+
+
+def _folder(path: Path) -> Path:
+    """Refuses a path that is no folder, or cannot be made one."""
+    found = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not found.is_dir():
+        raise typer.BadParameter(f"{found} is no folder")
+    if not os.access(found, os.W_OK):
+        raise typer.BadParameter(f"{found} may not be written to")
+    return path
+
+
 Model = Annotated[str, typer.Option(help="A shipped model's name or a TOML file.")]
 MaxRows = Annotated[int | None, typer.Option(help="Cut every table to this many rows.", min=1)]
 TableOption = Annotated[TableDType | None, typer.Option(help="Instead of the model's.")]
@@ -47,6 +67,8 @@ Data = Annotated[
     Path | None, typer.Option(help="MovieLens-100K's folder.  [default: recbole's copy]")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.", min=0)]
+Out = Annotated[Path | None, typer.Option(help="Results as JSON.", callback=_file)]
+Figure = Annotated[Path | None, typer.Option(help="Results as PNG.", callback=_file)]
 ProfileTable = Annotated[Path | None, typer.Option(help="Profile table to serve with.")]
 MaxBatch = Annotated[int, typer.Option(help="Largest batch.", min=1)]
 SegmentsOption = Annotated[int, typer.Option(help="Executables of a batch.", min=1)]
@@ -101,7 +123,8 @@ def _version_installed() -> str:
 def _recflow(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
     ] = False,
 ) -> None:
     if debug:
@@ -110,7 +133,9 @@ def _recflow(
 
 @app.command(epilog=_example("recflow demo", "recflow demo --quick --out /tmp/demo"))
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for what the demo makes.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Option(help="Directory for what the demo makes.", callback=_folder)
+    ] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Less training, shorter runs.")] = False,
     data: Data = None,
 ) -> None:
@@ -126,14 +151,14 @@ def demo(
 @app.command(epilog=_example("recflow train movielens --out model.safetensors"))
 def train(
     workload: Annotated[Literal["movielens"], typer.Argument(help="What to train on.")],
-    out: Annotated[Path, typer.Option(help="Where the model goes (safetensors).")],
+    out: Annotated[Path, typer.Option(help="Where the model goes (safetensors).", callback=_file)],
     data: Data = None,
     seed: Seed = 0,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.", min=1)] = 2,
     compute_dtype: Annotated[
         ComputeDType, typer.Option(help="To serve in; it is trained in float32.")
     ] = "float32",
-    report: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
+    report: Out = None,
 ) -> None:
     """Train a click model on MovieLens-100K.
 
@@ -165,7 +190,9 @@ def profile(
     max_rows_per_table: MaxRows = None,
     table_dtype: TableOption = None,
     compute_dtype: ComputeOption = None,
-    out: Annotated[Path, typer.Option(help="Directory of table and heat map.")] = Path("profiles"),
+    out: Annotated[
+        Path, typer.Option(help="Directory of table and heat map.", callback=_folder)
+    ] = Path("profiles"),
     backend: BackendName = "auto",
     max_batch: Annotated[int | None, typer.Option(help="Largest batch.", min=1)] = None,
     resume: Annotated[bool, typer.Option(help="Keep what an earlier run has measured.")] = True,
@@ -208,8 +235,6 @@ Batches = Annotated[str, typer.Option("--batch", help="Samples per batch.")]
 Steady = Annotated[
     bool, typer.Option("--steady", help="Rounds of a second, not 20 ms: clocks under load.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Results as JSON.")]
-Figure = Annotated[Path | None, typer.Option(help="Results as PNG.")]
 
 
 @bench.command(
@@ -254,9 +279,11 @@ def bench_model(
 ) -> None:
     """Compare the engine with plain JAX and torch.
 
-    All get the same inputs, in one run, side by side with the floor of bytes and FLOP. Online, the
-    engine also runs with serial batching, tuned at each load; with a profile table (--batch 8,8192
-    has the sizes of recflow profile) the simulator foretells both. Lists are separated by commas.
+    All get the same inputs, in one run, side by side with the floor of bytes and FLOP: in mode
+    offline these lie on the device, in mode numpy on the host, in mode overlap embeddings run
+    beside layers, and in mode online requests arrive. There the engine also runs with serial
+    batching, tuned at each load; with a profile table (--batch 8,8192 has the sizes of recflow
+    profile) the simulator foretells both. Lists are separated by commas.
     """
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
     loads, rates = _list("--load", load, float), _list("--qps", qps, float)
@@ -568,7 +595,9 @@ def bench_serve(
 )
 def bench_loadgen(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder of LoadGen's files and loadgen.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of LoadGen's files and loadgen.json.", callback=_folder)
+    ],
     max_rows_per_table: MaxRows = None,
     table_dtype: TableOption = None,
     compute_dtype: ComputeOption = None,
@@ -691,7 +720,7 @@ def serve(
         Literal["throughput", "latency"], typer.Option(help="What is planned for, by --profile.")
     ] = "throughput",
     p99_ms: Annotated[
-        float | None, typer.Option(help="With --profile: keeps batches so small.")
+        float | None, typer.Option(help="With --profile: batches small enough for it.")
     ] = None,
     max_queued_samples: Annotated[
         int, typer.Option(help="Samples inside, beyond which requests get 429.", min=1)
@@ -712,12 +741,17 @@ def serve(
     max_body_mib: Annotated[int, typer.Option(help="Of one request.", min=1)] = 64,
     max_requests: Annotated[int, typer.Option(help="Inside at once.", min=1)] = 1024,
     max_buffered_mib: Annotated[int, typer.Option(help="Of all requests inside.", min=1)] = 1024,
-    timeout_s: Annotated[float, typer.Option(help="Of requests that bring none.")] = 10,
-    drain_s: Annotated[float, typer.Option(help="For those inside, after SIGTERM.")] = 30,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; with --tls-key.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="Deadline of requests that bring none.")] = 10,
+    drain_s: Annotated[float, typer.Option(help="After SIGTERM, for requests inside.")] = 30,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file; with --tls-key.", exists=True, dir_okay=False)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="PEM file.", exists=True, dir_okay=False)
+    ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="Holds the token that clients must send.")
+        Path | None,
+        typer.Option(help="Holds the token that clients must send.", exists=True, dir_okay=False),
     ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Least to log.")
@@ -777,7 +811,10 @@ def serve(
 @app.command(epilog=_example("recflow tune", "recflow tune --batch 256,1024 --out tables/"))
 def tune(
     out: Annotated[
-        Path, typer.Option(help="Directory of the table; the default is where it is looked up.")
+        Path,
+        typer.Option(
+            help="Directory of the table; the default is where it is looked up.", callback=_folder
+        ),
     ] = Path(__file__).parent / "tile_tables",
     model: Annotated[
         str, typer.Option(help="Names or TOML files.  [default: all shipped models]")

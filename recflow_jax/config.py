@@ -391,7 +391,9 @@ class DLRMConfig:
         """One of the models that come with the package, see `shipped_models()`."""
         if name not in shipped_models():
             known = ", ".join(shipped_models())
-            raise ConfigError(f"no model {name!r} is shipped (there are {known})")
+            raise ConfigError(
+                f"no model {name!r} is shipped (there are {known}), and a file is .toml"
+            )
         file = resources.files("recflow_jax") / "models" / f"{name}.toml"
         return cls.from_toml(file.read_text(), source=f"{name}.toml")
 

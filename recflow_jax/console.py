@@ -47,11 +47,18 @@ def exit_code(error: Exception) -> int:
 
 def one_line(error: Exception) -> str:
     """The first line of what `error` says; with its type where nobody wrote it for a user."""
-    lines = str(error).strip().splitlines()
+    lines = _said(error).strip().splitlines()
     message = lines[0].strip() if lines else ""
     if message and exit_code(error) != FAILED:
         return message
     return f"{type(error).__name__}: {message} (RECFLOW_DEBUG=1 shows where)"
+
+
+def _said(error: Exception) -> str:
+    """The system's errors without their numbers."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _is_package_missing(error: Exception) -> bool:

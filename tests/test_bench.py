@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.table import Table
 
 import small_models as models
 from pallas_kernels import reference
@@ -31,7 +32,7 @@ from recflow_jax.measure.kernels import (
 )
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.online import OnlineOptions, request_pool
-from recflow_jax.measure.report import corun_table
+from recflow_jax.measure.report import corun_table, show
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Ops
 
@@ -326,6 +327,12 @@ def test_requests_have_mlperf_sizes_or_one() -> None:
     assert {request.samples for request in fixed} == {3}
 
 
+def test_a_title_may_be_wider_than_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "Microseconds per batch, " * 4
+    show(Table("batch", title=title))
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == title.rstrip()
+
+
 def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "torch_is_installed", lambda: False)
     monkeypatch.setattr(contenders, "MOST_TABLES_APART", 1)
@@ -333,7 +340,7 @@ def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         PAIR, models.params_of(PAIR), choose_backend("xla"), ("jax", "jax-per-table", "torch")
     )
     assert lineup.rivals == ("jax",)
-    assert lineup.skipped["torch"] == "torch is not installed"
+    assert lineup.skipped["torch"] == "torch is not installed: pip install 'recflow-jax[torch]'"
     assert "2 tables" in lineup.skipped["jax-per-table"]
 
 

@@ -72,7 +72,9 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
     return function.call_args
 
 
-COMPARING = [f"bench {name}" for name in ("model", "kernels", "host", "plans", "serve")]
+COMPARING = [
+    f"bench {name}" for name in ("model", "kernels", "host", "plans", "serve", "loadgen", "soak")
+]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *COMPARING])
@@ -108,20 +110,29 @@ def test_help_names_commands_and_exit_codes(
         (["bench", "host", "--model", "rm1", "--request", "0"], "[0]"),
         (["train", "netflix", "--out", "x"], "netflix"),
         (["info", "--jsn"], "--jsn"),
+        (["bench", "host", "--model", "rm1", "--out", "{file}/x.json"], "{file} is no folder"),
+        (["bench", "model", "--model", "rm1", "--figure", "{folder}"], "{folder} is a folder"),
+        (["train", "movielens", "--out", "{file}/x"], "{file} is no folder"),
+        (["profile", "--model", "rm1", "--out", "{file}"], "{file} is no folder"),
+        (["demo", "--out", "{file}"], "{file} is no folder"),
+        (["serve", "--params", "x", "--token-file", "no-such"], "'no-such' does not exist"),
+        (["serve", "--tls-certificate", "{file}", "--tls-key", "no-such"], "'no-such' does not"),
     ],
 )
 def test_bad_usage_names_the_culprit(
-    arguments: list[str], culprit: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], culprit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(arguments) == console.BAD_INPUT
-    assert culprit in error_line(capsys)
+    paths = {"folder": tmp_path, "file": tmp_path / "file"}
+    paths["file"].write_text("")
+    assert cli.run([argument.format(**paths) for argument in arguments]) == console.BAD_INPUT
+    assert culprit.format(**paths) in error_line(capsys)
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (ValueError("table 'x': no rows\nmore"), console.BAD_INPUT, "table 'x': no rows"),
-        (FileNotFoundError(2, "No such file", "a.toml"), console.BAD_INPUT, "'a.toml'"),
+        (FileNotFoundError(2, "No such file", "a.toml"), console.BAD_INPUT, "a.toml: No such file"),
         (console.Missing("no GPU; use xla"), console.MISSING, "no GPU; use xla"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), console.MISSING, "'torch'"),
         (ModuleNotFoundError("it is not", name="scheduling.x"), console.FAILED, "it is not"),

@@ -174,6 +174,24 @@ def test_errors_say_why(client: Clients, model: str, tensors: Tensors, message: 
     assert raised.value.status() in status[model]
 
 
+def test_tensors_in_shared_memory_are_refused(client: Clients) -> None:
+    inputs = as_inputs(client.module, TENSORS)
+    dense = next(tensor for tensor in inputs if tensor.name() == "dense")
+    dense.set_shared_memory("region", 20)
+    with pytest.raises(InferenceServerException, match="input 'dense': shared memory is not used"):
+        client.ask.infer(NAME, inputs)
+    scores = client.module.InferRequestedOutput("scores")
+    scores.set_shared_memory("region", 40)
+    with pytest.raises(InferenceServerException, match="output 'scores': shared memory is not"):
+        client.infer(TENSORS, outputs=[scores])
+
+
+def test_classes_are_refused(client: Clients) -> None:
+    classes = client.module.InferRequestedOutput("scores", class_count=2)
+    with pytest.raises(InferenceServerException, match="'scores': no classification is done here"):
+        client.infer(TENSORS, outputs=[classes])
+
+
 @pytest.mark.parametrize("method", ["get_model_metadata", "get_model_config"])
 def test_of_other_models_nothing_is_told(client: Clients, method: str) -> None:
     with pytest.raises(InferenceServerException, match="no model 'concat', version '2' is served"):
@@ -227,7 +245,7 @@ def test_paths_may_name_the_version(web: httpx.Client, path: str) -> None:
         ("GET", "/v2/health/ready", 200),
         ("GET", "/v2/models/stats", 200),
         ("POST", "/v2/repository/index", 200),
-        ("GET", INFER, 404),
+        ("GET", INFER, 405),
         ("POST", "/v2", 405),
         ("GET", "/v2/nothing", 404),
     ],

@@ -156,6 +156,14 @@ def test_a_token_is_asked_for() -> None:
             )
 
 
+def test_a_certificate_that_is_none_is_named(tmp_path: Path) -> None:
+    pair = {"tls_certificate": tmp_path / "chain.pem", "tls_key": tmp_path / "key.pem"}
+    for path in pair.values():
+        path.write_text("no certificate")
+    with pytest.raises(OSError, match="chain.pem.*key.pem: not a certificate and its key in PEM"):
+        RunningServer(load, None, **pair)
+
+
 def test_tls(tmp_path: Path) -> None:
     authority, files = trustme.CA(), {n: tmp_path / n for n in ("ca.pem", "chain.pem", "key.pem")}
     issued = authority.issue_cert("127.0.0.1")

@@ -25,6 +25,12 @@ def test_none_that_is_fast() -> None:
     assert len(tried) < 20
 
 
+def test_none_below_the_least_is_tried() -> None:
+    tried: list[float] = []
+    assert largest_load(lambda load: bool(tried.append(load)), 1000, within=0.01, least=200) == 0
+    assert tried == [1000, 500, 250]
+
+
 @pytest.mark.parametrize(("within", "most"), [(0.01, 12), (0.1, 7)])
 def test_few_are_tried(within: float, most: int) -> None:
     tried: list[float] = []

@@ -48,6 +48,17 @@ def test_none_keeps_it() -> None:
     assert (found.qps, found.load) == (0, None)
 
 
+def test_loads_below_the_least_are_not_offered() -> None:
+    offered: list[float] = []
+
+    def slow(qps: float) -> LoadResult:
+        offered.append(qps)
+        return SLOW
+
+    assert sustained(slow, 100, 10, least=30).load is None
+    assert offered == [100, 100, 50, 50]
+
+
 @pytest.mark.parametrize(
     ("change", "kept"),
     [({}, True), ({"failed": 1}, False), ({"p99_ms": 10.1}, False), ({"answered_per_s": 9}, False)],

@@ -32,7 +32,7 @@ def timed(command: list[str]) -> dict[str, Any]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Times a whole command.")
+    parser = argparse.ArgumentParser(prog="python -m tools.stopwatch", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the results file, JSON")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to time")
     arguments = parser.parse_args()

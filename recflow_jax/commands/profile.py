@@ -17,7 +17,7 @@ from recflow_jax.console import console, progress
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.profiles import versions
 from recflow_jax.engine.segments import Segments
-from recflow_jax.measure import plots
+from recflow_jax.measure import plots, report
 from recflow_jax.measure.profiler import Profiler
 from recflow_jax.measure.schemes import Scheme, chosen_schemes, write_schemes
 from recflow_jax.measure.sweep import Job, Sweep
@@ -193,8 +193,8 @@ class _Filling:
 
 def _print(table: ProfileTable, schemes: Sequence[Scheme], result: ProfileResult) -> None:
     for cut in sorted({row.segments for row in table.rows if row.segments is not None}):
-        console.print(_segment_table(table, cut))
-    console.print(_slice_table(table))
+        report.show(_segment_table(table, cut))
+    report.show(_slice_table(table))
     serial = [scheme for scheme in schemes if scheme.is_serial]
     console.print(
         f"steps: {len(schemes)} pairs of a slice and a segment tried in one executable; "

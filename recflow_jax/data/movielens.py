@@ -181,7 +181,8 @@ def _columns(path: Path, wanted: tuple[str, ...]) -> dict[str, list[str]]:
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; get it with: {REMEDY}") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {why}; get it with: {REMEDY}") from error
     names = [field.partition(":")[0] for field in header.split("\t")]
     missing = [name for name in wanted if name not in names]
     if missing:

@@ -216,7 +216,7 @@ def _why_not(rival: str, config: DLRMConfig, params: Params) -> str | None:
     if rival == "torch" and config.float8_matmuls:
         return "its Linear takes no float8 layers"
     if rival == "torch" and not torch_is_installed():
-        return "torch is not installed"
+        return "torch is not installed: pip install 'recflow-jax[torch]'"
     if rival != "jax-per-table":
         return None
     if len(config.tables) > MOST_TABLES_APART:

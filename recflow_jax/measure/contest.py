@@ -22,6 +22,7 @@ from recflow_jax.measure.online import (
     Servers,
     arrivals_at,
     check_served,
+    least_qps,
     mean_samples,
     offer,
     plain_server,
@@ -191,7 +192,7 @@ class _Contest:
                 return known.contenders[name]
             return self._try(name, qps)
 
-        found = sustained(tried, most, bound_ms)
+        found = sustained(tried, most, bound_ms, least=least_qps(self._try_s))
         self.advance()
         return found
 

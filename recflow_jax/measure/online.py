@@ -33,6 +33,7 @@ from scheduling import Collecting, HostCosts
 
 POOL_REQUESTS = 64
 LEAST_ARRIVALS = 20
+LONGEST_TRY = 5  # times its seconds
 LOWEST = "lowest"
 
 Servers = Mapping[str, Submit]
@@ -194,6 +195,11 @@ def arrivals_at(
 ) -> Float[np.ndarray, " arrivals"]:
     """When requests are due, in seconds from the start; a few at least."""
     return arrivals_s(qps, max(int(qps * seconds), LEAST_ARRIVALS), seed=seed)
+
+
+def least_qps(seconds: float) -> float:
+    """The lowest rate to try for `seconds`: at lower ones a few arrivals take far longer."""
+    return LEAST_ARRIVALS / (LONGEST_TRY * seconds)
 
 
 def offer(

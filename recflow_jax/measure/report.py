@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,14 @@ def ceilings_line(ceilings: Ceilings) -> str:
 
 
 def show(table: Table) -> None:
-    """Prints a table, in a file or a pipe with room for all columns."""
+    """Prints a table, in a file or a pipe with room for all columns, under its whole title: rich
+    would wrap that to the columns' width.
+    """
     wide = console if console.is_terminal else Console(highlight=False, width=WIDTH)
-    wide.print(table)
+    untitled = copy(table)
+    untitled.title = None
+    wide.print(table.title or "", style="table.title", markup=False, soft_wrap=True)
+    wide.print(untitled)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -270,7 +276,7 @@ def sustained_lines(result: ServedResult | OnlineResult) -> list[str]:
     return [
         f"{name}: {found.qps:,.0f} requests/s with a p99 of at most {result.p99_ms:g} ms"
         if found.load
-        else f"{name}: no load has a p99 of at most {result.p99_ms:g} ms"
+        else f"{name}: no load that was tried has a p99 of at most {result.p99_ms:g} ms"
         for name, found in result.sustained.items()
     ]
 

@@ -6,7 +6,14 @@ from functools import partial
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.measure.load import LoadResult, saturation_samples_per_s
-from recflow_jax.measure.online import OnlineOptions, OnlinePoint, Servers, mean_samples, offer
+from recflow_jax.measure.online import (
+    OnlineOptions,
+    OnlinePoint,
+    Servers,
+    least_qps,
+    mean_samples,
+    offer,
+)
 from recflow_jax.measure.sustained import Sustained, sustained
 
 AT_ONCE = 64  # requests inside, to saturate
@@ -69,10 +76,10 @@ def bench_served(
     def alone(name: str, qps: float) -> LoadResult:
         return offered({name: servers[name]}, qps)[name]
 
-    found = {}
+    found, least = {}, least_qps(options.seconds)
     if p99_ms is not None:
         for name, most in saturation.items():
-            found[name] = sustained(partial(alone, name), most, p99_ms)
+            found[name] = sustained(partial(alone, name), most, p99_ms, least=least)
             advance()
     return ServedResult(
         mean_request_samples=mean_samples(requests),

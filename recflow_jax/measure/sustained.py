@@ -14,7 +14,7 @@ TRIES = 2  # a hiccup of the machine is no limit of the server
 class Sustained:
     """A rate in requests per second, within CLOSE_ENOUGH, and what the server did at it.
 
-    0 and None where no load kept the bound.
+    0 and None where no load that was tried kept the bound.
     """
 
     qps: float
@@ -26,8 +26,10 @@ def keeps(load: LoadResult, p99_ms: float) -> bool:
     return load.p99_ms <= p99_ms and not load.failed and load.kept_up
 
 
-def sustained(offer: Callable[[float], LoadResult], most: float, p99_ms: float) -> Sustained:
-    """Looks up to `most` requests per second. A load that fails is offered once more."""
+def sustained(
+    offer: Callable[[float], LoadResult], most: float, p99_ms: float, *, least: float = 0.0
+) -> Sustained:
+    """Looks from `least` to `most` requests per second. A load that fails is offered once more."""
     kept: list[LoadResult] = []
 
     def is_kept(qps: float) -> bool:
@@ -38,5 +40,5 @@ def sustained(offer: Callable[[float], LoadResult], most: float, p99_ms: float) 
                 return True
         return False
 
-    qps = largest_load(is_kept, most, within=CLOSE_ENOUGH)
+    qps = largest_load(is_kept, most, within=CLOSE_ENOUGH, least=least)
     return Sustained(qps=qps, load=kept[-1] if kept else None)

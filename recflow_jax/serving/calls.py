@@ -1,6 +1,6 @@
 """A request and its answer as both protocols have them, once decoded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,11 +72,20 @@ def check_known(parameters: Mapping[str, Any], *known: str) -> None:
         raise InputError(f"parameter {name!r} is not read here ({', '.join(known)} may be given)")
 
 
-def check_outputs(names: list[Any]) -> None:
-    """Raises InputError for an output that no model has."""
-    for name in names:
+def check_outputs(outputs: Iterable[tuple[Any, Mapping[str, Any]]]) -> None:
+    """Raises InputError for an output, by its name and parameters, that no model gives."""
+    for name, parameters in outputs:
         if name != SCORES:
             raise InputError(f"output {name!r} is not one of the model's: {SCORES}")
+        check_in_message(f"output {name!r}", parameters)
+        if parameters.get("classification"):
+            raise InputError(f"output {name!r}: no classification is done here, these are logits")
+
+
+def check_in_message(tensor: str, parameters: Mapping[str, Any]) -> None:
+    """Raises InputError, which names `tensor`, for one that is to lie in shared memory."""
+    if "shared_memory_region" in parameters:
+        raise InputError(f"{tensor}: shared memory is not used here, tensors are part of messages")
 
 
 def _whole(parameters: Mapping[str, Any], name: str, default: int) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,7 +26,7 @@ async def http(service: Service) -> AsyncIterator[int]:
     """Serves HTTP meanwhile, on the port that it yields. Raises OSError."""
     options = service.options
     config = uvicorn_config(rest.Application(service), options)
-    config.load()
+    _load(config)
     listening = _socket(options.host, options.http_port)
     server = UvicornServer(config)
     task = asyncio.create_task(server.serve(sockets=[listening]))
@@ -76,15 +77,22 @@ def uvicorn_config(application: Any, options: ServerOptions) -> uvicorn.Config:
     )
 
 
+def _load(config: uvicorn.Config) -> None:
+    try:
+        config.load()
+    except ssl.SSLError as error:
+        pair = f"{config.ssl_certfile}, {config.ssl_keyfile}"
+        raise OSError(f"{pair}: not a certificate and its key in PEM: {error}") from error
+
+
 def _socket(host: str, port: int) -> socket.socket:
     """Bound here: uvicorn would end the process where the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot listen on {host}, port {port}: {error.strerror}"
-        ) from error
+        why = str(error.strerror).partition(" (while")[0]
+        raise OSError(f"cannot listen on {host}, port {port}: {why}") from error
 
 
 def _grpc_options(options: ServerOptions) -> list[tuple[str, int]]:

@@ -52,9 +52,12 @@ class Application:
         )
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        asked = INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
+        asked = INFER.fullmatch(scope["path"])
         if asked is None:
             await self._others(scope, receive, send)
+        elif scope["method"] != "POST":
+            told = _json({"error": f"{scope['path']}: Method Not Allowed, it takes POST"}, 405)
+            await told(scope, receive, send)
         else:
             scope["path_params"] = asked.groupdict(default="")
             await self._infer(scope, receive, send)

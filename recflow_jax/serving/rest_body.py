@@ -12,6 +12,7 @@ from recflow_jax.batch import InputError
 from recflow_jax.serving.calls import (
     InferAnswer,
     InferCall,
+    check_in_message,
     check_outputs,
     priority_of,
     timeout_of,
@@ -57,7 +58,7 @@ def named(path: Mapping[str, str]) -> tuple[str, str]:
 def parameters_of(body: bytes) -> Mapping[str, Any]:
     """The parameters of a request that may have nothing else, nor a body. Raises InputError."""
     header, _ = _split(body or b"{}", None)
-    return _entry(header, "parameters", dict, {})
+    return _parameters(header)
 
 
 def decode(
@@ -68,9 +69,9 @@ def decode(
     timeout_s: the deadline that the HTTP headers set. Raises InputError.
     """
     header, binary = _split(body, header_bytes)
-    parameters = _entry(header, "parameters", dict, {})
+    parameters = _parameters(header)
     outputs = _objects(header, "outputs")
-    check_outputs([output.get("name") for output in outputs])
+    check_outputs([(output.get("name"), _parameters(output)) for output in outputs])
     call = InferCall(
         model=model,
         version=version,
@@ -169,7 +170,9 @@ def _head(entry: Mapping[str, Any]) -> TensorHead:
 
 
 def _binary_size(entry: Mapping[str, Any], name: str) -> int | None:
-    size = _entry(entry, "parameters", dict, {}).get("binary_data_size")
+    parameters = _parameters(entry)
+    check_in_message(f"input {name!r}", parameters)
+    size = parameters.get("binary_data_size")
     if size is None:
         return None
     if type(size) is not int or size < 0:
@@ -180,9 +183,13 @@ def _binary_size(entry: Mapping[str, Any], name: str) -> int | None:
 
 
 def _wants_binary(parameters: Mapping[str, Any], outputs: list[dict[str, Any]]) -> bool:
-    asked = [_entry(output, "parameters", dict, {}).get("binary_data") for output in outputs]
+    asked = [_parameters(output).get("binary_data") for output in outputs]
     first = asked[0] if asked else None
     return bool(parameters.get("binary_data_output") if first is None else first)
+
+
+def _parameters(owner: Mapping[str, Any]) -> dict[str, Any]:
+    return _entry(owner, "parameters", dict, {})
 
 
 def _objects(header: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

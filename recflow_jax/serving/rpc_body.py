@@ -8,6 +8,7 @@ from recflow_jax.batch import InputError
 from recflow_jax.serving.calls import (
     InferAnswer,
     InferCall,
+    check_in_message,
     check_outputs,
     priority_of,
     timeout_of,
@@ -22,7 +23,7 @@ _CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_c
 def decode(message: Any, *, timeout_s: float | None) -> InferCall:
     """Reads a ModelInferRequest; timeout_s: the call's own deadline. Raises InputError."""
     parameters = parameters_of(message)
-    check_outputs([output.name for output in message.outputs])
+    check_outputs([(output.name, parameters_of(output)) for output in message.outputs])
     return InferCall(
         model=message.model_name,
         version=message.model_version,
@@ -49,6 +50,8 @@ def encode(answer: InferAnswer) -> Any:
 
 
 def _tensors(message: Any) -> dict[str, np.ndarray]:
+    for entry in message.inputs:
+        check_in_message(f"input {entry.name!r}", entry.parameters)
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise InputError(f"{len(raw)} raw contents for {len(message.inputs)} inputs")
