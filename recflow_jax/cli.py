@@ -469,7 +469,8 @@ def bench_host(
     """Measure what a request costs on the host.
 
     The engine runs on a device that is done at once, and has no tables. Microseconds per request
-    and per sample, and of processor time in each stage. Lists are separated by commas.
+    and per sample, and of processor time in each stage; on a GPU also what the copies of slices
+    to it take, from plain and from pinned memory. Lists are separated by commas.
     """
     config = _config(model, None, None, None)
     from recflow_jax.commands.bench import bench_host

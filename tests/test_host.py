@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from recflow_jax.console import Missing
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.measure import instant
+from recflow_jax.measure import instant, report, uploads
 from recflow_jax.measure.host import by_name
 from recflow_jax.measure.instant import InstantSegments
 from recflow_jax.measure.timing import TimingOptions
@@ -49,6 +50,22 @@ def test_all_stages_take_time(results: list[dict[str, Any]]):
         per_sample = result["timing"]["median_us"] / result["request_samples"]
         assert result["us_per_sample"] == pytest.approx(per_sample)
         assert 1 <= result["mean_batch"] <= 8192
+
+
+def test_uploads_are_measured_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert bench_host(FIXED, request_sizes=(1,), timing=FAST)["uploads"] == []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(uploads, "pinned_zeros", lambda length: np.zeros(length, np.int32))
+    found = uploads.bench_uploads(FIXED, FAST)
+    assert [result.samples for result in found] == [8192, 4096, 2048, 1024]
+    for result in found:
+        assert result.nbytes > 4 * result.samples * sum(FIXED.fixed_bags or ())
+        for us in (result.call_us, result.each_us):
+            assert us.keys() == {"plain", "pinned"} and min(us.values()) > 0
+    report.show(report.uploads_table(found))
+    assert "…" not in capsys.readouterr().out
 
 
 def test_the_table_shows_all_columns(capsys: pytest.CaptureFixture[str]):

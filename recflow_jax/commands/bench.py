@@ -29,6 +29,7 @@ from recflow_jax.measure.online import LOWEST, OnlineOptions, request_pool
 from recflow_jax.measure.overlap import bench_overlap
 from recflow_jax.measure.stream import bench_stream
 from recflow_jax.measure.timing import TimingOptions
+from recflow_jax.measure.uploads import bench_uploads
 from recflow_jax.model import Params
 from recflow_jax.params import init_params
 from scheduling import ProfileTable
@@ -131,9 +132,9 @@ def bench_host(
     timing: TimingOptions | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures the host's time for requests of each size, on a device that is done at once; prints,
-    writes and returns as `bench_model` does. Raises ValueError, and Missing where threads have no
-    clocks of their own.
+    """Measures the host's time for requests of each size, on a device that is done at once, and, on
+    a GPU, for the copies of slices to it; prints, writes and returns as `bench_model` does. Raises
+    ValueError, and Missing where threads have no clocks of their own.
     """
     if not request_sizes or min(request_sizes) < 1:
         raise ValueError(f"requests are of {list(request_sizes)} samples, not of at least 1")
@@ -144,8 +145,12 @@ def bench_host(
             config, request_sizes, ids=ids, seed=seed, options=options, advance=advance
         )
     report.show(report.host_table(measured))
+    uploads = bench_uploads(config, options)
+    if uploads:
+        report.show(report.uploads_table(uploads))
     result = header | {"timing": report.as_json(options), "cpus": os.cpu_count()}
-    return finish(result | {"host": report.as_json(measured)}, out, None)
+    result |= {"host": report.as_json(measured), "uploads": report.as_json(uploads)}
+    return finish(result, out, None)
 
 
 def _kernels_of(config: DLRMConfig) -> list[str]:

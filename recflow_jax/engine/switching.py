@@ -2,7 +2,7 @@
 
 Python lets a thread that computes go on for 5 ms before another one gets its turn. The engine's
 threads need several turns for each launch, as each call into JAX or numpy gives the turn away: next
-to a caller who sends all the time, a launch took 30 ms.
+to a caller who sends all the time, each launch takes as many times 5 ms.
 """
 
 import sys

@@ -30,6 +30,7 @@ from recflow_jax.measure.served import HttpCost, ServedResult
 from recflow_jax.measure.soaked import SoakResult
 from recflow_jax.measure.stream import StreamResult
 from recflow_jax.measure.timing import Timing
+from recflow_jax.measure.uploads import UploadResult
 
 SCHEMA = 1
 WIDTH = 120
@@ -268,6 +269,21 @@ def served_table(result: ServedResult) -> Table:
                 f"{load.rejected}/{load.late}/{load.failed - load.rejected - load.late}",
                 end_section=name == list(point.contenders)[-1],
             )
+    return table
+
+
+def uploads_table(results: Sequence[UploadResult]) -> Table:
+    """Calls with a slice as their argument, by where it lies."""
+    table = _table(
+        "uploads: calls with a slice as numpy, in plain and in pinned memory, microseconds",
+        *("samples", "MB", "call, plain", "call, pinned", "each, plain", "each, pinned"),
+    )
+    for result in results:
+        table.add_row(
+            *(f"{result.samples:,}", f"{result.nbytes / 1e6:,.2f}"),
+            *(_us(result.call_us[memory]) for memory in ("plain", "pinned")),
+            *(_us(result.each_us[memory]) for memory in ("plain", "pinned")),
+        )
     return table
 
 
