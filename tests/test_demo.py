@@ -85,7 +85,7 @@ def test_a_second_run_loads_the_model_and_resumes_the_profile(
     capsys.readouterr()
     second = demo(out=tmp_path, quick=True, data=data, options=OPTIONS)
     printed = capsys.readouterr().out
-    assert "model: loaded from" in printed and "sizes were measured before" in printed
+    assert "model: loaded from" in printed and "sizes are measured already" in printed
     assert "timings to come" not in printed
     assert second["served"]["auc"] == pytest.approx(first["served"]["auc"])
 

@@ -286,7 +286,7 @@ def test_a_deadline_that_is_met_changes_nothing(engine: Engine):
 
 @pytest.mark.parametrize("deadline_ms", [0, -5])
 def test_a_deadline_in_the_past_is_rejected_at_once(engine: Engine, deadline_ms: float):
-    with pytest.raises(DeadlineExceeded, match="are left to the deadline"):
+    with pytest.raises(DeadlineExceeded, match=r"the deadline passed \d+\.\d+ ms ago"):
         engine.submit(samples(1), deadline_ms=deadline_ms)
     assert engine.stats().rejected == {"deadline": 1}
 

@@ -110,7 +110,7 @@ def test_resume_measures_what_is_missing(
     assert parts <= {row.key for row in resumed.table.rows}
     assert {row.key for row in resumed.table.rows if row.samples == 99} == {r.key for r in kept}
     assert re.search(
-        r"timings to come, \d+ s at least .*were measured before", capsys.readouterr().out
+        r"timings to come, \d+ s at least .*are measured already", capsys.readouterr().out
     )
 
 

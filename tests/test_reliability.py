@@ -269,6 +269,17 @@ def test_a_lie_over_grpc_harms_nobody_else(start_grpc: Start, lie: str) -> None:
     assert_nothing_is_left(fake)
 
 
+# --- what the server asks by itself
+
+
+def test_statistics_leave_out_what_the_heartbeat_asks(start: Start) -> None:
+    fake = start(heartbeat_s=0.01)
+    wait_for(lambda: fake.engine.stats().requests_answered > 2)
+    assert fake.outcome(1).scores == scores(1)
+    (model,) = httpx.get(fake.server.http + "/v2/models/fake/stats").json()["model_stats"]
+    assert model["inference_count"] == 1
+
+
 # --- an engine that ends
 
 

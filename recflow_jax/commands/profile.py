@@ -161,13 +161,13 @@ class _Filling:
         """Measures those jobs whose rows are missing."""
         missing = [job for job in jobs if not self.table.has(job.first)]
         if not missing:
-            console.print(f"{name}: all {len(jobs)} sizes were measured before")
+            console.print(f"{name}: all {len(jobs)} sizes are measured already")
             return
         timings, kept = sum(job.rows for job in missing), len(jobs) - len(missing)
         least_s = timings * self._profiler.timing.rounds * self._profiler.timing.round_s
         console.print(
             f"{name}: {timings} timings to come, {least_s:.0f} s at least"
-            + (f" ({kept} of {len(jobs)} sizes were measured before)" if kept else "")
+            + (f" ({kept} of {len(jobs)} sizes are measured already)" if kept else "")
         )
         with progress(name, len(missing)) as advance:
             for chunk in batched(missing, COMPILED_TOGETHER):

@@ -270,12 +270,15 @@ class Engine:
         times = self._idle_times
         needed_us = times.least_us(request.samples, request.ids) if times else 0
         left_us = deadline_us - now_us()
-        if left_us <= needed_us:
-            self._tally.rejected("deadline")
-            raise DeadlineExceeded(
-                f"{left_us / 1000:.3f} ms are left to the deadline, the request takes "
-                f"{needed_us / 1000:.3f} ms at least"
-            )
+        if left_us > needed_us:
+            return
+        self._tally.rejected("deadline")
+        if left_us <= 0:
+            raise DeadlineExceeded(f"the deadline passed {-left_us / 1000:.3f} ms ago")
+        raise DeadlineExceeded(
+            f"{left_us / 1000:.3f} ms are left to the deadline, the request takes "
+            f"{needed_us / 1000:.3f} ms at least"
+        )
 
 
 def _started(name: str, run: Callable[[], None]) -> threading.Thread:

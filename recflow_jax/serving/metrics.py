@@ -89,7 +89,7 @@ class Metrics:
             "name": model.name,
             "version": model.version,
             "last_inference": self._last_ms,
-            "inference_count": stats.samples_answered,
+            "inference_count": stats.samples_answered - model.tried_out,
             "execution_count": stats.batches,
             "inference_stats": {
                 "success": self._duration("ok"),
