@@ -184,9 +184,11 @@ class ProfileTable:
             if here.get(name) != made.get(name)
         ]
         if differing:
+            of_this_model = self.fingerprint == fingerprint
             raise ProfileTableError(
-                f"profile table was made for something else: {'; '.join(differing)}. "
-                f"Make a new one: {_remedy(self.model)}"
+                f"profile table of {self.model} was made for something else: "
+                f"{'; '.join(differing)}. "
+                f"Make a new one: {_remedy(self.model) if of_this_model else _remedy()}"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -214,6 +216,8 @@ class ProfileTable:
             return cls(**values)
         except FileNotFoundError as error:
             raise ProfileTableError(f"{path}: no such file. Make it: {_remedy()}") from error
+        except json.JSONDecodeError as error:
+            raise ProfileTableError(f"{path}: not JSON: {error}. Make it: {_remedy()}") from error
         except (OSError, TypeError, ValueError) as error:
             raise ProfileTableError(f"{path}: {error}") from error
 
