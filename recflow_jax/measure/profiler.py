@@ -180,7 +180,7 @@ def _row(key: ProfileKey, timing: Timing, timed: Timed) -> ProfileRow:
         times_us, launching_us = (device_us,) * 3, timing.median_us
     else:
         times_us = (timing.median_us, timing.p10_us, timing.p90_us)
-        launching_us = launch_us(timed)
+        launching_us = min(launch_us(timed), timing.median_us)  # a host that slept is slower
     median_us, p10_us, p90_us = times_us
     return ProfileRow(
         **asdict(key),
