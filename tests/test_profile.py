@@ -86,6 +86,16 @@ def test_the_files_are_written(profiled: ProfileResult) -> None:
     assert any(pair.startswith("1,0,16,8,") for pair in pairs)
 
 
+def test_rows_without_launches_are_measured_anew(profiled: ProfileResult, tmp_path: Path) -> None:
+    table = profiled.table
+    older = [row for row in table.rows if row.kind == "slice"]
+    table.with_rows(replace(row, launch_us=0) for row in older).save(tmp_path / profiled.path.name)
+    again = run(tmp_path).table
+    assert {row.key for row in again.rows} == {row.key for row in table.rows}
+    assert all(row.launch_us > 0 for row in again.rows)
+    assert {*again.rows} & {*table.rows} == {row for row in table.rows if row.kind != "slice"}
+
+
 def test_an_engine_takes_the_table(profiled: ProfileResult) -> None:
     params = models.params_of(CONFIG)
     with Engine(CONFIG, params, options=OPTIONS, profile=profiled.path) as engine:

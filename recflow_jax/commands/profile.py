@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import batched
 from pathlib import Path
@@ -136,7 +136,8 @@ def _resumed(path: Path, new: ProfileTable) -> ProfileTable:
         )
     except ProfileTableError as error:
         raise ProfileTableError(f"{path}: {error} --no-resume (it replaces the file)") from error
-    return found
+    # Rows of an older file may have no launches: they are measured anew.
+    return replace(found, rows=tuple(row for row in found.rows if row.launch_us))
 
 
 def _fill(table: ProfileTable, sweep: Sweep, profiler: Profiler, path: Path) -> ProfileTable:

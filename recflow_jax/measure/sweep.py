@@ -15,7 +15,7 @@ from scheduling.costs import StepCosts, segment_key, slice_key, step_key
 
 NEAR = 4  # times the samples of one another that slice and batch may have
 LEAST_GAIN = 0.05  # of the sum
-LEAST_US = 8.0  # of a slice, beyond its launch, for a kernel that takes it along
+LEAST_US = 25.0  # that a slice takes the device longer than the smallest, for a kernel with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,8 @@ class Sweep:
         parts_us = (costs.segment(shape).us, costs.slice(size).us)
         if min(parts_us) < LEAST_GAIN * sum(parts_us):
             return []
-        is_work = costs.slice(size).us - costs.slice(self._slices[-1]).us >= LEAST_US
+        smallest_us = costs.slice(self._slices[-1]).device_us
+        is_work = costs.slice(size).device_us - smallest_us >= LEAST_US
         if shape.segments > 1 and not is_work:
             return []
         return [IN_TURN, *(winner if is_work else ())]
