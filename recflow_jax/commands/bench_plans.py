@@ -77,8 +77,8 @@ def bench_plans(
 def _summary(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> dict[str, float]:
     """Parts of one: of the prediction's error without its sign, and of regret."""
     errors = np.abs([mix.error for mix in foretold])
-    summary = {"error_median": np.median(errors), "error_p90": np.percentile(errors, 90)}
     regrets = [contest.regret for contest in contested]
+    summary = {"error_median": np.median(errors), "error_p90": np.percentile(errors, 90)}
     if regrets:
         summary |= {"regret_median": np.median(regrets), "regret_max": np.max(regrets)}
     return {name: float(value) for name, value in summary.items()}

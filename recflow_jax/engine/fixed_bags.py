@@ -23,8 +23,7 @@ class FixedBags:
         per_sample = [*lengths.values()]
         self.ids = sum(per_sample)
         self._samples = max(1, BLOCK_IDS // max(self.ids, 1))
-        self._offsets = bag_offsets(per_sample, self._samples)
-        self._offset_bytes = self._offsets.tobytes()
+        self._offset_bytes = bag_offsets(per_sample, self._samples).tobytes()
         self._limits = np.tile(np.repeat(limits, per_sample), self._samples)
         self._bases = np.tile(np.repeat(bases, per_sample), self._samples)
         self._kept_steps = {n: n * np.arange(KEPT_STEPS) for n in {*per_sample, self.ids}}
@@ -39,7 +38,7 @@ class FixedBags:
             return False
         for start in range(0, batch.samples, self._samples):
             first = start * len(self._lengths)
-            found = batch.offsets[first : first + len(self._offsets)]
+            found = batch.offsets[first : first + self._samples * len(self._lengths) + 1]
             found = found - start * self.ids if start else found
             if not self._offset_bytes.startswith(found.tobytes()):
                 return False

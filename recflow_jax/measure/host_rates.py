@@ -14,7 +14,7 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.staging import Buffer
 from recflow_jax.measure.host import HostResult, bench_host
 from recflow_jax.measure.load import run_open_loop
-from recflow_jax.measure.timing import TimingOptions
+from recflow_jax.measure.timing import Timed, TimingOptions, launch_us
 from scheduling import HostCosts, SegmentShape, SliceBucket
 
 STAGES = TimingOptions(rounds=3, round_s=0.1, max_calls=100_000)
@@ -110,7 +110,7 @@ def _embed_us(segments: Segments, packed: np.ndarray) -> float:
         state = segments.embed(state, packed)
         return state.landed
 
-    return _median_us(call, wait=jax.block_until_ready)
+    return _median_us(call)
 
 
 def _start_us(segments: Segments) -> float:
@@ -123,7 +123,7 @@ def _start_us(segments: Segments) -> float:
         x, state = segments.start(shape, state)
         return x
 
-    return _median_us(call, wait=jax.block_until_ready)
+    return _median_us(call)
 
 
 def _oversleep_us() -> float:
@@ -135,12 +135,6 @@ def _copy_us(packed: np.ndarray) -> float:
     return _median_us(lambda _: jax.block_until_ready(jax.device_put(packed)))
 
 
-def _median_us(call: Callable[[int], Any], wait: Callable[[Any], Any] = lambda _: None) -> float:
+def _median_us(call: Callable[[int], Any]) -> float:
     """Of CALLS calls, each begun when what the one before gave has been waited for."""
-    times_us = []
-    for i in range(CALLS):
-        started = time.perf_counter()
-        result = call(i)
-        times_us.append(1e6 * (time.perf_counter() - started))
-        wait(result)
-    return float(np.median(times_us))
+    return launch_us(Timed(launch=call), calls=CALLS)

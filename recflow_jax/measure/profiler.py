@@ -81,18 +81,13 @@ class Profiler:
         its smallest slice and segments; 1 for a table that does not know. Raises ProfileMiss for
         one without these sizes.
         """
-        steps = {
-            segment_key(shape): StepShape(segment=shape, slice=None)
-            for cut in self.segments.cuts
-            for shape in SegmentShape.all_of(cut, self.segments.batch_buckets[0])
-        }
-        smallest = self.segments.slice_buckets[0]
-        steps[slice_key(smallest)] = StepShape(segment=None, slice=smallest)
-        then_us = {key: table.row(key).launch_us for key in steps}
-        if not all(then_us.values()):
+        here = self.slice_rows(self.segments.slice_buckets[0])
+        for cut in self.segments.cuts:
+            here += self.segment_rows(cut, self.segments.batch_buckets[0])
+        there_us = [table.row(row.key).launch_us for row in here]
+        if not all(there_us):
             return 1.0
-        rows = [row for key, step in steps.items() for row in self._rows({key: step})]
-        return median(row.launch_us / then_us[row.key] for row in rows)
+        return median(row.launch_us / us for row, us in zip(here, there_us, strict=True))
 
     def launch(self, steps: Iterable[StepShape], i: int) -> Any:
         """Queues steps one after the other, each as its scheme says; what the last one gives."""

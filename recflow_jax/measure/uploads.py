@@ -2,7 +2,6 @@
 the engine packs it.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +13,6 @@ from recflow_jax.engine.pinned import pinned_zeros
 from recflow_jax.engine.staging import PackedShape
 from recflow_jax.layout import Layout
 from recflow_jax.measure.timing import Timed, TimingOptions, launch_us, measure_side_by_side
-from scheduling.request import SliceBucket
 
 SIZES = 4  # of slices: the largest, and each time half as large
 
@@ -32,19 +30,12 @@ class UploadResult:
     each_us: dict[str, float]
 
 
-def bench_uploads(
-    config: DLRMConfig,
-    options: TimingOptions,
-    *,
-    advance: Callable[[], None] = lambda: None,
-) -> list[UploadResult]:
-    """For the largest slices of an engine by its default options; `advance` is called after each.
-    None without a GPU.
-    """
+def bench_uploads(config: DLRMConfig, options: TimingOptions) -> list[UploadResult]:
+    """For the largest slices of an engine by its default options. None without a GPU."""
     if jax.default_backend() != "gpu":
         return []
     results = []
-    for bucket in slice_sizes(config):
+    for bucket in EngineOptions().slice_buckets(config)[: -SIZES - 1 : -1]:
         shape = PackedShape.of(config, Layout.of(config), bucket)
         arrays = {"plain": np.zeros(shape.length, np.int32), "pinned": pinned_zeros(shape.length)}
         timed = _timed(arrays)
@@ -57,13 +48,7 @@ def bench_uploads(
                 each_us={memory: timing.median_us for memory, timing in each.items()},
             )
         )
-        advance()
     return results
-
-
-def slice_sizes(config: DLRMConfig) -> Sequence[SliceBucket]:
-    """The slices that are measured."""
-    return EngineOptions().slice_buckets(config)[: -SIZES - 1 : -1]
 
 
 def _timed(arrays: dict[str, np.ndarray]) -> dict[str, Timed]:
