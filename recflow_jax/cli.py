@@ -71,7 +71,12 @@ Out = Annotated[Path | None, typer.Option(help="Results as JSON.", callback=_fil
 Figure = Annotated[Path | None, typer.Option(help="Results as PNG.", callback=_file)]
 ProfileTable = Annotated[Path | None, typer.Option(help="Profile table to serve with.")]
 MaxBatch = Annotated[int, typer.Option(help="Largest batch.", min=1)]
-SegmentsOption = Annotated[int, typer.Option(help="Executables of a batch.", min=1)]
+SegmentsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Executables of a batch.", min=1, show_default="3 with a profile table, else 1"
+    ),
+]
 Burst = Annotated[
     bool, typer.Option("--burst", help="Four times the rate for 100 ms of each second.")
 ]
@@ -554,7 +559,7 @@ def bench_serve(
     profile: ProfileTable = None,
     backend: BackendName = "auto",
     max_batch: MaxBatch = 8192,
-    segments: SegmentsOption = 3,
+    segments: SegmentsOption = None,
     ids: Ids = "uniform",
     seed: Seed = 0,
     out: Out = None,
@@ -615,7 +620,7 @@ def bench_loadgen(
     profile: ProfileTable = None,
     backend: BackendName = "auto",
     max_batch: MaxBatch = 8192,
-    segments: SegmentsOption = 3,
+    segments: SegmentsOption = None,
     ids: Ids = "uniform",
     seed: Seed = 0,
 ) -> None:
@@ -666,7 +671,7 @@ def bench_soak(
     profile: ProfileTable = None,
     backend: BackendName = "auto",
     max_batch: MaxBatch = 8192,
-    segments: SegmentsOption = 3,
+    segments: SegmentsOption = None,
     ids: Ids = "uniform",
     seed: Seed = 0,
     out: Out = None,
@@ -716,7 +721,7 @@ def serve(
     profile: ProfileTable = None,
     backend: BackendName = "auto",
     max_batch: MaxBatch = 8192,
-    segments: SegmentsOption = 3,
+    segments: SegmentsOption = None,
     objective: Annotated[
         Literal["throughput", "latency"], typer.Option(help="What is planned for, by --profile.")
     ] = "throughput",

@@ -90,7 +90,7 @@ class FakeSegments(Segments):
 
     @property
     def count(self) -> int:
-        return self.options.segments
+        return self.options.finest_cut
 
     def hold(self) -> None:
         self.runs.clear()

@@ -27,14 +27,15 @@ def preparer(config: DLRMConfig, max_ids: int = 1000) -> Preparer:
 
 
 def assert_is(config: DLRMConfig, found: Prepared, batch: JaggedBatch) -> None:
-    """The plainly made rows and offsets; fixed bags need no offsets."""
+    """The plainly made rows and offsets; fixed bags need no offsets, and have ids for rows."""
     plain = device_batch(config, batch)
+    is_fixed = found.slot_offsets is None
     assert found.samples == batch.samples
     assert (found.rows.dtype, found.id_offsets.dtype) == (np.int32, np.int64)
     np.testing.assert_array_equal(found.dense, plain.dense)
-    np.testing.assert_array_equal(found.rows, plain.rows)
+    np.testing.assert_array_equal(found.rows, batch.values if is_fixed else plain.rows)
     np.testing.assert_array_equal(found.id_offsets, batch.id_offsets)
-    if found.slot_offsets is not None:
+    if not is_fixed:
         np.testing.assert_array_equal(found.slot_offsets, plain.offsets)
     if config.weighted:
         assert found.weights is not None

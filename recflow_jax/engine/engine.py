@@ -112,7 +112,8 @@ class Engine:
         self._request_ids = itertools.count()
         self._tally = Tally(self.options.latency_window)
         policy = policy_of(segments, options, plans)
-        inbox, flights = Inbox(), SimpleQueue[Flight | Written | None]()
+        self._inbox = inbox = Inbox()
+        flights = SimpleQueue[Flight | Written | None]()
         self._ledger = Ledger(
             max_samples=self.options.max_queued_samples,
             outputs=self.config.outputs,
@@ -163,8 +164,9 @@ class Engine:
         the launch, or before the answer is there: an answer is never late.
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
-        samples = self._prepared(dense, sparse, most=self.options.max_queued_samples)
-        return self._enter(samples, terms)
+        with self._inbox.caller():
+            samples = self._prepared(dense, sparse, most=self.options.max_queued_samples)
+            return self._enter(samples, terms)
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.

@@ -1,5 +1,6 @@
 """Samples whose bags are all as long as expected: known before they come but for their ids."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,18 +15,16 @@ KEPT_STEPS = 2**13
 class FixedBags:
     """What can be known, before they come, of samples with bags of `lengths`: a block of them.
 
-    lengths: by feature. limits, bases: of each feature, the rows of its table, and where they start
-    in its group.
+    lengths: by feature. limits: of each feature, the rows of its table.
     """
 
-    def __init__(self, lengths: Mapping[str, int], limits: np.ndarray, bases: np.ndarray) -> None:
+    def __init__(self, lengths: Mapping[str, int], limits: np.ndarray) -> None:
         self._lengths = tuple(lengths.items())
         per_sample = [*lengths.values()]
         self.ids = sum(per_sample)
         self._samples = max(1, BLOCK_IDS // max(self.ids, 1))
         self._offset_bytes = bag_offsets(per_sample, self._samples).tobytes()
         self._limits = np.tile(np.repeat(limits, per_sample), self._samples)
-        self._bases = np.tile(np.repeat(bases, per_sample), self._samples)
         self._kept_steps = {n: n * np.arange(KEPT_STEPS) for n in {*per_sample, self.ids}}
 
     def id_offsets(self, samples: int) -> np.ndarray:
@@ -40,7 +39,7 @@ class FixedBags:
             first = start * len(self._lengths)
             found = batch.offsets[first : first + self._samples * len(self._lengths) + 1]
             found = found - start * self.ids if start else found
-            if not self._offset_bytes.startswith(found.tobytes()):
+            if not self._offset_bytes.startswith(np.ascontiguousarray(found)):
                 return False
         return True
 
@@ -61,14 +60,14 @@ class FixedBags:
         # Unsigned and signed integers together may have become floats.
         return joined if joined.dtype.kind in "iu" else None
 
-    def rows(self, values: np.ndarray) -> np.ndarray | None:
-        """The ids as rows of their groups; None if one is outside its table."""
-        rows, step = np.empty(len(values), np.int32), max(len(self._limits), 1)
+    def copied(self, values: np.ndarray) -> np.ndarray | None:
+        """The ids as int32; None if one is outside its table."""
+        copies, step = np.empty(len(values), np.int32), max(len(self._limits), 1)
         for start in range(0, len(values), step):
-            ids, out = values[start : start + step], rows[start : start + step]
-            if not write_rows(ids, self._limits[: len(ids)], self._bases[: len(ids)], out=out):
+            ids, out = values[start : start + step], copies[start : start + step]
+            if not copy_ids(ids, self._limits[: len(ids)], out=out):
                 return None
-        return rows
+        return copies
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""
@@ -98,18 +97,36 @@ def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.tile(np.array(lengths, np.int64), samples))])
 
 
-def write_rows(ids: np.ndarray, limits: np.ndarray, bases: np.ndarray, *, out: np.ndarray) -> bool:
-    """Writes id + base into `out`; False if an id is not in [0, limit).
+class _Flags(threading.local):
+    """One bool per id of a block; of each thread."""
 
-    Ids are read once more than they are copied, but it is the copies that are held against the
-    limits: no row is ever outside its group, whoever writes to `ids` meanwhile.
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._flags = np.frombuffer(self._bytes, bool)
+
+    def any_not_less(self, values: np.ndarray, limits: np.ndarray) -> bool:
+        """Whether a value is not less than its limit. Each call of numpy's lets other threads have
+        the interpreter, which may keep it for long: one call, and a search that lets go of nothing.
+        """
+        if len(values) > len(self._flags):
+            self._bytes = bytearray(len(values))
+            self._flags = np.frombuffer(self._bytes, bool)
+        np.greater_equal(values, limits, out=self._flags[: len(values)])
+        return self._bytes.find(1, 0, len(values)) >= 0
+
+
+_FLAGS = _Flags()
+
+
+def copy_ids(ids: np.ndarray, limits: np.ndarray, *, out: np.ndarray) -> bool:
+    """Writes int32 ids into `out`; False if one is not in [0, limit).
+
+    It is the copies that are held against the limits: none is ever outside its table, whoever
+    writes to `ids` meanwhile.
     """
     if ids.dtype != np.int32:
         ids = ids.astype(np.int64, copy=False)
         if len(ids) and ids.view(np.uint64).max() > MAX_IDS:
             return False
     np.copyto(out, ids, casting="unsafe")
-    if np.count_nonzero(out.view(np.uint32) >= limits):
-        return False
-    out += bases
-    return True
+    return not _FLAGS.any_not_less(out.view(np.uint32), limits)

@@ -6,10 +6,11 @@ updates to the completion thread.
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from threading import get_ident
 from typing import Any
 
 from recflow_jax.engine.prepared import Prepared
@@ -93,6 +94,17 @@ class Inbox:
         self._asleep = False
         self._has_urgent = False
         self._arrivals_to_wake = 1
+        self._callers: set[int] = set()
+
+    @contextmanager
+    def caller(self) -> Iterator[None]:
+        """While a caller makes a request ready, on this thread."""
+        thread = get_ident()
+        self._callers.add(thread)
+        try:
+            yield
+        finally:
+            self._callers.discard(thread)
 
     def put(self, message: Message) -> None:
         """Something that the launcher wants to know at once."""
@@ -120,12 +132,13 @@ class Inbox:
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
     def rest(self, longest_us: int, *, can_launch: bool = True) -> None:
-        """Leaves the interpreter to others for so long, but only while messages come; and unless it
-        `can_launch`, until there is an urgent one.
+        """Leaves the interpreter to others for so long, but only while messages come or are being
+        made; and unless it `can_launch`, until there is an urgent one.
         """
         end_us, seen = now_us() + longest_us, -1
-        while len(self._messages) > seen and (left_us := end_us - now_us()) > 0:
-            if self._has_urgent and not can_launch:
+        while self._callers or len(self._messages) > seen:
+            left_us = end_us - now_us()
+            if left_us <= 0 or (self._has_urgent and not can_launch):
                 return
             seen = len(self._messages)
             time.sleep(min(left_us, REST_STEP_US) / 1e6)

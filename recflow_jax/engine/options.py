@@ -15,13 +15,8 @@ from scheduling.serial_batching import Collecting
 JAGGED_HEADROOM = 1.25
 IDS_STEP = 128
 SMALLEST_UPDATE, UPDATE_FACTOR = 64, 4
-POSITIVE_OR_NONE = (
-    "ids_per_sample",
-    "max_ids_per_sample",
-    "p99_ms",
-    "max_update_rows",
-    "switch_interval_ms",
-)
+FINEST_CUT = 3
+POSITIVE_OR_NONE = ("ids_per_sample", "p99_ms", "switch_interval_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +33,9 @@ class EngineOptions:
     batching: "incremental", or `Collecting(wait_ms=...)`: batches are collected, embedded, then run
         through the layers in one executable, one after the other. That is what incremental batching
         is compared with; `segments`, `objective` and `p99_ms` are then without use.
-    segments: executables that a batch goes through (at most one per top layer, and one). With a
-        profile table the engine chooses between that many and a single one.
+    segments: executables that a batch goes through, at most one per top layer, and one. With a
+        profile table the engine chooses between that many and a single one. None: three of these
+        with a table, and without one a single one, as nothing tells then what more launches cost.
     objective: what is planned for with a profile table: "throughput", or "latency" on average.
     p99_ms: with a profile table, batches stay so small that a request that finds a busy engine
         with no queue is answered in that time, by the table.
@@ -68,7 +64,7 @@ class EngineOptions:
     ids_per_sample: float | None = None
     max_ids_per_sample: int | None = None
     batching: Literal["incremental"] | Collecting = "incremental"
-    segments: int = 3
+    segments: int | None = None
     objective: Objective = "throughput"
     p99_ms: float | None = None
     max_queued_samples: int = 65536
@@ -83,7 +79,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and value >= 1):
+            is_counted = field.type is int or (field.type == int | None and value is not None)
+            if is_counted and not (type(value) is int and value >= 1):
                 raise ValueError(f"options: {field.name} is {value!r}, not a whole number above 0")
         for name in ("batch_factor", "slice_factor"):
             if not getattr(self, name) > 1:
@@ -115,6 +112,11 @@ class EngineOptions:
     def batch_buckets(self) -> tuple[int, ...]:
         """Batch sizes, ascending."""
         return ladder(self.max_batch, min(self.smallest_batch, self.max_batch), self.batch_factor)
+
+    @property
+    def finest_cut(self) -> int:
+        """Executables that a batch goes through at most."""
+        return self.segments or FINEST_CUT
 
     @property
     def update_sizes(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def plans_of(
         if options.p99_ms is not None:
             raise ValueError("options: p99_ms needs a profile table, to tell how long batches take")
         _say_serial(segments.config.name)
-        return _same_for_all(segments, segments.count)
+        return _same_for_all(segments, segments.count if options.segments else 1)
     try:
         return TablePlans(
             table,

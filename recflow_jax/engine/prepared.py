@@ -1,8 +1,9 @@
-"""Samples as they wait for their slice: checked, their ids int32 rows of the tables already.
+"""Samples as they wait for their slice: checked, their ids int32 already.
 
 All work per id is done here, on the caller's thread, in few passes: the launcher only copies.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, write_rows
+from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, copy_ids
 from recflow_jax.layout import Layout
 
 
@@ -26,10 +27,11 @@ from recflow_jax.layout import Layout
 class Prepared:
     """`n` samples in arrays that nobody else writes to, to be copied into slices.
 
-    dense: float32 [n, dense_width]. rows: int32 [total], each id as a row of its group.
-    id_offsets: int64 [n + 1], the ids before each sample. slot_offsets: int32 [n * slots + 1],
-    where each slot's rows start, or None where all bags are as `DLRMConfig.fixed_bags` says.
-    weights: float32 [total], or None where no feature is weighted.
+    dense: float32 [n, dense_width]. slot_offsets: int32 [n * slots + 1], where each slot's ids
+    start, or None where all bags are as `DLRMConfig.fixed_bags` says. rows: int32 [total], each id
+    as a row of its group; where slot_offsets is None, as a row of its table. id_offsets: int64
+    [n + 1], the ids before each sample. weights: float32 [total], or None where no feature is
+    weighted.
     """
 
     dense: np.ndarray
@@ -80,7 +82,7 @@ class Preparer:
         self._fixed = None
         if config.fixed_bags is not None and sum(config.fixed_bags) <= max_ids:
             lengths = dict(zip([f.name for f in config.features], config.fixed_bags, strict=True))
-            self._fixed = FixedBags(lengths, self._limits, self._bases)
+            self._fixed = FixedBags(lengths, self._limits)
 
     def prepare(self, batch: JaggedBatch) -> Prepared:
         """The samples as they are now, whatever becomes of `batch`'s arrays.
@@ -118,7 +120,7 @@ class Preparer:
         values: np.ndarray,
         weights: np.ndarray | None,
     ) -> Prepared | None:
-        rows = bags.rows(values)
+        rows = bags.copied(values)
         if rows is None:
             return None
         return _with_floats(dense, weights, rows, bags.id_offsets(len(dense)), None)
@@ -147,9 +149,9 @@ class Preparer:
         for start in range(0, samples, max(step, 1)):
             ids = slice(id_offsets[start], id_offsets[min(start + step, samples)])
             counts = lengths[start * features : (start + step) * features]
-            of_ids = [np.repeat(each[: len(counts)], counts) for each in (limits, bases)]
-            if not write_rows(values[ids], *of_ids, out=rows[ids]):
+            if not copy_ids(values[ids], np.repeat(limits[: len(counts)], counts), out=rows[ids]):
                 return None
+            rows[ids] += np.repeat(bases[: len(counts)], counts)
         return rows
 
     def _bags_are_well(self, batch: JaggedBatch, offsets: np.ndarray, lengths: np.ndarray) -> bool:
@@ -179,7 +181,8 @@ def _with_floats(
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    return bool(np.count_nonzero(np.isfinite(values)) == values.size)
+    """By their sum, unless that overflows."""
+    return math.isfinite(values.sum(dtype=values.dtype)) or bool(np.isfinite(values).all())
 
 
 def _check_ids_per_sample(id_offsets: np.ndarray, most: int) -> None:

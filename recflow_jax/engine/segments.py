@@ -61,7 +61,7 @@ class Segments:
     @property
     def count(self) -> int:
         """Segments of the finest cut."""
-        return min(self.options.segments, len(self.config.top_mlp) + 1)
+        return min(self.options.finest_cut, len(self.config.top_mlp) + 1)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class Segments:
         co_runs: Iterable[CoRun] = (),
     ) -> None:
         """Compiles every bucket of these cuts (None: the finest) and these co-runs, if it is not
-        yet, and runs each once where the first run costs extra.
+        yet; on a GPU, where the first time costs extra, runs each once and makes the buffers.
 
         progress: show a bar; None does so on a terminal when it takes longer than two seconds.
         """
@@ -174,6 +174,7 @@ class Segments:
             for job in running:
                 _warm_up(self._executables[job.key], job)
             self.tables.warm_up(self._executables)
+            self.staging.reserve(self.options.max_steps_in_flight)
 
     def _jobs(self, cuts: Iterable[int]) -> list[Job]:
         slices = [self.stages.slice_job(self.staging.shape(b)) for b in self.slice_buckets]

@@ -1,9 +1,10 @@
 """One slice of samples as one int32 buffer: packed on the host, unpacked on the device.
 
 One copy to the device per slice, whatever the number of features. The buffer holds, in this order,
-the rows of the tables, the weights' bits, the dense features' bits, the slots' offsets and the
-first row of the batch that the slice lands at. All sizes are the bucket's; what is behind the
-slice's own samples is padding: empty bags and zero dense features.
+the ids, the weights' bits, the dense features' bits, the slots' offsets, the first row of the batch
+that the slice lands at and, of a model with fixed bags, whether the ids are rows of their tables or
+of their groups already. All sizes are the bucket's; what is behind the slice's own samples is
+padding: empty bags and zero dense features.
 """
 
 from collections import defaultdict, deque
@@ -28,13 +29,18 @@ from scheduling.request import SliceBucket
 
 @dataclass(frozen=True, kw_only=True)
 class PackedShape:
-    """Where each field of a slice lies in its buffer of `length` int32."""
+    """Where each field of a slice lies in its buffer of `length` int32.
+
+    bases: where the table of each id of a sample with fixed bags starts in its group; none where
+    bags are jagged, or all tables start at 0.
+    """
 
     samples: int
     ids: int
     slots: int
     dense_width: int
     weighted: bool
+    bases: tuple[int, ...]
 
     @classmethod
     def of(cls, config: DLRMConfig, layout: Layout, bucket: SliceBucket) -> "PackedShape":
@@ -45,6 +51,7 @@ class PackedShape:
             slots=len(layout.slots),
             dense_width=config.dense_width,
             weighted=config.weighted,
+            bases=_fixed_bases(config, layout),
         )
 
     @cached_property
@@ -56,6 +63,7 @@ class PackedShape:
             "dense": self.samples * self.dense_width,
             "offsets": self.samples * self.slots + 1,
             "first_row": 1,
+            "of_tables": 1 if self.bases else 0,
         }
         ends = accumulate(sizes.values())
         return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
@@ -63,7 +71,7 @@ class PackedShape:
     @property
     def length(self) -> int:
         """int32 elements of the buffer."""
-        return self.places["first_row"].stop
+        return self.places["of_tables"].stop
 
     def unpack(self, packed: Int32[Array, " length"]) -> tuple[Int32[Array, ""], DeviceBatch]:
         """The first row and the samples, under jit on the device."""
@@ -72,11 +80,23 @@ class PackedShape:
         weights = lax.bitcast_convert_type(fields["weights"], jnp.float32)
         batch = DeviceBatch(
             dense=dense.reshape(self.samples, self.dense_width),
-            rows=fields["rows"],
+            rows=self._rows(fields),
             offsets=fields["offsets"],
             weights=weights if self.weighted else None,
         )
         return fields["first_row"][0], batch
+
+    def _rows(self, fields: dict[str, Array]) -> Int32[Array, " ids"]:
+        """Each id as a row of its group."""
+        if not self.bases:
+            return fields["rows"]
+        bases = jnp.resize(jnp.array(self.bases, jnp.int32), (self.ids,))
+        return fields["rows"] + fields["of_tables"] * bases
+
+
+def _fixed_bases(config: DLRMConfig, layout: Layout) -> tuple[int, ...]:
+    bases = np.repeat(layout.feature_bases, config.fixed_bags or 0)
+    return tuple(bases.tolist()) if bases.any() else ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -84,7 +104,8 @@ class Buffer:
     """The int32 buffer of a slice, its fields as views, and what they hold from the slice before.
 
     dense: float32 [room, dense_width], zero behind the first `samples` rows. offsets: those of
-    `fixed_samples` samples with fixed bags and of empty ones behind, if it is not None.
+    `fixed_samples` samples with fixed bags and of empty ones behind, if it is not None. of_tables:
+    1 if rows are those of tables, 0 if of groups, also what is left behind the slice's own ids.
     """
 
     array: np.ndarray
@@ -93,6 +114,7 @@ class Buffer:
     dense: np.ndarray
     offsets: np.ndarray
     first_row: np.ndarray
+    of_tables: np.ndarray
     samples: int = 0
     fixed_samples: int | None = 0
 
@@ -109,6 +131,7 @@ class Buffer:
             dense=dense.reshape(shape.samples, shape.dense_width),
             offsets=array[places["offsets"]],
             first_row=array[places["first_row"]],
+            of_tables=array[places["of_tables"]],
         )
 
 
@@ -124,6 +147,7 @@ class Staging:
         self._shapes: dict[SliceBucket, PackedShape] = {}
         self._free: defaultdict[int, deque[Buffer]] = defaultdict(deque)
         self._fixed_slots = np.zeros(0, np.int32)
+        self._bases = np.array(_fixed_bases(config, layout), np.int32)
 
     def shape(self, bucket: SliceBucket) -> PackedShape:
         """The layout of `bucket`'s buffers."""
@@ -131,12 +155,19 @@ class Staging:
             self._shapes[bucket] = PackedShape.of(self._config, self._layout, bucket)
         return self._shapes[bucket]
 
+    def reserve(self, count: int) -> None:
+        """Makes `count` buffers of each bucket so far: later it may take a request milliseconds."""
+        for shape in self._shapes.values():
+            free = self._free[shape.length]
+            free.extend([Buffer.of(shape) for _ in range(count - len(free))])
+
     def pack(self, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
         """The samples of `parts`, in order, to land at `row`. They must fit the bucket."""
         buffer = self._take(self.shape(bucket))
         samples = sum([part.samples for part in parts])
-        self._write_ids(buffer, parts)
-        self._write_offsets(buffer, samples, parts)
+        are_fixed = all([part.slot_offsets is None for part in parts])
+        self._write_ids(buffer, parts, are_fixed)
+        self._write_offsets(buffer, samples, parts, are_fixed)
         np.concatenate([part.dense for part in parts], out=buffer.dense[:samples])
         buffer.dense[samples : buffer.samples] = 0
         buffer.samples = samples
@@ -153,16 +184,32 @@ class Staging:
         except IndexError:
             return Buffer.of(shape)
 
-    def _write_ids(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
+    def _write_ids(self, buffer: Buffer, parts: Sequence[Prepared], are_fixed: bool) -> None:
         ids = sum([len(part.rows) for part in parts])
         np.concatenate([part.rows for part in parts], out=buffer.rows[:ids])
+        if len(self._bases):
+            self._say_of_what(buffer, parts, are_fixed)
         if len(buffer.weights):
             weights = [part.weights for part in parts if part.weights is not None]
             np.concatenate(weights, out=buffer.weights[:ids])
 
-    def _write_offsets(self, buffer: Buffer, samples: int, parts: Sequence[Prepared]) -> None:
+    def _say_of_what(self, buffer: Buffer, parts: Sequence[Prepared], are_fixed: bool) -> None:
+        """Rows of tables become those of groups on the device, or here beside jagged bags."""
+        end = 0
+        for part in parts:
+            start, end = end, end + len(part.rows)
+            if part.slot_offsets is None and not are_fixed:
+                rows = buffer.rows[start:end].reshape(-1, len(self._bases))
+                rows += self._bases
+        if buffer.of_tables[0] != are_fixed:
+            buffer.rows[end:] = 0
+            buffer.of_tables[0] = are_fixed
+
+    def _write_offsets(
+        self, buffer: Buffer, samples: int, parts: Sequence[Prepared], are_fixed: bool
+    ) -> None:
         """Fixed bags always have the same offsets, which may still be there."""
-        if any([part.slot_offsets is not None for part in parts]):
+        if not are_fixed:
             self._write_jagged(buffer, parts)
         elif buffer.fixed_samples != samples:
             slots = self._slots_of_fixed(samples)

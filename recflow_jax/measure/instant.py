@@ -36,10 +36,6 @@ class InstantSegments(Segments):
         self._scores = _Ready(np.zeros((options.max_batch, config.outputs), np.float32))
         self._state = BatchState(vectors=None, dense=None, landed=self._scores)
 
-    @property
-    def count(self) -> int:
-        return self.options.segments
-
     def new_state(self) -> BatchState:
         return self._state
 
