@@ -67,6 +67,15 @@ class JaggedBatch:
             weights=weights,
         )
 
+    def frozen(self) -> Self:
+        """The same samples in arrays that cannot be written to: an engine need not copy these."""
+        return type(self)(
+            dense=_frozen(self.dense),
+            values=_frozen(self.values),
+            offsets=_frozen(self.offsets),
+            weights=None if self.weights is None else _frozen(self.weights),
+        )
+
     @classmethod
     def join(cls, batches: Sequence[Self]) -> Self:
         """The samples of all `batches`, in order. Raises ValueError for none."""
@@ -99,6 +108,12 @@ class JaggedBatch:
             raise InputError(f"feature {name!r} {there}")
         columns = [_column(f, sparse[f.name], len(dense)) for f in config.features]
         return _interleave(cls, config, dense, columns)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.setflags(write=False)
+    return view
 
 
 @dataclass(frozen=True)

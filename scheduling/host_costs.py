@@ -5,11 +5,12 @@ from dataclasses import dataclass, fields
 
 from scheduling.request import Request, Slice, SliceBucket, Step
 
-REST_STEP_US = 100
-"""Python runs one thread at a time. A launcher that launched for longer than it had slept before
-leaves the interpreter to the callers for the difference, as long as something comes in each step of
-this time, and until a step has ended that a launch waits for. Else each request would be launched
-alone, at a cost that holds the callers up, so that their requests come one by one."""
+REST_STEP_US, RESTS = 100, 2
+"""Python runs one thread at a time. A launcher leaves the interpreter to the callers for twice as
+long as it launched, less what it had slept before, as long as one of them makes a request or
+something comes in each step of this time. Else each request would be launched alone, at a cost that
+holds the callers up, so that their requests come one by one. A device that is the bottleneck does
+not wait for that: then the launcher sleeps for longer than it launches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

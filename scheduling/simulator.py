@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scheduling.costs import StepTimes
-from scheduling.host_costs import REST_STEP_US, HostCosts
+from scheduling.host_costs import REST_STEP_US, RESTS, HostCosts
 from scheduling.pipeline import Action, Arrive, Event, Launch, StepDone
 from scheduling.policy import Policy
 from scheduling.request import Part, Request, Step, StepShape
@@ -116,7 +116,7 @@ class _Engine:
         self._requests = iter(requests)
         self._times = times
         self._host = host
-        self._entered_us = 0.0
+        self._called_us = self._entered_us = 0.0
         self._next = self._draw()
         self._served: dict[int, _Served] = {}
         self._launched = _Launched()
@@ -134,7 +134,7 @@ class _Engine:
             self._now_us = started_us = self._now_us + slept_us
             mail, self._mailed = self._mailed + self._mail(), []
             self._act(self._policy.step(int(started_us), mail))
-            self._rest(self._now_us - started_us - slept_us)
+            self._rest(RESTS * (self._now_us - started_us) - slept_us)
 
     def _next_mail_us(self) -> float:
         """When the launcher has something to do: an arrival, a step's end, a deadline."""
@@ -149,15 +149,16 @@ class _Engine:
 
     def _rest(self, longest_us: float) -> None:
         """See REST_STEP_US."""
-        end_us, mailed = self._now_us + longest_us, -1
-        while len(self._mailed) > mailed and self._now_us < end_us and not self._is_waited_for():
+        end_us, mailed = self._now_us + longest_us, 0
+        self._mailed += self._mail()
+        while self._now_us < end_us and (len(self._mailed) > mailed or self._is_called()):
             mailed = len(self._mailed)
             self._now_us = min(self._now_us + REST_STEP_US, end_us)
             self._mailed += self._mail()
 
-    def _is_waited_for(self) -> bool:
-        has_ended = any(isinstance(event, StepDone) for event in self._mailed)
-        return has_ended and not self._policy.can_launch
+    def _is_called(self) -> bool:
+        """Whether a caller is letting a request in."""
+        return self._next is not None and self._called_us <= self._now_us
 
     def _mail(self) -> list[Event]:
         """What came since it was asked before."""
@@ -174,8 +175,8 @@ class _Engine:
         """The next request, which is known of when those before it have been let in, too."""
         request = next(self._requests, None)
         if request is not None:
-            started_us = max(self._entered_us, request.arrived_us + self._host.wake_us)
-            self._entered_us = started_us + self._host.submitting_us(request)
+            self._called_us = max(self._entered_us, request.arrived_us + self._host.wake_us)
+            self._entered_us = self._called_us + self._host.submitting_us(request)
         return request
 
     def _take_next(self, request: Request) -> None:

@@ -34,10 +34,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return stored["host"]
 
 
-def test_each_size_is_given_in_either_way(results: list[dict[str, Any]]):
+def test_each_size_is_given_in_each_way(results: list[dict[str, Any]]):
     assert [(r["request_samples"], r["given_as"], r["in_flight"]) for r in results] == [
-        *((1, how, 1024) for how in ("batch", "features")),
-        *((40000, how, 4) for how in ("batch", "features")),
+        *((1, how, 1024) for how in ("batch", "frozen", "features")),
+        *((40000, how, 4) for how in ("batch", "frozen", "features")),
     ]
 
 

@@ -131,7 +131,7 @@ def test_a_launcher_leaves_the_interpreter_to_the_callers_for_as_long_as_it_laun
 ):
     """Each look at the clock takes 50 us here: one while it slept, several while it launched."""
     rests_us: list[int] = []
-    monkeypatch.setattr(Inbox, "rest", lambda _, us, can_launch: rests_us.append(us))
+    monkeypatch.setattr(Inbox, "rest", lambda _, us: rests_us.append(us))
     monkeypatch.setattr(launcher, "now_us", partial(next, count(0, 50)))
     with Engine.from_segments(FakeSegments()) as engine:
         result(engine.submit(samples(1)))

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import cycle
 
 import numpy as np
@@ -80,27 +81,50 @@ def test_arrivals_that_did_not_wake_are_there_afterwards():
     assert inbox.wait(0, can_launch=False) == [request]
 
 
-@pytest.mark.parametrize(("comings", "rests"), [((1, 1, 0, 1), 3), ((0, 1), 1), ((1,) * 99, 10)])
+@pytest.mark.parametrize(
+    ("comings", "rests"), [((0, 1), 0), ((2, 1, 0, 1), 2), ((1, 0, 1), 1), ((1,) * 99, 10)]
+)
 def test_it_rests_for_so_long_but_only_while_messages_come(
     monkeypatch: pytest.MonkeyPatch, comings: tuple[int, ...], rests: int
 ):
     inbox, slept_us = Inbox(), []
 
-    def sleep(seconds: float) -> None:
+    def come() -> None:
         for _ in range(comings[len(slept_us)]):
             inbox.put(Dropped(len(slept_us)))
-        slept_us.append(round(1e6 * seconds))
 
+    def sleep(seconds: float) -> None:
+        slept_us.append(round(1e6 * seconds))
+        come()
+
+    come()
     monkeypatch.setattr(messages.time, "sleep", sleep)
     monkeypatch.setattr(messages, "now_us", lambda: sum(slept_us))
     inbox.rest(10 * REST_STEP_US)
     assert slept_us == [REST_STEP_US] * rests
 
 
+def test_it_rests_while_a_caller_makes_a_request(monkeypatch: pytest.MonkeyPatch):
+    inbox, slept_us, caller = Inbox(), [], ExitStack()
+
+    def sleep(seconds: float) -> None:
+        slept_us.append(round(1e6 * seconds))
+        if len(slept_us) == 3:
+            caller.close()
+
+    monkeypatch.setattr(messages.time, "sleep", sleep)
+    monkeypatch.setattr(messages, "now_us", lambda: sum(slept_us))
+    caller.enter_context(inbox.caller())
+    inbox.rest(10 * REST_STEP_US)
+    assert slept_us == [REST_STEP_US] * 3
+
+
 def test_it_does_not_rest_where_no_rest_is_due(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(messages.time, "sleep", pytest.fail)
-    Inbox().rest(0)
-    Inbox().rest(-1000)
+    inbox = Inbox()
+    inbox.put(Dropped(0))
+    inbox.rest(0)
+    inbox.rest(-1000)
 
 
 def test_nothing_is_lost_or_doubled_between_many_threads():

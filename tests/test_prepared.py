@@ -192,6 +192,35 @@ def test_what_the_caller_does_later_changes_nothing(config: DLRMConfig):
     assert_is(config, found, kept)
 
 
+@pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
+def test_frozen_samples_are_the_same(config: DLRMConfig, block_ids: int):
+    batch = generate(config, 7, seed=3)
+    assert_is(config, preparer(config).prepare(batch.frozen()), batch)
+
+
+def test_frozen_samples_of_fixed_bags_are_not_copied():
+    frozen = generate(FIXED, 3, seed=0).frozen()
+    found = preparer(FIXED).prepare(frozen)
+    assert np.shares_memory(found.rows, frozen.values)
+    assert np.shares_memory(found.dense, frozen.dense)
+    for array in (frozen.dense, frozen.values, frozen.offsets):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:1] = 0
+
+
+def test_the_largest_floats_are_well():
+    batch = generate(FIXED, 4, seed=0)
+    dense = np.full_like(batch.dense, np.finfo(np.float32).max)
+    found = preparer(FIXED).prepare(dataclasses.replace(batch, dense=dense))
+    np.testing.assert_array_equal(found.dense, dense)
+
+
+def test_infinities_of_either_sign_are_named():
+    batch = generate(FIXED, 4, seed=0)
+    batch.dense[2, :2] = [np.inf, -np.inf]
+    assert_refused_alike(FIXED, batch)
+
+
 @pytest.mark.parametrize("config", [CONCAT, DOT, FIXED], ids=lambda c: c.name)
 @pytest.mark.parametrize("value", [-1, 10**6, 2**31, 2**32, 2**32 + 1, -(2**32), -(2**63)])
 @given(data=st.data())
@@ -209,9 +238,10 @@ def test_any_bad_id_is_found_and_named_as_by_the_full_check(
 def assert_refused_alike(config: DLRMConfig, batch: JaggedBatch) -> None:
     with pytest.raises(InputError) as expected:
         check_batch(config, batch)
-    with pytest.raises(InputError) as found:
-        preparer(config).prepare(batch)
-    assert str(found.value) == str(expected.value)
+    for same in (batch, batch.frozen()):
+        with pytest.raises(InputError) as found:
+            preparer(config).prepare(same)
+        assert str(found.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("config", [CONCAT, FIXED], ids=lambda c: c.name)

@@ -94,20 +94,20 @@ def test_a_device_waits_for_a_slow_launcher():
     assert slow.device_busy_us == 50 and slow.span_us == 320
 
 
-def test_a_busy_launcher_leaves_as_much_time_as_it_takes_to_the_callers():
+def test_a_busy_launcher_leaves_twice_the_time_that_it_takes_to_the_callers():
     host = replace(FREE, launch_us=150)
-    crowd = [request(i, 50 * i) for i in range(14)]
+    crowd = [request(i, 50 * i) for i in range(20)]
     policy = Pipeline(config(segments=1, batch_buckets=(16,), max_steps_in_flight=9))
     busy = run(*crowd, policy=policy, host=host)
-    # Slice and segment of the first are launched at 300; what has come by 600 is seen then.
-    assert (busy.launched_us[0], busy.launched_us[1]) == (150, 600 + 150)
+    # Slice and segment of the first are launched at 300; what has come by 900 is seen then.
+    assert (busy.launched_us[0], busy.launched_us[1]) == (150, 900 + 150)
 
 
 def test_a_launcher_that_slept_before_goes_on_at_once():
-    host = replace(FREE, launch_us=150)
-    both = run(request(0, 400), request(1, 600), host=host, segments=1)
-    # The first is launched from 400 to 700, after a sleep of 400.
-    assert both.launched_us.tolist() == [550, 850]
+    host = replace(FREE, launch_us=75)
+    both = run(request(0, 400), request(1, 500), host=host, segments=1)
+    # The first is launched from 400 to 550, after a sleep of 400.
+    assert both.launched_us.tolist() == [475, 550 + 75]
 
 
 def test_a_launcher_rests_no_longer_than_something_comes():
@@ -117,11 +117,14 @@ def test_a_launcher_rests_no_longer_than_something_comes():
     assert both.launched_us.tolist() == [500, 1200 + 500]
 
 
-def test_a_rest_ends_with_a_step_that_a_launch_waits_for():
-    host = replace(FREE, launch_us=500)
-    one = run(request(0, 0), request(1, 30), host=host, segments=1, max_steps_in_flight=2)
-    # Both steps are launched at 1000. One has ended, which is seen at 1100.
-    assert one.launched_us.tolist() == [500, 1100 + 500]
+def test_a_launcher_rests_while_a_request_is_let_in():
+    host = replace(FREE, launch_us=500, submit_us=450)
+    one = run(request(0, 0), request(1, 600), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1050; steps end until 1550.
+    assert one.launched_us.tolist() == [950, 1650 + 500]
+    late = run(request(0, 0), request(1, 1300), host=host, segments=1)
+    # The second is let in from 1300 to 1750, and seen at 1750 and 1850.
+    assert late.launched_us.tolist() == [950, 1850 + 500]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():
@@ -148,9 +151,9 @@ def test_a_later_request_rides_beside_the_segments_of_an_earlier_one():
 def test_what_comes_while_the_launcher_is_busy_is_seen_when_it_is_done():
     host = replace(FREE, launch_us=50)
     late = run(request(0, 0), request(1, 60), host=host, segments=1, max_steps_in_flight=9)
-    # Launches end at 50 and 100. It rests; the second request is seen at 200.
-    assert late.launched_us.tolist() == [50, 250]
-    assert late.answered_us.tolist() == [120, 320]
+    # Launches end at 50 and 100. It rests; the second request is seen at 300.
+    assert late.launched_us.tolist() == [50, 350]
+    assert late.answered_us.tolist() == [120, 420]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ class Engine:
     ) -> Answer:
         """Queues samples; never waits. Takes a JaggedBatch, or what JaggedBatch.from_features does.
 
-        The samples are copied: the caller's arrays are free at once. Lower priorities run first.
+        The caller's arrays are free at once: what can be written to is copied, other arrays (as
+        JaggedBatch.frozen has) are to stay as they are. Lower priorities run first.
         Raises InputError, QueueFull, EngineClosed, and DeadlineExceeded if `deadline_ms` from now
         is known to be too soon. The answer raises DeadlineExceeded if the deadline passes before
         the launch, or before the answer is there: an answer is never late.

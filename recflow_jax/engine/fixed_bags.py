@@ -57,17 +57,21 @@ class FixedBags:
                 return None
             columns.append(column)
         joined = np.concatenate(columns, axis=1).reshape(-1)
+        joined.setflags(write=False)
         # Unsigned and signed integers together may have become floats.
         return joined if joined.dtype.kind in "iu" else None
 
-    def copied(self, values: np.ndarray) -> np.ndarray | None:
-        """The ids as int32; None if one is outside its table."""
-        copies, step = np.empty(len(values), np.int32), max(len(self._limits), 1)
+    def as_int32(self, values: np.ndarray) -> np.ndarray | None:
+        """The ids; a copy, unless nobody writes to them. None if one is outside its table."""
+        is_shared = values.dtype == np.int32 and not values.flags.writeable
+        found = values if is_shared else np.empty(len(values), np.int32)
+        step = max(len(self._limits), 1)
         for start in range(0, len(values), step):
-            ids, out = values[start : start + step], copies[start : start + step]
-            if not copy_ids(ids, self._limits[: len(ids)], out=out):
+            ids, out = values[start : start + step], found[start : start + step]
+            limits = self._limits[: len(ids)]
+            if not (are_below(ids, limits) if is_shared else copy_ids(ids, limits, out=out)):
                 return None
-        return copies
+        return found
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""
@@ -129,4 +133,9 @@ def copy_ids(ids: np.ndarray, limits: np.ndarray, *, out: np.ndarray) -> bool:
         if len(ids) and ids.view(np.uint64).max() > MAX_IDS:
             return False
     np.copyto(out, ids, casting="unsafe")
-    return not _FLAGS.any_not_less(out.view(np.uint32), limits)
+    return are_below(out, limits)
+
+
+def are_below(ids: np.ndarray, limits: np.ndarray) -> bool:
+    """Whether all int32 `ids` are in [0, limit)."""
+    return not _FLAGS.any_not_less(ids.view(np.uint32), limits)

@@ -27,6 +27,7 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
 from recflow_jax.engine.updates import Update
+from scheduling.host_costs import RESTS
 from scheduling.pipeline import (
     Action,
     Apply,
@@ -102,7 +103,7 @@ class Launcher:
                 self._act(actions)
                 if actions:
                     took_us, slept_us = now_us() - started_us, started_us - asked_us
-                    self._inbox.rest(took_us - slept_us, can_launch=self._policy.can_launch)
+                    self._inbox.rest(RESTS * took_us - slept_us)
             self._give_up("the engine was closed before it came to the request")
         except BaseException as error:
             self._give_up(f"the engine stopped: {error!r}", error)

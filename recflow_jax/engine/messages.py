@@ -131,14 +131,14 @@ class Inbox:
         self._asleep = self._has_urgent = False
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
-    def rest(self, longest_us: int, *, can_launch: bool = True) -> None:
-        """Leaves the interpreter to others for so long, but only while messages come or are being
-        made; and unless it `can_launch`, until there is an urgent one.
+    def rest(self, longest_us: int) -> None:
+        """Leaves the interpreter to others for so long, but only while messages come, or callers
+        make requests.
         """
-        end_us, seen = now_us() + longest_us, -1
+        end_us, seen = now_us() + longest_us, 0
         while self._callers or len(self._messages) > seen:
             left_us = end_us - now_us()
-            if left_us <= 0 or (self._has_urgent and not can_launch):
+            if left_us <= 0:
                 return
             seen = len(self._messages)
             time.sleep(min(left_us, REST_STEP_US) / 1e6)

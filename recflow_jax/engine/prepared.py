@@ -85,7 +85,8 @@ class Preparer:
             self._fixed = FixedBags(lengths, self._limits)
 
     def prepare(self, batch: JaggedBatch) -> Prepared:
-        """The samples as they are now, whatever becomes of `batch`'s arrays.
+        """The samples as they are now, whatever becomes of those of `batch`'s arrays that can be
+        written to.
 
         Raises InputError that names feature, sample and value.
         """
@@ -120,7 +121,7 @@ class Preparer:
         values: np.ndarray,
         weights: np.ndarray | None,
     ) -> Prepared | None:
-        rows = bags.copied(values)
+        rows = bags.as_int32(values)
         if rows is None:
             return None
         return _with_floats(dense, weights, rows, bags.id_offsets(len(dense)), None)
@@ -168,7 +169,7 @@ def _with_floats(
     id_offsets: np.ndarray,
     slot_offsets: np.ndarray | None,
 ) -> Prepared | None:
-    dense, weights = dense.copy(), None if weights is None else weights.copy()
+    dense, weights = _kept(dense), None if weights is None else _kept(weights)
     if not _is_finite(dense) or not (weights is None or _is_finite(weights)):
         return None
     return Prepared(
@@ -180,9 +181,15 @@ def _with_floats(
     )
 
 
+def _kept(array: np.ndarray) -> np.ndarray:
+    """A copy, unless nobody writes to it."""
+    return array.copy() if array.flags.writeable else array
+
+
 def _is_finite(values: np.ndarray) -> bool:
-    """By their sum, unless that overflows."""
-    return math.isfinite(values.sum(dtype=values.dtype)) or bool(np.isfinite(values).all())
+    """By their sum, which is finite in float64 if all are, and not if one is not."""
+    with np.errstate(invalid="ignore"):
+        return math.isfinite(values.sum(dtype=np.float64))
 
 
 def _check_ids_per_sample(id_offsets: np.ndarray, most: int) -> None:

@@ -45,7 +45,8 @@ class Stages:
 
 @dataclass(frozen=True, kw_only=True)
 class HostResult:
-    """Requests of one size. `given_as`: "batch" is a JaggedBatch, "features" are arrays by name.
+    """Requests of one size. `given_as`: "batch" is a JaggedBatch, "frozen" one that is not copied,
+    "features" are arrays by name.
     timing: from one answered request to the next, `in_flight` of them inside.
     """
 
@@ -71,12 +72,13 @@ def bench_host(
     options: TimingOptions = TIMING,
     advance: Callable[[], None] = lambda: None,
 ) -> list[HostResult]:
-    """Times requests of each size, given in either way; `advance` is called after each size."""
+    """Times requests of each size, given in each way; `advance` is called after each size."""
     results = []
     for samples in request_sizes:
         batches = [generate(config, samples, seed=seed + i, ids=ids) for i in range(REQUESTS_DRAWN)]
         requests = {
             "batch": [(batch,) for batch in batches],
+            "frozen": [(batch.frozen(),) for batch in batches],
             "features": [(batch.dense, by_name(config, batch)) for batch in batches],
         }
         results += [_measure(config, samples, how, requests[how], options) for how in requests]

@@ -32,7 +32,7 @@ def measured_rates(
     """
     mean = max(round(np.mean([request.samples for request in requests])), 1)
     found = bench_host(segments.config, (1, 2 * mean), ids=ids, seed=seed, options=STAGES)
-    stages = [result for result in found if result.given_as == "batch"]
+    stages = [result for result in found if result.given_as == "frozen"]
     submit_us, submit_sample_us = _by_samples(stages, "submit_us")
     pack_us, pack_sample_us = _by_samples(stages, "pack_us")
     handle_us, handle_sample_us = _by_samples(stages, "launch_us")

@@ -118,13 +118,15 @@ class OnlineResult:
 def request_pool(
     config: DLRMConfig, *, ids: str, seed: int, request_samples: int | None = None
 ) -> list[JaggedBatch]:
-    """Requests to send in turn, of MLPerf's sizes or all of `request_samples`."""
+    """Requests to send in turn, of MLPerf's sizes or all of `request_samples`, frozen as a server's
+    are.
+    """
     sizes = request_sizes(POOL_REQUESTS, seed=seed).tolist()
     if request_samples:
         sizes = [request_samples] * POOL_REQUESTS
     ends = np.cumsum([0, *sizes]).tolist()
     batch = generate(config, ends[-1], seed=seed, ids=ids)
-    return [batch.part(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [batch.part(a, b).frozen() for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def plain_server(
