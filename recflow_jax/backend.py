@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels import corun, cross, embedding, interaction, mlp, reference
 from pallas_kernels.float8 import Float8Kernel
 from recflow_jax.config import DLRMConfig
+from recflow_jax.lowered import lowered_once
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_compute_dtype
 from recflow_jax.tiles import DenseShape, TileTable, table_of
 
@@ -92,11 +93,11 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         return Backend(name="xla", reason=reason, ops=REFERENCE)
     ops = Ops(
         pooled_gather=embedding.pooled_gather,
-        gather_into=embedding.gather_into,
-        dense=_mosaic_dense,
-        dense_with_gather=_mosaic_dense_with_gather,
-        widen=_mosaic_widen,
-        dot=_mosaic_dot,
+        gather_into=lowered_once(embedding.gather_into),
+        dense=lowered_once(_mosaic_dense),
+        dense_with_gather=lowered_once(_mosaic_dense_with_gather),
+        widen=lowered_once(_mosaic_widen),
+        dot=lowered_once(_mosaic_dot),
         dense_columns=mlp.PADDED_TO,
         corun_configs=tuple(corun.CONFIGS),
     )
@@ -109,8 +110,6 @@ def _padded(layers: tuple[DenseLayer, ...]) -> tuple[DenseLayer, ...]:
     )
 
 
-# Jitted, so that what a model has several of is traced once, and lowered once per executable.
-@partial(jax.jit, static_argnames=("activation", "precision"))
 def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision: Any) -> Any:
     """The kernel with the tiles measured as fastest, or XLA: where that is faster, and for the
     dtypes that the kernel does not take.
@@ -128,7 +127,6 @@ def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision:
     return reference.dense(x, kernel, bias, activation=activation, precision=precision)
 
 
-@partial(jax.jit, static_argnames=("activation", "precision", "slots", "left", "span", "config"))
 def _mosaic_dense_with_gather(*operands: Any, config: str, precision: Any, **options: Any) -> Any:
     """The co-run kernel, which multiplies 16-bit floats alone."""
     return corun.dense_with_gather(*operands, config=corun.CONFIGS[config], **options)  # pyright: ignore
@@ -138,7 +136,6 @@ def _tiles() -> TileTable:
     return table_of(jax.devices()[0].device_kind)
 
 
-@partial(jax.jit, static_argnames=("precision",))
 def _mosaic_widen(x0: Any, x: Any, low: Any, up: Any, bias: Any, *, precision: Any) -> Any:
     """The kernel where it has tiles, else XLA."""
     rank, width = up.shape
