@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, runtime_checkable
 
-from scheduling.request import SegmentShape, SliceBucket, Step, StepShape
+from scheduling.request import WHOLE, SegmentShape, SliceBucket, Step, StepShape
 from scheduling.table import ProfileKey, ProfileTable
 
 SERIAL = "serial"
@@ -75,7 +75,9 @@ class StepCosts:
         return {config: self._of(key) for config, key in keys.items() if self._table.has(key)}
 
     def step(self, step: StepShape) -> Cost:
-        """Whatever a step has, by its own scheme; a co-run, too, has to be measured."""
+        """Whatever a step has, by its own scheme. A co-run, too, has to be measured; but a whole
+        batch takes what its parts take, and one launch.
+        """
         if step.segment and step.slice:
             return self._pair(step.segment, step.slice, step.co_run)
         if step.segment:
@@ -95,6 +97,10 @@ class StepCosts:
     def _pair(self, shape: SegmentShape, size: SliceBucket, co_run: str | None) -> Cost:
         if co_run is None:
             return self.serial(shape, size)
+        if co_run == WHOLE:
+            segment, piece = self.segment(shape), self.slice(size)
+            launch_us = max(segment.launch_us, piece.launch_us)
+            return Cost(segment.device_us + piece.device_us, launch_us)
         return self._of(step_key(shape, size, scheme=CO_RUN, config=co_run))
 
     def _of(self, key: ProfileKey) -> Cost:

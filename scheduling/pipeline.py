@@ -17,7 +17,17 @@ from operator import attrgetter
 
 from scheduling.buckets import smallest_holding
 from scheduling.planner import Plans, SerialPlans
-from scheduling.request import Part, Request, Segment, SegmentShape, Slice, SliceBucket, Step
+from scheduling.request import (
+    WHOLE,
+    CoRun,
+    Part,
+    Request,
+    Segment,
+    SegmentShape,
+    Slice,
+    SliceBucket,
+    Step,
+)
 from scheduling.waiting import WaitingQueue
 
 
@@ -212,6 +222,9 @@ class Pipeline:
         shape = self._running.next_shape if self._running else None
         piece = self._slice(self._room_beside(shape))
         co_run = self._plans.co_run(shape, piece.bucket) if shape and piece else None
+        if piece and shape is None and self._is_whole(piece):
+            self._run_filled()
+            co_run = WHOLE
         segment = self._segment()
         step = Step(id=self._steps_launched, slice=piece, segment=segment, co_run=co_run)
         self._steps_launched += 1
@@ -237,6 +250,17 @@ class Pipeline:
         batch.next_shape = SegmentShape(segments=segments, index=0, batch=bucket)
         self._running = batch
         self._backlog = 0
+
+    def _is_whole(self, piece: Slice) -> bool:
+        """Whether a slice is all of a batch, which has an executable of its own then."""
+        if piece.row or self._is_gathering():
+            return False
+        bucket = smallest_holding(self._config.batch_buckets, piece.samples)
+        segments = self._plans.segments(bucket, self._queue.samples)
+        shape = SegmentShape(segments=segments, index=0, batch=bucket)
+        batch = CoRun(segment=shape, slice=piece.bucket, config=WHOLE)
+        alone = not self.steps_in_flight and not self._queue.samples
+        return self._plans.runs_whole(batch, alone=alone)
 
     def _room_beside(self, shape: SegmentShape | None) -> SliceBucket | None:
         """For a slice: in the filling batch and, beside a segment, by the plans."""

@@ -25,7 +25,7 @@ class Plans(Protocol):
     """What the pipeline asks. `waiting` counts samples of which nothing is launched yet.
 
     `batch_buckets`: the sizes that batches may have; `cuts`: the segments they may be cut into;
-    `co_runs`: all that `co_run` may answer.
+    `co_runs`: all that `co_run` may answer, and those that `runs_whole` says yes to.
     """
 
     @property
@@ -49,14 +49,23 @@ class Plans(Protocol):
         """The config that runs this slice in the segment's launches; None: one after the other."""
         ...
 
+    def runs_whole(self, batch: CoRun, *, alone: bool) -> bool:
+        """Whether to run a batch of one slice and one segment in one executable. `alone`: nothing
+        is in flight, and nothing else waits.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class SerialPlans:
-    """Without a table: always the same cut, as large a slice as there is, one after the other."""
+    """Without a table: always the same cut, as large a slice as there is, one after the other, but
+    the batches in `whole` in one executable.
+    """
 
     count: int
     batch_buckets: tuple[int, ...]
     largest_slice: SliceBucket
+    whole: frozenset[CoRun] = frozenset()
 
     @property
     def cuts(self) -> frozenset[int]:
@@ -64,7 +73,7 @@ class SerialPlans:
 
     @property
     def co_runs(self) -> tuple[CoRun, ...]:
-        return ()
+        return tuple(self.whole)
 
     def segments(self, batch: int, waiting: int) -> int:
         return self.count
@@ -75,6 +84,9 @@ class SerialPlans:
     def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
         return None
 
+    def runs_whole(self, batch: CoRun, *, alone: bool) -> bool:
+        return batch in self.whole
+
 
 class TablePlans:
     """The best plans by a profile table, all worked out when it is made.
@@ -84,7 +96,8 @@ class TablePlans:
     what the device takes for all, or the host for all launches, whichever is longer.
     cuts: those that there may be; None allows all that were measured.
     p99_ms: no batch is so large that two in a row take longer than that, by the table.
-    launch_factor: see `StepCosts`.
+    launch_factor: see `StepCosts`. whole: batches that there are executables for; they are run by
+    these, which saves a launch, unless a slice and another batch's segment would be faster.
     Raises ProfileMiss for a table without the slices or without one whole cut, and ValueError for
     a bound that even the smallest batch does not meet.
     """
@@ -99,6 +112,7 @@ class TablePlans:
         objective: Objective = "throughput",
         p99_ms: float | None = None,
         launch_factor: float = 1.0,
+        whole: frozenset[CoRun] = frozenset(),
     ) -> None:
         if objective not in get_args(Objective):
             raise ValueError(
@@ -112,6 +126,7 @@ class TablePlans:
         self._best = cache(self.costs.best)
         self._rest = cache(self._cheapest)
         self.batch_buckets = self._within(batch_buckets, p99_ms)
+        self.whole = frozenset(c for c in whole if c.segment.batch in self.batch_buckets)
         self._segments = {
             (batch, waiting): self._best_cut(batch, waiting)
             for batch in self.batch_buckets
@@ -137,6 +152,11 @@ class TablePlans:
     def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
         return self._co_runs[shape, size]
 
+    def runs_whole(self, batch: CoRun, *, alone: bool) -> bool:
+        if batch not in self.whole:
+            return False
+        return alone or self.co_run(batch.segment, batch.slice) is None
+
     @property
     def cuts(self) -> frozenset[int]:
         return frozenset(self._segments.values())
@@ -147,7 +167,7 @@ class TablePlans:
             CoRun(segment=shape, slice=size, config=config)
             for (shape, size), config in self._co_runs.items()
             if config is not None and shape.segments in self.cuts
-        )
+        ) + tuple(self.whole)
 
     def predicted_us(self, batch: int, waiting: int) -> float:
         """Until a batch of a bucket has run and all that waits is gathered."""

@@ -8,6 +8,7 @@ batch beside a segment of the batch before it.
 What is made anew for each request is not frozen, which would take three times as long to make.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,6 +107,23 @@ class CoRun:
     config: str
 
 
+WHOLE = "whole"
+"""The config of a co-run of a batch's only slice and its only segment."""
+
+
+def whole_batches(
+    batch_buckets: Sequence[int], slice_buckets: Sequence[SliceBucket]
+) -> frozenset[CoRun]:
+    """Of each size of batches that slices have too."""
+    return frozenset(
+        CoRun(
+            segment=SegmentShape(segments=1, index=0, batch=size.samples), slice=size, config=WHOLE
+        )
+        for size in slice_buckets
+        if size.samples in batch_buckets
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """The static shape of a step: what its time on the device depends on."""
@@ -149,7 +167,8 @@ class Segment:
 class Step:
     """What is launched together: a slice of batch n + 1, a segment of batch n, or both.
 
-    co_run: the config that runs them in one executable; None where they run one after the other.
+    co_run: the config that runs them in one executable; None where they run one after the other. By
+    WHOLE both are of the same batch, and all that there is of it.
     Steps are numbered from 0 in the order of their launch, batches likewise.
     """
 

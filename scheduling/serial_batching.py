@@ -22,6 +22,7 @@ from scheduling.pipeline import (
     PipelineConfig,
     StepDone,
 )
+from scheduling.planner import Plans
 from scheduling.request import Request
 
 
@@ -58,13 +59,16 @@ class SerialBatching:
     priorities count inside it alone. None: what surely fits one batch, whatever the padding of its
     slices. What does not fit one after all (a larger request, more ids than the slices have room
     for) runs as several, as in the pipeline.
+    plans: of a single cut; None runs slices and segments apart.
     """
 
-    def __init__(self, config: PipelineConfig, collecting: Collecting) -> None:
+    def __init__(
+        self, config: PipelineConfig, collecting: Collecting, plans: Plans | None = None
+    ) -> None:
         unsure = config.slice_buckets[0].samples - 1
         surely = max(config.largest_batch - unsure, config.largest_slice.samples)
         # Batches are what is counted: all steps of one that is let in are launched at once.
-        self._pipeline = Pipeline(replace(config, max_steps_in_flight=sys.maxsize))
+        self._pipeline = Pipeline(replace(config, max_steps_in_flight=sys.maxsize), plans)
         self._wait_us = round(1000 * collecting.wait_ms)
         self._max_samples = collecting.max_samples or surely
         self._in_flight = collecting.in_flight

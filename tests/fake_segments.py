@@ -67,7 +67,7 @@ class FakeArray:
 
 class FakeSegments(Segments):
     """`takes_s` is how long a result takes. `hold()` keeps every step from ending until `go_on()`;
-    `break_next(what)` makes one dispatch ("embed", "start", "run", "write") raise;
+    `break_next(what)` makes one dispatch ("embed", "start", "run", "whole", "write") raise;
     `lose_next(what)` makes one fail on the device, later.
     """
 
@@ -138,6 +138,13 @@ class FakeSegments(Segments):
     def run_with(self, cell: CoRun, x: Any, filling: BatchState, packed: Any) -> Any:
         self._check(cell, packed)
         return self.run(cell.segment, x), self.embed(filling, packed)
+
+    def run_whole(self, cell: CoRun, packed: Any) -> Any:
+        self._check(cell, packed)
+        state = self.embed(self.new_state(), packed)
+        lost = state.vectors.lost or self._is_next("whole")
+        values = state.vectors.values[: cell.segment.batch, None].copy()
+        return self._segment(cell.segment, FakeArray(self, values, lost))
 
     def write_rows(self, new: NewRows) -> FakeArray:
         lost = self._is_next("write")

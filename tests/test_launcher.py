@@ -30,6 +30,7 @@ from recflow_jax.engine.errors import (
 )
 from recflow_jax.engine.messages import Inbox
 from scheduling.pipeline import Action, Arrive, Cancel, Event, Pipeline
+from scheduling.request import WHOLE
 
 SOON_S = 30
 
@@ -488,6 +489,22 @@ def test_a_callback_that_exits_takes_nobody_with_it(engine: Engine, device: Fake
     device.go_on()
     assert [result(answer) for answer in answers] == [scores(1), scores(2)]
     assert result(engine.submit(samples(3))) == scores(3)
+
+
+@pytest.mark.parametrize("how", ["break_next", "lose_next"])
+def test_a_whole_batch_that_fails_fails_alone(how: str):
+    """Without `segments`, one launch takes each of these from ids to scores."""
+    device = FakeSegments(replace(OPTIONS, segments=None, max_slice=8, smallest_slice=2))
+    with Engine.from_segments(device) as engine:
+        assert result(engine.submit(samples(1, 2, 3))) == scores(1, 2, 3)
+        getattr(device, how)("whole")
+        with pytest.raises(StepFailed):
+            engine.submit(samples(1)).result(timeout=SOON_S)
+        for value in range(5):
+            assert result(engine.submit(samples(value))) == scores(value)
+        stats = engine.stats()
+    assert stats.co_runs == {WHOLE: stats.steps} and stats.steps == 7
+    assert (stats.failed, stats.queued_samples) == (1, 0)
 
 
 @pytest.mark.parametrize("what", ["embed", "start", "run"])

@@ -25,7 +25,17 @@ from scheduling.pipeline import (
     PipelineConfig,
     StepDone,
 )
-from scheduling.request import Part, Request, Segment, Slice, SliceBucket, Step
+from scheduling.planner import SerialPlans
+from scheduling.request import (
+    WHOLE,
+    Part,
+    Request,
+    Segment,
+    Slice,
+    SliceBucket,
+    Step,
+    whole_batches,
+)
 
 # A small engine: batches of 4 or 8 rows, slices of up to 4 samples and 40 ids, three segments.
 SMALL = PipelineConfig(
@@ -69,6 +79,16 @@ def _told(action: Action) -> str:
 
 def steps(actions: list[Action]) -> list[Step]:
     return [action.step for action in actions if isinstance(action, Launch)]
+
+
+def with_whole(config: PipelineConfig) -> SerialPlans:
+    """Plans with an executable for each batch that one slice of its size is all of."""
+    return SerialPlans(
+        count=config.segments,
+        batch_buckets=config.batch_buckets,
+        largest_slice=config.largest_slice,
+        whole=whole_batches(config.batch_buckets, config.slice_buckets),
+    )
 
 
 # --- the story ------------------------------------------------------------------------------------
@@ -143,6 +163,37 @@ def test_a_filled_batch_runs_at_once_however_much_waits_behind_it():
         (True, True),
         (True, True),
         (False, True),
+    ]
+
+
+ONE_PIECE = replace(SMALL, segments=1)
+
+
+def test_a_batch_that_one_slice_is_all_of_runs_in_one_executable():
+    pipeline = Pipeline(ONE_PIECE, with_whole(ONE_PIECE))
+    (step,) = steps(pipeline.step(0, [arrive(1, samples=3), arrive(2)]))
+    assert step.co_run == WHOLE and step.slice and step.segment
+    assert step.slice.batch_id == step.segment.batch_id == 0
+    assert step.segment.parts == tuple(zip((0, 3), step.slice.parts, strict=True))
+    # The smallest slice has room for two samples, and no batch has that size.
+    assert told(pipeline.step(1, [arrive(3)])) == ["slice 1: r3[0:1]", "segment 1.0"]
+
+
+def test_a_batch_of_two_slices_is_gathered_first():
+    pipeline = Pipeline(ONE_PIECE, with_whole(ONE_PIECE))
+    assert told(pipeline.step(0, [arrive(1, samples=6)])) == [
+        "slice 0: r1[0:4]",
+        "slice 0: r1[4:6]",
+        "segment 0.0",
+    ]
+
+
+def test_a_batch_that_is_cut_is_not_whole():
+    assert told(Pipeline(SMALL, with_whole(SMALL)).step(0, [arrive(1, samples=4)])) == [
+        "slice 0: r1[0:4]",
+        "segment 0.0",
+        "segment 0.1",
+        "segment 0.2",
     ]
 
 
@@ -431,9 +482,9 @@ class Gathered:
 class Audit:
     """Feeds a pipeline and a device, and holds every step against the naive model."""
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, plans: SerialPlans | None = None) -> None:
         self.config = config
-        self.pipeline = Pipeline(config)
+        self.pipeline = Pipeline(config, plans)
         self.device = Device(config)
         self.asked: dict[int, Asked] = {}
         self.batches: list[Gathered] = [Gathered()]
@@ -491,9 +542,19 @@ class Audit:
         self.steps += 1
         self.device.stream.append(step)
         assert len(self.device.stream) <= self.config.max_steps_in_flight
+        if step.co_run == WHOLE:
+            return self._check_whole(step)
         if step.segment:
             self._check_segment(step.segment)
         self._check_slice(step.slice, beside=step.segment)
+
+    def _check_whole(self, step: Step) -> None:
+        """One slice and one segment are the batch, of the same size."""
+        assert step.slice and step.segment and step.segment.shape.segments == 1
+        assert step.slice.row == 0 and step.slice.batch_id == step.segment.batch_id
+        assert step.slice.bucket.samples == step.segment.shape.batch
+        self._check_slice(step.slice, beside=None)
+        self._check_segment(step.segment)
 
     def _check_segment(self, segment: Segment) -> None:
         batch = self.batches[segment.batch_id]
@@ -610,11 +671,11 @@ MOMENTS = st.tuples(st.integers(0, 4), st.lists(ARRIVALS | CANCELS | st.none(), 
 
 
 @settings(max_examples=400, deadline=None)
-@given(config=configs(), moments=st.lists(MOMENTS, max_size=12))
-def test_every_request_is_answered_once_in_order_whatever_happens(config, moments):
+@given(config=configs(), moments=st.lists(MOMENTS, max_size=12), whole=st.booleans())
+def test_every_request_is_answered_once_in_order_whatever_happens(config, moments, whole):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waiting_module, "SWEEP_AT_LEAST", 2)  # so that so few requests are swept
-        _attack(Audit(config), moments)
+        _attack(Audit(config, with_whole(config) if whole else None), moments)
 
 
 def _attack(audit: Audit, moments: list[tuple[int, list[Any]]]) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import permutations, product
 from typing import Any, cast
 
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from hand_tables import row, table
 from scheduling.costs import CO_RUN, Cost, StepCosts, segment_key, slice_key, step_key
 from scheduling.planner import SerialPlans, TablePlans, _Choice, _undominated
-from scheduling.request import CoRun, SegmentShape, SliceBucket
+from scheduling.request import (
+    WHOLE,
+    CoRun,
+    SegmentShape,
+    SliceBucket,
+    StepShape,
+    whole_batches,
+)
 from scheduling.table import ProfileMiss, ProfileRow
 
 BATCHES = (8, 16)
@@ -225,3 +233,46 @@ def test_serial_plans_launch_all_there_is():
     shape = SegmentShape(segments=plans.segments(8, 99), index=1, batch=8)
     assert shape.last and plans.slice_beside(shape, 1) == SLICES[-1]
     assert plans.co_run(shape, SLICES[0]) is None and plans.co_runs == ()
+    assert not plans.runs_whole(*WHOLE_BATCHES, alone=True)
+
+
+# --- whole batches --------------------------------------------------------------------------------
+
+WHOLE_BATCHES = whole_batches((8,), SLICES)
+
+
+def test_batches_that_slices_have_the_size_of_may_be_whole():
+    (batch,) = WHOLE_BATCHES
+    assert batch == CoRun(segment=whole(8), slice=SLICES[1], config=WHOLE)
+
+
+def test_serial_plans_run_batches_whole_wherever_they_can():
+    plans = SerialPlans(
+        count=1, batch_buckets=BATCHES, largest_slice=SLICES[-1], whole=WHOLE_BATCHES
+    )
+    assert {*plans.co_runs} == WHOLE_BATCHES
+    assert plans.runs_whole(*WHOLE_BATCHES, alone=False)
+    assert not plans.runs_whole(*whole_batches((16,), SLICES), alone=True)
+
+
+@pytest.mark.parametrize("rows", [[], [co_run(whole(8), SLICES[1], 20)]], ids=["none", "one"])
+def test_a_batch_is_whole_unless_it_could_run_with_a_slice(rows: list[ProfileRow]):
+    plans = TablePlans(table([*parts(), *rows]), BATCHES, SLICES, whole=WHOLE_BATCHES)
+    assert plans.runs_whole(*WHOLE_BATCHES, alone=True)
+    assert plans.runs_whole(*WHOLE_BATCHES, alone=False) == (not rows)
+    assert WHOLE_BATCHES < {*plans.co_runs} or not rows
+
+
+def test_no_batch_is_whole_that_is_larger_than_the_p99_allows():
+    every = whole_batches(BATCHES, SLICES)
+    plans = TablePlans(table(parts()), BATCHES, SLICES, p99_ms=0.048, whole=every)
+    assert plans.batch_buckets == (8,) and plans.whole == WHOLE_BATCHES
+
+
+def test_a_whole_batch_takes_what_its_parts_take_and_one_launch():
+    rows = [replace(row, launch_us=n) for n, row in enumerate(parts())]
+    costs = StepCosts(table(rows))
+    segment, piece = costs.segment(whole(8)), costs.slice(SLICES[1])
+    found = costs.step(StepShape(segment=whole(8), slice=SLICES[1], co_run=WHOLE))
+    launch_us = max(segment.launch_us, piece.launch_us)
+    assert found == Cost(segment.device_us + piece.device_us, launch_us)

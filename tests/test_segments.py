@@ -19,7 +19,7 @@ from recflow_jax.data.workloads import generate
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.model import REFERENCE, Params, forward, pool
-from scheduling.request import CoRun, SegmentShape
+from scheduling.request import CoRun, SegmentShape, whole_batches
 from small_models import (
     BF16,
     CONCAT,
@@ -62,6 +62,18 @@ def test_scores_are_the_reference(config: DLRMConfig):
     found = run_batch(segments, batch, (0, 7), 16)
     assert found.dtype == np.float32
     assert_same_scores(config, found, reference_scores(config, params_of(config), batch))
+
+
+@pytest.mark.parametrize("config", [*FLOAT32_MODELS, BF16, FP16, INT8, FP8], ids=lambda c: c.name)
+def test_whole_batches_are_the_reference(config: DLRMConfig):
+    segments, batch = compiled(config, ONE_SIZE), generate(config, 7, seed=0)
+    (cell,) = whole_batches((8,), segments.slice_buckets)
+    segments.compile_all(progress=False, cuts=(), co_runs=[cell])
+    samples = segments.preparer.prepare(batch)
+    found = segments.run_whole(cell, segments.staging.pack(cell.slice, 0, [samples]).array)
+    assert (found.shape, found.dtype) == ((8, config.outputs), np.float32)
+    expected = reference_scores(config, params_of(config), batch)
+    assert_same_scores(config, np.asarray(found)[:7], expected)
 
 
 @pytest.mark.parametrize("config", FLOAT32_MODELS, ids=lambda c: c.name)

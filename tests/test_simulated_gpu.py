@@ -8,6 +8,7 @@ from recflow_jax.layout import Layout
 from recflow_jax.measure.simulated_gpu import Gpu, host_of, sizes_of
 from scheduling import Collecting, HostCosts, ProfileTableError, SegmentShape, Step
 from scheduling.costs import segment_key
+from scheduling.request import WHOLE
 from simulated import BATCHES, CUTS, SLICES, co_runs, gpu, made, parts, singles
 
 
@@ -54,7 +55,7 @@ def test_co_runs_of_the_table_are_planned_and_take_their_time():
     steps = steps_of(together)
     pairs = [step for step in steps if step.slice and step.segment]
     assert pairs and {step.co_run for step in pairs} == {"deep"}
-    assert {step.co_run for step in steps_of(apart)} == {None}
+    assert {step.co_run for step in steps_of(apart)} == {WHOLE}
     busy_us = {
         one: one.run(one.incremental(), singles().at_once(64)).device_busy_us
         for one in (apart, together)
@@ -65,8 +66,11 @@ def test_co_runs_of_the_table_are_planned_and_take_their_time():
 
 def test_serial_batching_runs_whole_batches_with_nothing_beside_them():
     steps = steps_of(gpu([*parts(), *co_runs()]), serial=True)
-    assert all((step.slice is None) != (step.segment is None) for step in steps)
-    assert {step.segment.shape.segments for step in steps if step.segment} == {1}
+    assert [step.co_run for step in steps] == [WHOLE] * 4
+    for step in steps:
+        assert step.slice and step.segment
+        assert step.slice.batch_id == step.segment.batch_id
+        assert step.segment.shape.segments == 1
 
 
 def test_batches_are_as_small_as_the_p99_of_the_plans():

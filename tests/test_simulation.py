@@ -12,6 +12,7 @@ from recflow_jax.measure.simulation import (
     simulate_point,
 )
 from scheduling import Collecting, ProfileTable
+from scheduling.request import WHOLE
 from simulated import co_runs, gpu, made, parts, singles
 
 ALONE_MS = 0.1 + 0.21  # a slice and a whole batch of 8
@@ -22,13 +23,12 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "LEAST_REQUESTS", 1000)
 
 
-def test_an_idle_gpu_takes_a_slice_and_a_whole_batch():
+def test_an_idle_gpu_takes_a_batch_from_ids_to_scores():
     idle = simulate_idle(gpu(), INCREMENTAL, singles())
     assert (idle.p50_ms, idle.p99_9_ms) == pytest.approx((ALONE_MS, ALONE_MS))
     assert idle.batches == {8: 1000}
     assert [(u.segments, u.slice_samples, u.ride, u.share) for u in idle.steps] == [
-        (None, 8, None, 0.5),
-        (1, None, None, 0.5),
+        (1, 8, WHOLE, 1.0)
     ]
 
 
@@ -51,7 +51,8 @@ def test_the_plan_used_is_told_by_shares():
     assert [use.share for use in rides.steps] == sorted(
         (u.share for u in rides.steps), reverse=True
     )
-    assert {use.ride for use in rides.steps if use.segments and use.slice_samples} == {"deep"}
+    pairs = {use.ride for use in rides.steps if use.segments and use.slice_samples}
+    assert pairs == {"deep", WHOLE}
 
 
 def test_serial_batching_is_as_good_as_any_wait_that_is_tried():

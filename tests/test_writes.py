@@ -16,7 +16,7 @@ from scheduling.pipeline import (
     StepDone,
     Write,
 )
-from test_pipeline import ARRIVALS, SMALL, arrive, configs, told
+from test_pipeline import ARRIVALS, SMALL, arrive, configs, told, with_whole
 
 
 def test_an_idle_pipeline_writes_at_once():
@@ -102,9 +102,10 @@ MOMENTS = st.lists(st.lists(ARRIVALS | st.just(Write()) | st.none(), max_size=5)
 
 
 @settings(max_examples=300, deadline=None)
-@given(config=configs(), moments=MOMENTS)
-def test_no_batch_is_torn_and_no_write_starves(config: PipelineConfig, moments: Any):
-    pipeline, versions, done = Pipeline(config), Versions(), 0
+@given(config=configs(), moments=MOMENTS, whole=st.booleans())
+def test_no_batch_is_torn_and_no_write_starves(config: PipelineConfig, moments: Any, whole: bool):
+    pipeline = Pipeline(config, with_whole(config) if whole else None)
+    versions, done = Versions(), 0
     moments = [*moments, *[[None] * config.max_steps_in_flight] * 200]
     for now_us, drawn in enumerate(moments):
         events: list[Event] = []

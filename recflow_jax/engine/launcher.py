@@ -40,7 +40,7 @@ from scheduling.pipeline import (
     Write,
 )
 from scheduling.policy import Policy
-from scheduling.request import CoRun, Part, Segment, Slice, Step
+from scheduling.request import WHOLE, CoRun, Part, Segment, Slice, Step
 
 
 @dataclass(slots=True)
@@ -163,8 +163,8 @@ class Launcher:
 
     def _launch(self, step: Step) -> Flight:
         flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
-        running = self._batches[step.segment.batch_id] if step.segment else _Batch()
         filling, joining = self._load(step.slice) if step.slice else (_Batch(), _Joining())
+        running = self._batches[step.segment.batch_id] if step.segment else _Batch()
         if step.co_run is not None and not (running.fault or filling.fault):
             with _faults_of(running, filling):
                 self._co_run(step, running, filling, joining, flight)
@@ -232,6 +232,9 @@ class Launcher:
         assert step.segment and step.slice and step.co_run
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
         packed = self._packed(step.slice, joining, flight)
+        if step.co_run == WHOLE:
+            running.x = self._segments.run_whole(cell, packed)
+            return self._expect(step.segment, running, flight)
         into = filling.state or self._take_state()
         if running.state is not None:
             running.x, free, filling.state = self._segments.start_with(

@@ -9,6 +9,7 @@ from recflow_jax.engine.segments import Segments
 from scheduling.pipeline import Pipeline, PipelineConfig
 from scheduling.planner import Plans, SerialPlans, TablePlans
 from scheduling.policy import Policy
+from scheduling.request import CoRun, whole_batches
 from scheduling.serial_batching import Collecting, SerialBatching
 from scheduling.table import ProfileMiss, ProfileTable, ProfileTableError
 
@@ -44,6 +45,7 @@ def plans_of(
             objective=options.objective,
             p99_ms=options.p99_ms,
             launch_factor=launch_factor,
+            whole=_whole(segments),
         )
     except ProfileMiss as miss:
         raise ProfileTableError(
@@ -56,7 +58,7 @@ def policy_of(segments: Segments, options: EngineOptions, plans: Plans) -> Polic
     """Incremental batching by the plans, or what the options say in its place."""
     sizes = pipeline_config(segments, plans)
     if isinstance(options.batching, Collecting):
-        return SerialBatching(replace(sizes, segments=1), options.batching)
+        return SerialBatching(replace(sizes, segments=1), options.batching, plans)
     return Pipeline(sizes, plans)
 
 
@@ -65,7 +67,12 @@ def _same_for_all(segments: Segments, count: int) -> SerialPlans:
         count=count,
         batch_buckets=segments.batch_buckets,
         largest_slice=segments.slice_buckets[-1],
+        whole=_whole(segments) if count == 1 else frozenset(),
     )
+
+
+def _whole(segments: Segments) -> frozenset[CoRun]:
+    return whole_batches(segments.batch_buckets, segments.slice_buckets)
 
 
 def pipeline_config(segments: Segments, plans: Plans) -> PipelineConfig:

@@ -136,6 +136,10 @@ class Segments:
         (x,), filling = self._with_slice(cell, (x,), filling, packed)
         return x, filling
 
+    def run_whole(self, cell: CoRun, packed: np.ndarray | Array) -> Float[Array, "batch outputs"]:
+        """Scores of a batch that one slice is all of; no state is needed."""
+        return self._executables[cell](*self.stages.whole_weights, self.tables.groups, packed)
+
     def _with_slice(
         self, cell: CoRun, flow: tuple[Any, ...], filling: BatchState, packed: Any
     ) -> tuple[tuple[Any, ...], BatchState]:

@@ -2,7 +2,8 @@
 
 A batch is *cut* into one segment, or several: the first is then bottom MLP and interaction over
 the batch's first rows, the others share the top MLP's layers about evenly by FLOP. A co-run is a
-segment with a slice of another batch in its dense layers' launches (see `rides`).
+segment with a slice of another batch in its dense layers' launches (see `rides`), or with all of
+its own batch in one slice.
 """
 
 from collections.abc import Callable
@@ -24,16 +25,18 @@ from recflow_jax.engine.staging import PackedShape
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
     DenseLayer,
+    DeviceBatch,
     Ops,
     Params,
     columns_behind,
     dense_shapes,
+    forward,
     interact,
     mlp,
     scores,
 )
 from recflow_jax.rides import Cargo, Carriage, Ride
-from scheduling.request import CoRun, SegmentShape
+from scheduling.request import WHOLE, CoRun, SegmentShape
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +77,8 @@ class Stages:
         self._top = {cut: _runs(config, cut) for cut in cuts}
         places = [(cut, index) for cut in cuts for index in range(cut)]
         self._bound = {place: self._bind(backend, params, *place) for place in places}
+        layers = (params.bottom, params.cross, params.top)
+        self._whole, self.whole_weights = backend.bind(self._arithmetic.whole, layers)
 
     def weights(self, shape: SegmentShape) -> tuple[Any, ...]:
         """What a segment's executable is called with first (see Backend.bind)."""
@@ -106,7 +111,13 @@ class Stages:
         return [Job(shape, _donating(run, shape, flow), flow) for shape, (run, flow) in fed.items()]
 
     def co_run_job(self, cell: CoRun, shape: PackedShape) -> Job:
-        """The arguments of a segment, then those of a slice -> both of their results."""
+        """The arguments of a segment, then those of a slice -> both of their results. Of a whole
+        batch: (weights, groups, packed) -> scores.
+        """
+        groups, *_, packed = self._filling(shape)
+        if cell.config == WHOLE:
+            run = jax.jit(partial(self._run_whole, shape))
+            return Job(cell, run, (*self.whole_weights, groups, packed))
         _, flow = self._fed(cell.segment.segments, cell.segment.batch)[cell.segment]
         run = partial(self._co_run, cell, shape)
         donated = (len(flow) + 1, len(flow) + 2)
@@ -171,6 +182,11 @@ class Stages:
         out = function(*flow, batch=cell.segment.batch, ops=carriage.loaded_ops)
         return out, replace(state, vectors=carriage.unload() if cargo.slots else state.vectors)
 
+    def _run_whole(self, shape: PackedShape, *arguments: Any) -> Array:
+        *weights, groups, packed = arguments
+        _, batch = shape.unpack(packed)
+        return self._whole(*weights, groups, batch, ops=self._ops)
+
     def _unpacked(
         self, shape: PackedShape, groups: Any, vectors: Array, dense: Array, packed: Array
     ) -> tuple[Cargo, BatchState]:
@@ -195,7 +211,20 @@ class _Arithmetic:
 
     def __init__(self, config: DLRMConfig, rows: int) -> None:
         self._config = config
+        self._layout = Layout.of(config)
         self._rows = rows
+
+    def whole(self, weights: Any, groups: Any, batch: DeviceBatch, *, ops: Ops) -> Array:
+        bottom, cross, top = weights
+        params = Params(groups=groups, bottom=bottom, cross=cross, top=top)
+        return forward(
+            params,
+            batch,
+            config=self._config,
+            layout=self._layout,
+            precision=self._precision,
+            ops=ops,
+        )
 
     def first(
         self, last: bool, weights: Any, vectors: Array, dense: Array, *, batch: int, ops: Ops

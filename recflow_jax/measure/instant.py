@@ -16,7 +16,7 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.layout import Layout
-from scheduling.request import SegmentShape, SliceBucket
+from scheduling.request import CoRun, SegmentShape, SliceBucket
 
 
 class InstantSegments(Segments):
@@ -46,6 +46,9 @@ class InstantSegments(Segments):
         return self._scores, state
 
     def run(self, shape: SegmentShape, x: Any) -> Any:
+        return self._scores
+
+    def run_whole(self, cell: CoRun, packed: Any) -> Any:
         return self._scores
 
     def compile_all(self, progress: bool | None = None, **what: Any) -> None:

@@ -19,6 +19,7 @@ from scheduling import (
     Request,
     SegmentShape,
     SerialBatching,
+    SerialPlans,
     SimulatedRun,
     SliceBucket,
     StepTimes,
@@ -28,6 +29,7 @@ from scheduling import (
 )
 from scheduling.costs import segment_key
 from scheduling.planner import Objective
+from scheduling.request import whole_batches
 
 MISSING_NAMED = 3
 
@@ -70,6 +72,7 @@ class Gpu:
                 sizes.slice_buckets,
                 objective=objective,
                 p99_ms=plan_p99_ms,
+                whole=whole_batches(sizes.batch_buckets, sizes.slice_buckets),
             ),
             times=TableTimes(table),
             host=host,
@@ -82,7 +85,13 @@ class Gpu:
 
     def serial(self, collecting: Collecting) -> Policy:
         """Whole batches, in one cut, and nothing beside them."""
-        return SerialBatching(replace(self.sizes, segments=1), collecting)
+        plans = SerialPlans(
+            count=1,
+            batch_buckets=self.sizes.batch_buckets,
+            largest_slice=self.sizes.largest_slice,
+            whole=whole_batches(self.sizes.batch_buckets, self.sizes.slice_buckets),
+        )
+        return SerialBatching(replace(self.sizes, segments=1), collecting, plans)
 
     def run(self, policy: Policy, requests: Iterator[Request]) -> SimulatedRun:
         """All requests, until each has had its end."""
