@@ -69,7 +69,7 @@ def test_bad_rows_are_named(case: str):
 
 
 def test_rows_do_not_change_unless_the_engine_was_told():
-    with pytest.raises(ValueError, match="max_update_rows is 0, not above 0"):
+    with pytest.raises(ValueError, match="max_update_rows is 0, not a whole number above 0"):
         EngineOptions(max_update_rows=0)
     with Engine.from_segments(FakeSegments(EngineOptions(freeze_heap=False))) as engine:
         with pytest.raises(EngineError, match="max_update_rows is not set"):

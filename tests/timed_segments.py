@@ -12,7 +12,7 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.profiles import versions
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.measure.instant import InstantSegments
-from scheduling import ProfileTable, SegmentShape
+from scheduling import CoRun, ProfileTable, SegmentShape
 from scheduling.costs import segment_key, slice_key
 from test_profiles import row
 
@@ -68,6 +68,9 @@ class TimedSegments(InstantSegments):
 
     def run(self, shape: SegmentShape, x: Any) -> Any:
         return self._after(_segment_us(shape))
+
+    def run_whole(self, cell: CoRun, packed: Any) -> Any:
+        return self._after(_slice_us(cell.slice.samples) + _segment_us(cell.segment))
 
     def _after(self, us: float) -> _Due:
         with self._lock:
