@@ -106,14 +106,15 @@ async def flood(url: str, per_s: float, seconds: float) -> list[Flooded]:
 
 def test_a_flood_is_answered_in_bounded_time_or_refused_at_once(start_http: Start) -> None:
     """Ten times what the device can do, for 20 seconds. An accepted request waits for a full queue
-    at most, and memory, of client and server together, stays flat.
+    at most, and memory, of client and server together, stays flat. So slow a device leaves time to
+    the client, whose own delays would count as the server's.
     """
     fake = start_http()
-    fake.device.takes_s = 0.03
+    fake.device.takes_s = 0.09
     started = time.perf_counter()
     seen = sampled(os.getpid(), lambda: 0, every_s=0.25, on_sample=lambda memory: None)
     with seen as memory:
-        outcomes = asyncio.run(flood(fake.server.http, per_s=80, seconds=20))
+        outcomes = asyncio.run(flood(fake.server.http, per_s=27, seconds=20))
     assert is_flat(memory)
     answered_per_s = fake.engine.stats().samples_answered / (time.perf_counter() - started)
     assert {outcome.status for outcome in outcomes} == {200, 429}
