@@ -8,12 +8,12 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, Self, get_args, runtime_checkable
 
 from scheduling.alternatives import alone, fitting, left_after
 from scheduling.buckets import ladder
 from scheduling.costs import Cost, StepCosts, segment_key
-from scheduling.request import CoRun, SegmentShape, SliceBucket, StepShape
+from scheduling.request import CoRun, SegmentShape, SliceBucket, StepShape, whole_batches
 from scheduling.table import ProfileTable
 
 Objective = Literal["throughput", "latency"]
@@ -66,6 +66,18 @@ class SerialPlans:
     batch_buckets: tuple[int, ...]
     largest_slice: SliceBucket
     whole: frozenset[CoRun] = frozenset()
+
+    @classmethod
+    def of(
+        cls, count: int, batch_buckets: Sequence[int], slice_buckets: Sequence[SliceBucket]
+    ) -> Self:
+        """In `count` segments; if that is one, with all whole batches that these sizes have."""
+        return cls(
+            count=count,
+            batch_buckets=tuple(batch_buckets),
+            largest_slice=slice_buckets[-1],
+            whole=whole_batches(batch_buckets, slice_buckets) if count == 1 else frozenset(),
+        )
 
     @property
     def cuts(self) -> frozenset[int]:

@@ -127,7 +127,7 @@ def test_requests_that_arrive_meanwhile_share_the_next_batch(engine: Engine, dev
     assert len(device.batches_seen) < 5
 
 
-def test_a_launcher_leaves_the_interpreter_to_the_callers_for_as_long_as_it_launched(
+def test_a_launcher_leaves_the_interpreter_to_the_callers_after_it_launched(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Each look at the clock takes 50 us here: one while it slept, several while it launched."""

@@ -9,7 +9,7 @@ from recflow_jax.engine.segments import Segments
 from scheduling.pipeline import Pipeline, PipelineConfig
 from scheduling.planner import Plans, SerialPlans, TablePlans
 from scheduling.policy import Policy
-from scheduling.request import CoRun, whole_batches
+from scheduling.request import whole_batches
 from scheduling.serial_batching import Collecting, SerialBatching
 from scheduling.table import ProfileMiss, ProfileTable, ProfileTableError
 
@@ -45,7 +45,7 @@ def plans_of(
             objective=options.objective,
             p99_ms=options.p99_ms,
             launch_factor=launch_factor,
-            whole=_whole(segments),
+            whole=whole_batches(segments.batch_buckets, segments.slice_buckets),
         )
     except ProfileMiss as miss:
         raise ProfileTableError(
@@ -63,16 +63,7 @@ def policy_of(segments: Segments, options: EngineOptions, plans: Plans) -> Polic
 
 
 def _same_for_all(segments: Segments, count: int) -> SerialPlans:
-    return SerialPlans(
-        count=count,
-        batch_buckets=segments.batch_buckets,
-        largest_slice=segments.slice_buckets[-1],
-        whole=_whole(segments) if count == 1 else frozenset(),
-    )
-
-
-def _whole(segments: Segments) -> frozenset[CoRun]:
-    return whole_batches(segments.batch_buckets, segments.slice_buckets)
+    return SerialPlans.of(count, segments.batch_buckets, segments.slice_buckets)
 
 
 def pipeline_config(segments: Segments, plans: Plans) -> PipelineConfig:

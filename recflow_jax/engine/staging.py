@@ -188,22 +188,23 @@ class Staging:
         ids = sum([len(part.rows) for part in parts])
         np.concatenate([part.rows for part in parts], out=buffer.rows[:ids])
         if len(self._bases):
-            self._say_of_what(buffer, parts, are_fixed)
+            if not are_fixed:
+                self._add_bases(buffer, parts)
+            if buffer.of_tables[0] != are_fixed:
+                buffer.rows[ids:] = 0
+                buffer.of_tables[0] = are_fixed
         if len(buffer.weights):
             weights = [part.weights for part in parts if part.weights is not None]
             np.concatenate(weights, out=buffer.weights[:ids])
 
-    def _say_of_what(self, buffer: Buffer, parts: Sequence[Prepared], are_fixed: bool) -> None:
-        """Rows of tables become those of groups on the device, or here beside jagged bags."""
+    def _add_bases(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
+        """Rows of tables become those of groups here beside jagged bags, else on the device."""
         end = 0
         for part in parts:
             start, end = end, end + len(part.rows)
-            if part.slot_offsets is None and not are_fixed:
+            if part.slot_offsets is None:
                 rows = buffer.rows[start:end].reshape(-1, len(self._bases))
                 rows += self._bases
-        if buffer.of_tables[0] != are_fixed:
-            buffer.rows[end:] = 0
-            buffer.of_tables[0] = are_fixed
 
     def _write_offsets(
         self, buffer: Buffer, samples: int, parts: Sequence[Prepared], are_fixed: bool

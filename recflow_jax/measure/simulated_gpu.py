@@ -85,12 +85,7 @@ class Gpu:
 
     def serial(self, collecting: Collecting) -> Policy:
         """Whole batches, in one cut, and nothing beside them."""
-        plans = SerialPlans(
-            count=1,
-            batch_buckets=self.sizes.batch_buckets,
-            largest_slice=self.sizes.largest_slice,
-            whole=whole_batches(self.sizes.batch_buckets, self.sizes.slice_buckets),
-        )
+        plans = SerialPlans.of(1, self.sizes.batch_buckets, self.sizes.slice_buckets)
         return SerialBatching(replace(self.sizes, segments=1), collecting, plans)
 
     def run(self, policy: Policy, requests: Iterator[Request]) -> SimulatedRun:
