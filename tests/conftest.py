@@ -25,7 +25,7 @@ jaxtyping.install_import_hook(["recflow_jax", "pallas_kernels"], "typecheck.chec
 def pytest_configure(config: pytest.Config) -> None:
     """Sets JAX up before any test module imports it."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        _use_few_threads()
+        _share_the_machine()
     if not _asks_for_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "caches")
@@ -56,8 +56,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.get_terminal_writer().line(f"no GPU test ran: {reason}", red=True)
 
 
-def _use_few_threads() -> None:
-    """Workers share the cores; thread pools of full size in each would fight for them.
+def _share_the_machine() -> None:
+    """Workers share the cores and the GPU's memory; thread pools of full size in each would fight
+    for the ones, the first worker would take most of the other.
 
     XLA's CPU pool (NPROC) needs a thread for every warpgroup of an interpreted kernel: they wait
     for one another inside the pool.
@@ -65,6 +66,7 @@ def _use_few_threads() -> None:
     os.environ["NPROC"] = "8"
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def _asks_for_gpu(config: pytest.Config) -> bool:

@@ -43,6 +43,8 @@ def test_plans_are_measured_beside_their_promise_and_their_rivals(
         mix["predicted_us"] > 0 and mix["timing"]["median_us"] > 0 for mix in result["mixes"]
     )
     assert 0 <= result["error_median"] <= result["error_p90"]
+    assert 0 <= result["device_error_median"] <= result["device_error_p90"]
+    assert all(mix["device_us"] <= mix["timing"]["median_us"] for mix in result["mixes"])
     for contest in result["contests"]:
         assert contest["best_us"] <= contest["plan_us"]
     assert result["regret_max"] >= result["regret_median"] >= 0

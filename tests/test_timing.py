@@ -130,5 +130,8 @@ def test_a_launch_is_timed_without_what_it_launches() -> None:
         waited.append(call)
         time.sleep(0.002)
 
-    assert launch_us(Timed(launch=lambda call: call, wait=wait), calls=5) < 1000
+    timed = Timed(launch=lambda call: call, wait=wait)
+    assert launch_us(timed, rounds=5) < 1000
     assert waited == [0, 1, 2, 3, 4]
+    assert launch_us(timed, rounds=2, calls=3) < 1000
+    assert waited[5:] == [2, 5]

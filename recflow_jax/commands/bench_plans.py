@@ -77,8 +77,14 @@ def bench_plans(
 def _summary(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> dict[str, float]:
     """Parts of one: of the prediction's error without its sign, and of regret."""
     errors = np.abs([mix.error for mix in foretold])
+    device_errors = np.abs([mix.device_error for mix in foretold])
     regrets = [contest.regret for contest in contested]
-    summary = {"error_median": np.median(errors), "error_p90": np.percentile(errors, 90)}
+    summary = {
+        "error_median": np.median(errors),
+        "error_p90": np.percentile(errors, 90),
+        "device_error_median": np.median(device_errors),
+        "device_error_p90": np.percentile(device_errors, 90),
+    }
     if regrets:
         summary |= {"regret_median": np.median(regrets), "regret_max": np.max(regrets)}
     return {name: float(value) for name, value in summary.items()}
@@ -88,7 +94,9 @@ def _print(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> None:
     found = _summary(foretold, contested)
     console.print(
         f"{len(foretold)} mixes: times are {found['error_median']:.1%} off what the table promises "
-        f"(median; a tenth by more than {found['error_p90']:.1%})",
+        f"(median; a tenth by more than {found['error_p90']:.1%}); the device's part of them is "
+        f"{found['device_error_median']:.1%} off (a tenth by more than "
+        f"{found['device_error_p90']:.1%})",
         markup=False,
     )
     for above, most in CLASSES:
@@ -108,7 +116,11 @@ def _print(foretold: Sequence[MixResult], contested: Sequence[Contest]) -> None:
 
 def _error_line(mixes: Sequence[MixResult], above: int, most: int | None) -> str:
     sizes = f"at most {most:,}" if most else f"more than {above:,}"
-    return f"{len(mixes)} batches of {sizes} samples: {_summary(mixes, ())['error_median']:.1%}"
+    found = _summary(mixes, ())
+    return (
+        f"{len(mixes)} batches of {sizes} samples: {found['error_median']:.1%}, on the device "
+        f"{found['device_error_median']:.1%}"
+    )
 
 
 def _new_table(title: str, *columns: str) -> Table:

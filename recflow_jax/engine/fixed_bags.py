@@ -1,6 +1,5 @@
 """Samples whose bags are all as long as expected: known before they come but for their ids."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ class FixedBags:
         self.ids = sum(per_sample)
         self._samples = max(1, BLOCK_IDS // max(self.ids, 1))
         self._offset_bytes = bag_offsets(per_sample, self._samples).tobytes()
-        self._limits = np.tile(np.repeat(limits, per_sample), self._samples)
+        self._limits = np.repeat(limits, per_sample)
         self._kept_steps = {n: n * np.arange(KEPT_STEPS) for n in {*per_sample, self.ids}}
 
     def id_offsets(self, samples: int) -> np.ndarray:
@@ -63,15 +62,15 @@ class FixedBags:
 
     def as_int32(self, values: np.ndarray) -> np.ndarray | None:
         """The ids; a copy, unless nobody writes to them. None if one is outside its table."""
-        is_shared = values.dtype == np.int32 and not values.flags.writeable
-        found = values if is_shared else np.empty(len(values), np.int32)
-        step = max(len(self._limits), 1)
+        if values.dtype == np.int32 and not values.flags.writeable:
+            return values if are_below(values, self._limits) else None
+        copied = np.empty(len(values), np.int32)
+        step = max(self._samples * self.ids, 1)
         for start in range(0, len(values), step):
-            ids, out = values[start : start + step], found[start : start + step]
-            limits = self._limits[: len(ids)]
-            if not (are_below(ids, limits) if is_shared else copy_ids(ids, limits, out=out)):
+            block = slice(start, start + step)
+            if not copy_ids(values[block], self._limits, out=copied[block]):
                 return None
-        return found
+        return copied
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""
@@ -101,29 +100,8 @@ def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.tile(np.array(lengths, np.int64), samples))])
 
 
-class _Flags(threading.local):
-    """One bool per id of a block; of each thread."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-        self._flags = np.frombuffer(self._bytes, bool)
-
-    def any_not_less(self, values: np.ndarray, limits: np.ndarray) -> bool:
-        """Whether a value is not less than its limit. Each call of numpy's lets other threads have
-        the interpreter, which may keep it for long: one call, and a search that lets go of nothing.
-        """
-        if len(values) > len(self._flags):
-            self._bytes = bytearray(len(values))
-            self._flags = np.frombuffer(self._bytes, bool)
-        np.greater_equal(values, limits, out=self._flags[: len(values)])
-        return self._bytes.find(1, 0, len(values)) >= 0
-
-
-_FLAGS = _Flags()
-
-
 def copy_ids(ids: np.ndarray, limits: np.ndarray, *, out: np.ndarray) -> bool:
-    """Writes int32 ids into `out`; False if one is not in [0, limit).
+    """Writes int32 ids into `out`; False if one is not in [0, limit), see `are_below`.
 
     It is the copies that are held against the limits: none is ever outside its table, whoever
     writes to `ids` meanwhile.
@@ -137,5 +115,12 @@ def copy_ids(ids: np.ndarray, limits: np.ndarray, *, out: np.ndarray) -> bool:
 
 
 def are_below(ids: np.ndarray, limits: np.ndarray) -> bool:
-    """Whether all int32 `ids` are in [0, limit)."""
-    return not _FLAGS.any_not_less(ids.view(np.uint32), limits)
+    """Whether all int32 `ids` are in [0, limit): uint32 `limits` of one sample's ids after another.
+
+    It is the largest ids that are compared: nothing else as long as the ids is read or written.
+    """
+    if not len(ids):
+        return True
+    samples = ids.view(np.uint32).reshape(-1, len(limits))
+    largest = samples.max(axis=0) if len(samples) > 1 else samples[0]
+    return not np.count_nonzero(largest >= limits)

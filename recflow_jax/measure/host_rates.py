@@ -137,4 +137,4 @@ def _copy_us(packed: np.ndarray) -> float:
 
 def _median_us(call: Callable[[int], Any]) -> float:
     """Of CALLS calls, each begun when what the one before gave has been waited for."""
-    return launch_us(Timed(launch=call), calls=CALLS)
+    return launch_us(Timed(launch=call), rounds=CALLS)

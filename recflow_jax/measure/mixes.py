@@ -2,8 +2,8 @@
 
 A mix is a batch and samples that wait meanwhile, as many as come. Its plan is launched as it
 stands, step after step, and timed beside what its steps take by the table: the sum of their times
-on the device or, if that is longer, of their launches. Some mixes run by every other plan, too,
-that could be better.
+on the device or, if that is longer, of their launches; and the device's time beside that sum alone.
+Some mixes run by every other plan, too, that could be better.
 """
 
 import heapq
@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from recflow_jax.measure.profiler import Profiler
+from recflow_jax.measure.profiler import Profiler, on_device
 from recflow_jax.measure.timing import Timed, Timing, measure, measure_side_by_side
 from scheduling import CoRun, StepShape, TablePlans
 from scheduling.alternatives import Alternatives
@@ -34,17 +34,25 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class MixResult:
-    """A mix by its plan. error: of the prediction, as a part of what was measured."""
+    """A mix by its plan. error, device_error: of the prediction, and of its part on the device, as
+    parts of what was measured.
+    """
 
     batch: int
     waiting: int
     plan: str
     predicted_us: float
+    predicted_device_us: float
     timing: Timing
+    device_us: float
 
     @property
     def error(self) -> float:
         return self.predicted_us / self.timing.median_us - 1
+
+    @property
+    def device_error(self) -> float:
+        return self.predicted_device_us / self.device_us - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +134,18 @@ class MixBench:
 
     def _measured(self, mix: Mix, advance: Callable[[], None]) -> MixResult:
         plan = self._plan(mix)
-        timing = measure(Timed(launch=partial(self._profiler.launch, plan)), self._profiler.timing)
+        timed = Timed(launch=partial(self._profiler.launch, plan))
+        timing = measure(timed, self._profiler.timing)
+        predicted = self._plans.costs.steps(plan)
         advance()
         return MixResult(
             batch=mix.batch,
             waiting=mix.waiting,
             plan=described(plan),
-            predicted_us=self._predicted_us(plan),
+            predicted_us=predicted.us,
+            predicted_device_us=predicted.device_us,
             timing=timing,
+            device_us=on_device(timing, timed).median_us,
         )
 
     def _contest(self, mix: Mix, plans: Sequence[Plan], advance: Callable[[], None]) -> Contest:

@@ -6,7 +6,7 @@ among input sets; segments find what the one before left.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ from scheduling import (
 from scheduling.costs import CO_RUN, segment_key, slice_key, step_key
 
 PACKED_SETS = 4
+AHEAD = 8  # launches in a row that no device has done before the last of them
 HOST_BOUND = 1.15  # times its kernels: calls in a row that take longer wait for the host
 
 
@@ -166,22 +167,27 @@ def _fitting(batch: JaggedBatch, ids: int) -> JaggedBatch:
     return batch.part(0, fitting)
 
 
-def _row(key: ProfileKey, timing: Timing, timed: Timed) -> ProfileRow:
-    """A launch takes as long as the calls in a row, where the device waits for them; else what one
-    takes alone.
-    """
+def on_device(timing: Timing, timed: Timed) -> Timing:
+    """What the device takes: as timed or, where it waits for the host, its kernels alone."""
     device_us = kernels_us(timed)
-    if device_us is not None and timing.median_us > HOST_BOUND * device_us:
-        times_us, launching_us = (device_us,) * 3, timing.median_us
-    else:
-        times_us = (timing.median_us, timing.p10_us, timing.p90_us)
-        launching_us = min(launch_us(timed), timing.median_us)  # a host that slept is slower
-    median_us, p10_us, p90_us = times_us
+    if device_us is None or timing.median_us <= HOST_BOUND * device_us:
+        return timing
+    return replace(timing, median_us=device_us, p10_us=device_us, p90_us=device_us)
+
+
+def _row(key: ProfileKey, timing: Timing, timed: Timed) -> ProfileRow:
+    """A launch takes as long as the calls in a row, where the device waits for them; else as long
+    as the host is busy with one of several.
+    """
+    device = on_device(timing, timed)
+    launching_us = timing.median_us
+    if device is timing:
+        launching_us = min(launch_us(timed, rounds=5, calls=AHEAD), launching_us)
     return ProfileRow(
         **asdict(key),
-        median_us=median_us,
-        p10_us=p10_us,
-        p90_us=p90_us,
+        median_us=device.median_us,
+        p10_us=device.p10_us,
+        p90_us=device.p90_us,
         samples=timing.samples,
         launch_us=launching_us,
     )

@@ -64,14 +64,17 @@ class Timed:
     wait: Callable[[Any], Any] = field(default=jax.block_until_ready)
 
 
-def launch_us(timed: Timed, *, calls: int = 20) -> float:
-    """Microseconds of the host for a call alone: the median of `calls`, each on an idle device."""
+def launch_us(timed: Timed, *, rounds: int = 20, calls: int = 1) -> float:
+    """Microseconds of the host for a call: the median of `rounds`, each of `calls` on a device that
+    was idle before. Several calls tell what launches take ahead of a device: a host that has waited
+    is slower.
+    """
     taken_us = []
-    for call in range(calls):
+    for first in range(0, rounds * calls, calls):
         started = time.perf_counter()
-        launched = timed.launch(call)
-        taken_us.append(1e6 * (time.perf_counter() - started))
-        timed.wait(launched)
+        launched = [timed.launch(call) for call in range(first, first + calls)]
+        taken_us.append(1e6 * (time.perf_counter() - started) / calls)
+        timed.wait(launched[-1])
     return float(np.median(taken_us))
 
 
