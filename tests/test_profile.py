@@ -58,13 +58,13 @@ def test_what_waits_for_the_host_is_timed_by_its_kernels(
     device_us: float,
     launch_us: float,
 ) -> None:
-    """A launch alone takes 80 us here."""
+    """A launch takes the host 80 us here."""
     monkeypatch.setattr(
         profiler,
         "measure_side_by_side",
         lambda timed, _: {name: Timing.of([queued_us]) for name in timed},
     )
-    monkeypatch.setattr(profiler, "launch_us", lambda _: 80.0)
+    monkeypatch.setattr(profiler, "launch_us", lambda _, **how: 80.0)
     monkeypatch.setattr(profiler, "kernels_us", lambda _: kernels_us)
     segments = models.compiled(CONFIG)
     timer = profiler.Profiler(segments, ids="uniform", seed=0, timing=TimingOptions())
@@ -91,7 +91,8 @@ def test_rows_without_launches_are_measured_anew(profiled: ProfileResult, tmp_pa
     older = [row for row in table.rows if row.kind == "slice"]
     table.with_rows(replace(row, launch_us=0) for row in older).save(tmp_path / profiled.path.name)
     again = run(tmp_path).table
-    assert {row.key for row in again.rows} == {row.key for row in table.rows}
+    # By slices of other times, more pairs may be worth trying.
+    assert {row.key for row in again.rows} >= {row.key for row in table.rows}
     assert all(row.launch_us > 0 for row in again.rows)
     assert {*again.rows} & {*table.rows} == {row for row in table.rows if row.kind != "slice"}
 
