@@ -21,6 +21,10 @@ class Admission:
         """Samples accepted and not yet answered."""
         return self._samples
 
+    def has_room(self, n: int) -> bool:
+        """Whether `n` more would fit now."""
+        return self._samples + n <= self.max_samples
+
     def try_enter(self, n: int) -> bool:
         """Let all `n` samples in, or none of them; never waits for others to leave."""
         _require_count(n)

@@ -1,8 +1,9 @@
 """The engine on a virtual clock: the same pipeline, a device of known times, a host of known costs.
 
-As in the engine, callers let requests in one after the other, one launcher takes all mail there
-is, asks the policy and launches step after step; copies to the device go one after the other, the
-device runs the steps in their order, and one thread answers.
+As in the engine, callers let requests in one after the other, but begin with none while the
+launcher launches; it takes all mail there is, asks the policy and launches step after step; copies
+to the device go one after the other, the device runs the steps in their order, and one thread
+answers.
 """
 
 import math
@@ -117,7 +118,9 @@ class _Engine:
         self._times = times
         self._host = host
         self._called_us = self._entered_us = 0.0
-        self._next = self._draw()
+        self._launching_us = (0.0, 0.0)
+        self._next: Request | None = None
+        self._draw_next()
         self._served: dict[int, _Served] = {}
         self._launched = _Launched()
         self._mailed: list[Event] = []
@@ -134,6 +137,8 @@ class _Engine:
             self._now_us = started_us = self._now_us + slept_us
             mail, self._mailed = self._mailed + self._mail(), []
             self._act(self._policy.step(int(started_us), mail))
+            self._launching_us = (started_us, self._now_us)
+            self._let_in(self._called_us)
             self._rest(RESTS * (self._now_us - started_us) - slept_us)
 
     def _next_mail_us(self) -> float:
@@ -171,13 +176,19 @@ class _Engine:
             events.append(StepDone(step_id=flights.popleft()[1]))
         return events
 
-    def _draw(self) -> Request | None:
+    def _draw_next(self) -> None:
         """The next request, which is known of when those before it have been let in, too."""
-        request = next(self._requests, None)
-        if request is not None:
-            self._called_us = max(self._entered_us, request.arrived_us + self._host.wake_us)
-            self._entered_us = self._called_us + self._host.submitting_us(request)
-        return request
+        self._next = next(self._requests, None)
+        if self._next is not None:
+            self._let_in(max(self._entered_us, self._next.arrived_us + self._host.wake_us))
+
+    def _let_in(self, called_us: float) -> None:
+        """Begins with the next request at `called_us`, or when the launcher has launched."""
+        if self._next is None:
+            return
+        started_us, ended_us = self._launching_us
+        self._called_us = ended_us if started_us <= called_us < ended_us else called_us
+        self._entered_us = self._called_us + self._host.submitting_us(self._next)
 
     def _take_next(self, request: Request) -> None:
         if request.id in self._served:
@@ -187,7 +198,7 @@ class _Engine:
             samples=request.samples,
             deadline_us=math.inf if request.deadline_us is None else request.deadline_us,
         )
-        self._next = self._draw()
+        self._draw_next()
         if self._next is not None and self._next.arrived_us < request.arrived_us:
             raise ValueError(f"request {self._next.id} arrives before request {request.id}")
 

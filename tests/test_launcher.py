@@ -220,6 +220,22 @@ def test_the_queue_is_exact(engine: Engine, device: FakeSegments):
     assert engine.stats().rejected == {"queue_full": 1}
 
 
+def test_what_does_not_fit_is_not_looked_at(engine: Engine, device: FakeSegments):
+    device.hold()
+    held = engine.submit(samples(*range(63)))
+    wrong = samples(1, 2)
+    wrong.values[:] = -1
+    features = (wrong.dense, {"f": wrong.values})
+    for request in ((wrong,), features, (list(wrong.dense), {})):
+        with pytest.raises(QueueFull, match="63 of at most 64 samples wait, 2 more do not fit"):
+            engine.submit(*request)
+    with pytest.raises(InputError):
+        engine.submit(wrong.part(0, 1))
+    device.go_on()
+    result(held)
+    assert engine.stats().rejected == {"queue_full": 3, "input": 1}
+
+
 def test_an_answer_leaves_the_queue_before_it_is_seen(engine: Engine):
     for _ in range(50):
         assert len(result(engine.submit(samples(*range(64))))) == 64

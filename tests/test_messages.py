@@ -11,7 +11,14 @@ import pytest
 
 from recflow_jax.engine import messages
 from recflow_jax.engine.intake import Terms, new_request
-from recflow_jax.engine.messages import ARRIVALS_TO_WAKE, Dropped, Inbox, Message, Submitted
+from recflow_jax.engine.messages import (
+    ARRIVALS_TO_WAKE,
+    LONGEST_TURN_S,
+    Dropped,
+    Inbox,
+    Message,
+    Submitted,
+)
 from recflow_jax.engine.prepared import Prepared
 from scheduling.host_costs import REST_STEP_US
 
@@ -117,6 +124,37 @@ def test_it_rests_while_a_caller_makes_a_request(monkeypatch: pytest.MonkeyPatch
     caller.enter_context(inbox.caller())
     inbox.rest(10 * REST_STEP_US)
     assert slept_us == [REST_STEP_US] * 3
+
+
+def test_a_caller_waits_for_what_is_being_launched():
+    inbox, launching = Inbox(), ExitStack()
+    launching.enter_context(inbox.launching())
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(_call, inbox)
+        time.sleep(LONGEST_TURN_S / 10)
+        assert not called.done()
+        launching.close()
+        assert called.result(SOON_S) < LONGEST_TURN_S
+
+
+def test_a_caller_does_not_wait_for_a_launch_that_hangs():
+    inbox = Inbox()
+    with inbox.launching(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(_call, inbox).result(SOON_S) >= LONGEST_TURN_S
+        assert pool.submit(_call, inbox).result(SOON_S) >= LONGEST_TURN_S
+
+
+def test_who_launches_may_call():
+    inbox = Inbox()
+    with inbox.launching():
+        assert _call(inbox) < LONGEST_TURN_S
+
+
+def _call(inbox: Inbox) -> float:
+    """How long that takes, in seconds."""
+    started = time.perf_counter()
+    with inbox.caller():
+        return time.perf_counter() - started
 
 
 def test_it_does_not_rest_where_no_rest_is_due(monkeypatch: pytest.MonkeyPatch):

@@ -119,12 +119,19 @@ def test_a_launcher_rests_no_longer_than_something_comes():
 
 def test_a_launcher_rests_while_a_request_is_let_in():
     host = replace(FREE, launch_us=500, submit_us=450)
-    one = run(request(0, 0), request(1, 600), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1050; steps end until 1550.
-    assert one.launched_us.tolist() == [950, 1650 + 500]
-    late = run(request(0, 0), request(1, 1300), host=host, segments=1)
-    # The second is let in from 1300 to 1750, and seen at 1750 and 1850.
-    assert late.launched_us.tolist() == [950, 1850 + 500]
+    both = run(request(0, 0), request(1, 1520), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1970 and seen at 2050;
+    # nothing more has come at 2150.
+    assert both.launched_us.tolist() == [950, 2150 + 500]
+
+
+@pytest.mark.parametrize("arrived_us", [450, 600, 1449])
+def test_callers_begin_with_no_request_while_the_launcher_launches(arrived_us: int):
+    host = replace(FREE, launch_us=500, submit_us=450)
+    both = run(request(0, 0), request(1, arrived_us), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1900 and seen at 1950;
+    # nothing more has come at 2050.
+    assert both.launched_us.tolist() == [950, 2050 + 500]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():

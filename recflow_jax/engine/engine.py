@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from operator import length_hint
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -18,7 +19,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from recflow_jax.backend import Backend, choose_backend
-from recflow_jax.batch import InputError
+from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.completion import Completion
@@ -156,7 +157,8 @@ class Engine:
         deadline_ms: float | None = None,
         priority: int = 0,
     ) -> Answer:
-        """Queues samples; never waits. Takes a JaggedBatch, or what JaggedBatch.from_features does.
+        """Queues samples; waits for no other request, only for what is being launched, 5 ms at
+        most. Takes a JaggedBatch, or what JaggedBatch.from_features does.
 
         The caller's arrays are free at once: what can be written to is copied, other arrays (as
         JaggedBatch.frozen has) are to stay as they are. Lower priorities run first.
@@ -165,6 +167,7 @@ class Engine:
         the launch, or before the answer is there: an answer is never late.
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
+        self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
         with self._inbox.caller():
             samples = self._prepared(dense, sparse, most=self.options.max_queued_samples)
             return self._enter(samples, terms)

@@ -100,8 +100,9 @@ class Launcher:
                 messages = self._inbox.wait(self._patience_s(), can_launch=self._policy.can_launch)
                 started_us = now_us()
                 actions = self._policy.step(started_us, [*self._events(messages)])
-                self._act(actions)
                 if actions:
+                    with self._inbox.launching():
+                        self._act(actions)
                     took_us, slept_us = now_us() - started_us, started_us - asked_us
                     self._inbox.rest(RESTS * took_us - slept_us)
             self._give_up("the engine was closed before it came to the request")

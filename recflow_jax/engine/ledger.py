@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -58,6 +58,16 @@ class Ledger:
     def samples(self) -> int:
         """Samples accepted and not yet answered."""
         return self._admission.samples
+
+    def expect(self, samples: int) -> None:
+        """Raises at once what `accept` would if nothing changed: a flood is not to be made ready.
+
+        More than ever fit are nothing that waiting helps, and `accept` is not asked.
+        """
+        if self._shut:
+            self._refuse_closed()
+        if samples <= self._admission.max_samples and not self._admission.has_room(samples):
+            self._refuse_full(samples)
 
     def accept(self, submitted: Submitted) -> Answer:
         """Lets a request in and tells the launcher. Raises EngineClosed, QueueFull."""
@@ -133,12 +143,18 @@ class Ledger:
 
     def _let_in(self, samples: int) -> None:
         if self._shut:
-            self._tally.rejected("closed")
-            raise EngineClosed("the engine is closed")
+            self._refuse_closed()
         if not self._admission.try_enter(samples):
-            self._tally.rejected("queue_full")
-            waiting, most = self._admission.samples, self._admission.max_samples
-            raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
+            self._refuse_full(samples)
+
+    def _refuse_closed(self) -> NoReturn:
+        self._tally.rejected("closed")
+        raise EngineClosed("the engine is closed")
+
+    def _refuse_full(self, samples: int) -> NoReturn:
+        self._tally.rejected("queue_full")
+        waiting, most = self._admission.samples, self._admission.max_samples
+        raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
 
     def _tell(self, submitted: Submitted) -> None:
         """The launcher has to see to a deadline in time, even if it can launch nothing."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 from recflow_jax.engine.prepared import Prepared
@@ -22,6 +22,7 @@ from scheduling.request import Part, Request
 
 LONGEST_WAIT_S = 3600.0
 ARRIVALS_TO_WAKE = 32
+LONGEST_TURN_S = 0.005
 
 
 @dataclass(slots=True)
@@ -95,16 +96,34 @@ class Inbox:
         self._has_urgent = False
         self._arrivals_to_wake = 1
         self._callers: set[int] = set()
+        # A callback may submit on the launcher's own thread.
+        self._turn = RLock()
+        self._launching = False
 
     @contextmanager
     def caller(self) -> Iterator[None]:
-        """While a caller makes a request ready, on this thread."""
+        """While a caller makes a request ready, on this thread; waits for what is being launched,
+        but not for long. Python runs one thread at a time: a launch gives its turn away several
+        times, and gets it back late from callers who keep on computing.
+        """
         thread = get_ident()
         self._callers.add(thread)
         try:
+            if self._launching and self._turn.acquire(timeout=LONGEST_TURN_S):
+                self._turn.release()
             yield
         finally:
             self._callers.discard(thread)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """While the launcher launches."""
+        with self._turn:
+            self._launching = True
+            try:
+                yield
+            finally:
+                self._launching = False
 
     def put(self, message: Message) -> None:
         """Something that the launcher wants to know at once."""
