@@ -68,7 +68,9 @@ class JaggedBatch:
         )
 
     def frozen(self) -> Self:
-        """The same samples in arrays that cannot be written to: an engine need not copy these."""
+        """The same samples in arrays that cannot be written to: an engine need not copy these, and
+        looks at what is in them while the device computes.
+        """
         return type(self)(
             dense=_frozen(self.dense),
             values=_frozen(self.values),

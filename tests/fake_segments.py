@@ -113,7 +113,8 @@ class FakeSegments(Segments):
         lost = state.vectors.lost or self._is_next("embed")
         (bucket,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
         fields = {n: packed[p] for n, p in self.staging.shape(bucket).places.items()}
-        sums = np.concatenate([[0], np.cumsum(self.table[fields["rows"]])])[fields["offsets"]]
+        inside = np.clip(fields["rows"], 0, len(self.table) - 1)
+        sums = np.concatenate([[0], np.cumsum(self.table[inside])])[fields["offsets"]]
         row, new = fields["first_row"][0], state.vectors.values.copy()
         assert row + bucket.samples <= len(new)
         new[row : row + bucket.samples] = fields["dense"].view(np.float32) + 10 * np.diff(sums)

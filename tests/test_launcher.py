@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
-from recflow_jax.batch import InputError
+from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.engine import launcher
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.engine import Engine
@@ -204,6 +204,65 @@ def test_what_the_caller_does_to_its_arrays_later_changes_nothing(
     result(held)
 
 
+# --- samples that are looked at while the device computes
+
+
+def wrong_id(*dense: float) -> JaggedBatch:
+    """Frozen, with bags of two of which the last id of all is in no table."""
+    batch = samples(*dense, ids=2)
+    batch.values[-1] = 1000
+    return batch.frozen()
+
+
+def test_who_is_looked_at_later_learns_it_from_the_answer(engine: Engine, device: FakeSegments):
+    """And shares a batch with others, who do not learn of it."""
+    held = fill_the_device(engine, device)
+    before, after = engine.submit(samples(1, ids=2)), samples(2, 3, ids=2).frozen()
+    wrong, after = engine.submit(wrong_id(7, 8)), engine.submit(after)
+    infinite = engine.submit(samples(np.inf, ids=2).frozen())
+    device.go_on()
+    assert result(before) == scores(1, ids=2) and result(after) == scores(2, 3, ids=2)
+    message = r"feature 'f', sample 1: id 1000 is not in \[0, 1000\)"
+    with pytest.raises(InputError, match=message):
+        wrong.result(timeout=SOON_S)
+    with pytest.raises(InputError, match="dense feature 0, sample 0: inf is not finite"):
+        infinite.result(timeout=SOON_S)
+    result(held)
+    stats = engine.stats()
+    assert (stats.rejected, stats.failed, stats.queued_samples) == ({"input": 2}, 0, 0)
+    assert (stats.requests_accepted, stats.requests_answered) == (5, 3)
+
+
+def test_the_rest_of_a_wrong_request_is_not_launched(engine: Engine, device: FakeSegments):
+    """Three batches long: it is refused when its first samples are on their way."""
+    held = fill_the_device(engine, device)
+    wrong = engine.submit(wrong_id(*range(24)))
+    device.go_on()
+    with pytest.raises(InputError, match="sample 23: id 1000"):
+        wrong.result(timeout=SOON_S)
+    result(held)
+    assert result(engine.submit(samples(5))) == scores(5)
+    assert engine.stats().queued_samples == 0
+
+
+def test_who_was_cancelled_is_refused_no_more(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    assert engine.submit(wrong_id(1)).cancel()
+    device.go_on()
+    result(held)
+    assert result(engine.submit(samples(5))) == scores(5)
+    assert (engine.stats().rejected, engine.stats().cancelled) == ({}, 1)
+
+
+def test_what_is_copied_is_looked_at_at_once(engine: Engine):
+    batch = samples(1, 2, ids=2)
+    batch.values[0] = -1
+    with pytest.raises(InputError, match="sample 0: id -1"):
+        engine.submit(batch)
+    with pytest.raises(InputError, match="sample 1: id 1000"):
+        engine.predict(wrong_id(1, 2))
+
+
 # --- the queue
 
 
@@ -225,10 +284,13 @@ def test_what_does_not_fit_is_not_looked_at(engine: Engine, device: FakeSegments
     held = engine.submit(samples(*range(63)))
     wrong = samples(1, 2)
     wrong.values[:] = -1
-    features = (wrong.dense, {"f": wrong.values})
-    for request in ((wrong,), features, (list(wrong.dense), {})):
-        with pytest.raises(QueueFull, match="63 of at most 64 samples wait, 2 more do not fit"):
-            engine.submit(*request)
+    full = pytest.raises(QueueFull, match="63 of at most 64 samples wait, 2 more do not fit")
+    with full:
+        engine.submit(wrong)
+    with full:
+        engine.submit(wrong.dense, {"f": wrong.values})
+    with full:
+        engine.submit(list(wrong.dense), {})
     with pytest.raises(InputError):
         engine.submit(wrong.part(0, 1))
     device.go_on()

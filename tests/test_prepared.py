@@ -198,14 +198,40 @@ def test_frozen_samples_are_the_same(config: DLRMConfig, block_ids: int):
     assert_is(config, preparer(config).prepare(batch.frozen()), batch)
 
 
-def test_frozen_samples_of_fixed_bags_are_not_copied():
+@pytest.mark.parametrize("way", ["prepare", "begin"])
+def test_frozen_samples_of_fixed_bags_are_not_copied(way: str):
     frozen = generate(FIXED, 3, seed=0).frozen()
-    found = preparer(FIXED).prepare(frozen)
+    found = getattr(preparer(FIXED), way)(frozen)
     assert np.shares_memory(found.rows, frozen.values)
     assert np.shares_memory(found.dense, frozen.dense)
     for array in (frozen.dense, frozen.values, frozen.offsets):
         with pytest.raises(ValueError, match="read-only"):
             array[:1] = 0
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
+def test_begun_samples_are_the_same(config: DLRMConfig):
+    batch, makes = generate(config, 7, seed=3), preparer(config)
+    for given_as in (batch, batch.frozen()):
+        found = makes.begin(given_as)
+        assert_is(config, found, batch)
+        makes.check(found)
+        assert_is(config, found.part(2, 5), batch.part(2, 5))
+        assert found.part(2, 5).is_checked == found.is_checked
+
+
+def test_only_what_is_fixed_and_not_copied_is_checked_later():
+    batch = generate(FIXED, 3, seed=0)
+    batch.values[:] = 0
+    frozen, moved = batch.frozen(), batch.offsets.copy()
+    moved[-4] -= 1
+    wide = dataclasses.replace(frozen, values=frozen.values.astype(np.int64)).frozen()
+    makes = preparer(FIXED)
+    assert not makes.begin(frozen).is_checked
+    assert makes.prepare(frozen).is_checked
+    for other in (batch, dataclasses.replace(frozen, offsets=moved), wide):
+        assert makes.begin(other).is_checked
+    assert preparer(CONCAT).begin(generate(CONCAT, 3, seed=0).frozen()).is_checked
 
 
 def test_the_largest_floats_are_well():
@@ -238,10 +264,15 @@ def test_any_bad_id_is_found_and_named_as_by_the_full_check(
 def assert_refused_alike(config: DLRMConfig, batch: JaggedBatch) -> None:
     with pytest.raises(InputError) as expected:
         check_batch(config, batch)
-    for same in (batch, batch.frozen()):
-        with pytest.raises(InputError) as found:
-            preparer(config).prepare(same)
-        assert str(found.value) == str(expected.value)
+    narrow = batch.values.astype(np.int32)
+    if np.array_equal(narrow, batch.values):
+        batch = dataclasses.replace(batch, values=narrow)
+    makes = preparer(config)
+    for prepare in (makes.prepare, lambda same: makes.check(makes.begin(same))):
+        for same in (batch, batch.frozen()):
+            with pytest.raises(InputError) as found:
+                prepare(same)
+            assert str(found.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("config", [CONCAT, FIXED], ids=lambda c: c.name)

@@ -102,6 +102,36 @@ def test_slices_are_those_packed_plainly_whatever_the_buffer_held(
         used = buffer
 
 
+@pytest.mark.parametrize("beside", [FIXED, VARIED], ids=["fixed", "jagged"])
+def test_no_row_is_outside_its_table(beside: DLRMConfig):
+    """Whatever is not checked yet, alone or beside bags that are not as expected."""
+    wild = generate(FIXED, 3, seed=1)
+    wild.values[::2], wild.values[1::2] = -7, 10**9
+    tame = JaggedBatch.join([wild])
+    limits = np.repeat(FIXED.feature_rows, FIXED.fixed_bags or 0)
+    tame.values[:] = np.clip(wild.values.reshape(3, -1), 0, limits - 1).ravel()
+    other, packer = generate(beside, 2, seed=2), staging(FIXED)
+    makes = Preparer(FIXED, Layout.of(FIXED), max_ids=BUCKET.ids)
+    parts = [makes.begin(wild.frozen()), makes.prepare(other)]
+    _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, parts))
+    assert_holds(FIXED, batch, JaggedBatch.join([tame, other]))
+
+
+def test_what_an_unchecked_slice_leaves_behind_is_no_row():
+    """The padding of the next slice in the same buffer, if its rows are of groups already."""
+    wild = generate(FIXED, 8, seed=1)
+    wild.values[:] = 10**9
+    makes, packer = Preparer(FIXED, Layout.of(FIXED), max_ids=BUCKET.ids), staging(FIXED)
+    packer.give_back(packer.pack(BUCKET, 0, [makes.begin(wild.frozen())]))
+    few = next(b for s in range(99) if not is_fixed(b := generate(VARIED, 1, seed=s)))
+    _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, [makes.prepare(few)]))
+    assert int(jnp.max(batch.rows)) < max(table.rows for table in FIXED.tables) * len(FIXED.tables)
+
+
+def is_fixed(batch: JaggedBatch) -> bool:
+    return prepared(FIXED, batch).slot_offsets is None
+
+
 def test_a_larger_bucket_after_a_smaller_one_has_offsets_of_its_own():
     packer = staging(FIXED)
     for bucket, samples in ((BUCKET, 8), (LARGER, 16), (BUCKET, 3)):

@@ -12,7 +12,8 @@ class Answer(Future[np.ndarray]):
     """The scores of one request, float32 [samples, outputs]: `.result()`, or await it.
 
     `.cancel()` works until the answer is there: what of the request still waits is dropped. Raises
-    DeadlineExceeded, EngineClosed or StepFailed where that came first. Callbacks run on a thread
+    DeadlineExceeded, EngineClosed or StepFailed where that came first, and InputError where samples
+    are looked at after they were let in. Callbacks run on a thread
     of the engine: they should be short, and must not wait for another answer.
     """
 

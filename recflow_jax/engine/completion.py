@@ -4,10 +4,12 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from recflow_jax.batch import InputError
 from recflow_jax.engine.errors import StepFailed
 from recflow_jax.engine.launcher import fail_step, fail_update
 from recflow_jax.engine.ledger import Ledger, settle
 from recflow_jax.engine.messages import Fault, Flight, Inbox, Written, now_us
+from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.staging import Staging
 from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import StepDone
@@ -19,6 +21,7 @@ class Completion:
     def __init__(
         self,
         staging: Staging,
+        preparer: Preparer,
         *,
         inbox: Inbox,
         flights: SimpleQueue[Flight | Written | None],
@@ -26,6 +29,7 @@ class Completion:
         tally: Tally,
     ) -> None:
         self._staging = staging
+        self._preparer = preparer
         self._inbox = inbox
         self._flights = flights
         self._ledger = ledger
@@ -54,6 +58,7 @@ class Completion:
 
     def _finish(self, flight: Flight) -> None:
         """A fault is reported before the end of its step, so that nothing is built on it."""
+        self._check(flight)
         scores = None
         try:
             scores = self._wait(flight)
@@ -64,6 +69,14 @@ class Completion:
         self._inbox.put(StepDone(step_id=flight.step_id))
         if scores is not None:
             self._ledger.add(flight.parts, scores)
+
+    def _check(self, flight: Flight) -> None:
+        """Ends what should not have been let in, while the device computes it for nothing."""
+        for one in flight.unchecked:
+            try:
+                self._preparer.check(one.samples)
+            except InputError as error:
+                self._ledger.refuse(one.request.id, error)
 
     def _wait(self, flight: Flight) -> np.ndarray | None:
         """The scores on the host, once the step has ended; None if it makes none."""

@@ -124,7 +124,7 @@ class Engine:
         shared = {"inbox": inbox, "flights": flights, "ledger": self._ledger, "tally": self._tally}
         self._threads = [
             _started("launcher", Launcher(segments, policy, **shared).run),
-            _started("completion", Completion(segments.staging, **shared).run),
+            _started("completion", Completion(segments.staging, self._preparer, **shared).run),
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
         self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
@@ -164,12 +164,14 @@ class Engine:
         JaggedBatch.frozen has) are to stay as they are. Lower priorities run first.
         Raises InputError, QueueFull, EngineClosed, and DeadlineExceeded if `deadline_ms` from now
         is known to be too soon. The answer raises DeadlineExceeded if the deadline passes before
-        the launch, or before the answer is there: an answer is never late.
+        the launch, or before the answer is there: an answer is never late; and InputError for ids
+        and floats of a JaggedBatch that were not copied, which are looked at meanwhile.
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
         with self._inbox.caller():
-            samples = self._prepared(dense, sparse, most=self.options.max_queued_samples)
+            most = self.options.max_queued_samples
+            samples = self._prepared(dense, sparse, most=most, checks_later=True)
             return self._enter(samples, terms)
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
@@ -242,9 +244,16 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _prepared(self, dense: Any, sparse: Sparse | None, *, most: int | None = None) -> Prepared:
+    def _prepared(
+        self,
+        dense: Any,
+        sparse: Sparse | None,
+        *,
+        most: int | None = None,
+        checks_later: bool = False,
+    ) -> Prepared:
         try:
-            samples = prepare(self._preparer, dense, sparse)
+            samples = prepare(self._preparer, dense, sparse, checks_later=checks_later)
             if most is not None and samples.samples > most:
                 raise InputError(
                     f"{samples.samples} samples are more than the queue ever holds, {most}; "

@@ -60,10 +60,18 @@ class FixedBags:
         # Unsigned and signed integers together may have become floats.
         return joined if joined.dtype.kind in "iu" else None
 
+    def offsets(self, samples: int) -> np.ndarray:
+        """int64 [samples * features + 1]: where each bag starts."""
+        return bag_offsets([length for _, length in self._lengths], samples)
+
+    def are_of_tables(self, ids: np.ndarray) -> bool:
+        """Whether each of these int32 ids is a row of its table."""
+        return are_below(ids, self._limits)
+
     def as_int32(self, values: np.ndarray) -> np.ndarray | None:
         """The ids; a copy, unless nobody writes to them. None if one is outside its table."""
-        if values.dtype == np.int32 and not values.flags.writeable:
-            return values if are_below(values, self._limits) else None
+        if is_shared(values):
+            return values if self.are_of_tables(values) else None
         copied = np.empty(len(values), np.int32)
         step = max(self._samples * self.ids, 1)
         for start in range(0, len(values), step):
@@ -93,6 +101,11 @@ class FixedBags:
         """int64 [samples + 1]: 0, step, 2 * step, ...; not to be written to."""
         kept = self._kept_steps[step]
         return kept[: samples + 1] if samples < len(kept) else step * np.arange(samples + 1)
+
+
+def is_shared(ids: np.ndarray) -> bool:
+    """Whether these need no copy: int32 that nobody writes to."""
+    return ids.dtype == np.int32 and not ids.flags.writeable
 
 
 def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:

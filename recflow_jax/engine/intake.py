@@ -35,13 +35,17 @@ class Terms:
         )
 
 
-def prepare(preparer: Preparer, dense: Any, sparse: Sparse | None) -> Prepared:
-    """What a caller handed over, checked. Raises InputError."""
+def prepare(
+    preparer: Preparer, dense: Any, sparse: Sparse | None, *, checks_later: bool = False
+) -> Prepared:
+    """What a caller handed over, checked, or begun with where that can be made up for later. Raises
+    InputError.
+    """
     if not isinstance(dense, JaggedBatch):
         return preparer.prepare_features(dense, sparse or {})
     if sparse is not None:
         raise InputError("sparse features beside a JaggedBatch, which has its own")
-    return preparer.prepare(dense)
+    return preparer.begin(dense) if checks_later else preparer.prepare(dense)
 
 
 def new_request(

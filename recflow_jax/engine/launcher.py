@@ -55,12 +55,10 @@ class _Batch:
 
 @dataclass(slots=True, frozen=True)
 class _Joining:
-    """The samples of a slice, and when the requests that begin in it arrived, in microseconds and
-    in steps that had ended.
-    """
+    """The samples of a slice, and the requests that begin in it."""
 
     samples: Sequence[Prepared] = ()
-    arrivals: Sequence[tuple[int, int]] = ()
+    begun: Sequence[Submitted] = ()
 
 
 class Launcher:
@@ -201,16 +199,18 @@ class Launcher:
         """The batch that a slice joins, and what joins it."""
         batch = self._batches.setdefault(piece.batch_id, _Batch())
         batch.request_ids.update(part.request_id for part in piece.parts)
-        new = [self._waiting[part.request_id] for part in piece.parts if part.start == 0]
+        begun = [self._waiting[part.request_id] for part in piece.parts if part.start == 0]
         return batch, _Joining(
-            samples=[self._samples_of(part) for part in piece.parts],
-            arrivals=[(one.request.arrived_us, one.steps_ended) for one in new],
+            samples=[self._samples_of(part) for part in piece.parts], begun=begun
         )
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
         flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
         now, ended = now_us(), self._tally.steps_ended
-        flight.waits = [(now - us, ended - before) for us, before in joining.arrivals]
+        flight.waits = [
+            (now - one.request.arrived_us, ended - one.steps_ended) for one in joining.begun
+        ]
+        flight.unchecked = [one for one in joining.begun if not one.samples.is_checked]
         return flight.buffer.array
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from recflow_jax.batch import InputError
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, EngineError, QueueFull
 from recflow_jax.engine.messages import Close, Dropped, Inbox, Submitted, now_us
@@ -117,16 +118,13 @@ class Ledger:
         cause: BaseException | None = None,
     ) -> None:
         """Ends a request with an error, unless it has ended already."""
-        entry = self._take_out(request_id)
-        if entry is None:
-            return
-        self._inbox.put(Dropped(request_id))
-        if not entry.answer.set_running_or_notify_cancel():
-            return self._tally.cancelled()
         error = kind(message)
         error.__cause__ = cause
-        self._count(error)
-        settle(entry.answer.set_exception, error)
+        self._end(request_id, error)
+
+    def refuse(self, request_id: int, error: InputError) -> None:
+        """Ends a request that should not have been let in, unless it has ended already."""
+        self._end(request_id, error)
 
     def fail_all(
         self, kind: type[EngineError], message: str, cause: BaseException | None = None
@@ -135,9 +133,21 @@ class Ledger:
         for request_id in list(self._open):
             self.fail(request_id, kind, message, cause)
 
-    def _count(self, error: EngineError) -> None:
+    def _end(self, request_id: int, error: EngineError | InputError) -> None:
+        entry = self._take_out(request_id)
+        if entry is None:
+            return
+        self._inbox.put(Dropped(request_id))
+        if not entry.answer.set_running_or_notify_cancel():
+            return self._tally.cancelled()
+        self._count(error)
+        settle(entry.answer.set_exception, error)
+
+    def _count(self, error: EngineError | InputError) -> None:
         if isinstance(error, DeadlineExceeded):
             self._tally.rejected("deadline")
+        elif isinstance(error, InputError):
+            self._tally.rejected("input")
         else:
             self._tally.failed()
 

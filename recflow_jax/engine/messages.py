@@ -63,13 +63,14 @@ class Flight:
     """A launched step: the arrays that are ready when it has ended, and whose answers it makes.
 
     waits: of the requests of which it carries the first samples, from arrival to its launch, in
-        microseconds and in steps that ended.
+        microseconds and in steps that ended. unchecked: those among them that are to be checked.
     """
 
     step_id: int
     launched_us: int
     results: list[Any]
     waits: Sequence[tuple[int, int]] = ()
+    unchecked: Sequence[Submitted] = ()
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
     buffer: Buffer | None = None

@@ -1,12 +1,13 @@
-"""Samples as they wait for their slice: checked, their ids int32 already.
+"""Samples as they wait for their slice: their ids int32 already.
 
-All work per id is done here, on the caller's thread, in few passes: the launcher only copies.
+Work per id is done here, on the caller's thread, in few passes: the launcher only copies. What need
+not be copied here is only looked at later, while the device computes.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, copy_ids
+from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, copy_ids, is_shared
 from recflow_jax.layout import Layout
 
 
@@ -31,7 +32,8 @@ class Prepared:
     start, or None where all bags are as `DLRMConfig.fixed_bags` says. rows: int32 [total], each id
     as a row of its group; where slot_offsets is None, as a row of its table. id_offsets: int64
     [n + 1], the ids before each sample. weights: float32 [total], or None where no feature is
-    weighted.
+    weighted. is_checked: whether each row is known to be in its table, and each float to be finite;
+    if not, bags are fixed.
     """
 
     dense: np.ndarray
@@ -39,6 +41,7 @@ class Prepared:
     id_offsets: np.ndarray
     slot_offsets: np.ndarray | None
     weights: np.ndarray | None
+    is_checked: bool = True
 
     @property
     def samples(self) -> int:
@@ -55,6 +58,7 @@ class Prepared:
             id_offsets=ids - ids[0],
             slot_offsets=self._slots_of(start, stop),
             weights=None if self.weights is None else self.weights[place],
+            is_checked=self.is_checked,
         )
 
     def _slots_of(self, start: int, stop: int) -> np.ndarray | None:
@@ -95,10 +99,37 @@ class Preparer:
             prepared = self._prepare_fixed(self._fixed, batch.dense, batch.values, batch.weights)
         else:
             prepared = self._prepare_jagged(batch)
-        if prepared is None:
-            check_batch(self._config, batch)
-            raise InputError("the samples changed while they were checked")
-        return prepared
+        return self._refuse(batch) if prepared is None else prepared
+
+    def begin(self, batch: JaggedBatch) -> Prepared:
+        """`prepare`, but what it would only look at is left to `check`: samples with fixed bags in
+        arrays that cannot be written to.
+
+        Raises InputError for all else.
+        """
+        check_shapes(self._config, batch)
+        bags = self._fixed
+        if bags is None or not is_shared(batch.values) or not bags.are_in(batch):
+            return self.prepare(batch)
+        return Prepared(
+            dense=_kept(batch.dense),
+            rows=batch.values,
+            id_offsets=bags.id_offsets(batch.samples),
+            slot_offsets=None,
+            weights=None if batch.weights is None else _kept(batch.weights),
+            is_checked=False,
+        )
+
+    def check(self, samples: Prepared) -> None:
+        """Raises the InputError that `prepare` would have raised, if `begin` has left it out."""
+        if samples.is_checked:
+            return
+        assert self._fixed is not None
+        dense, weights = samples.dense, samples.weights
+        if not self._fixed.are_of_tables(samples.rows) or not _are_finite(dense, weights):
+            offsets = self._fixed.offsets(samples.samples)
+            batch = JaggedBatch(dense=dense, values=samples.rows, offsets=offsets, weights=weights)
+            self._refuse(batch)
 
     def prepare_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared:
         """`prepare` of what JaggedBatch.from_features takes; fixed bags do without the batch."""
@@ -155,6 +186,10 @@ class Preparer:
             rows[ids] += np.repeat(bases[: len(counts)], counts)
         return rows
 
+    def _refuse(self, batch: JaggedBatch) -> NoReturn:
+        check_batch(self._config, batch)
+        raise InputError("the samples changed while they were checked")
+
     def _bags_are_well(self, batch: JaggedBatch, offsets: np.ndarray, lengths: np.ndarray) -> bool:
         if offsets[0] != 0 or offsets[-1] != len(batch.values) or np.count_nonzero(lengths < 0):
             return False
@@ -170,7 +205,7 @@ def _with_floats(
     slot_offsets: np.ndarray | None,
 ) -> Prepared | None:
     dense, weights = _kept(dense), None if weights is None else _kept(weights)
-    if not _is_finite(dense) or not (weights is None or _is_finite(weights)):
+    if not _are_finite(dense, weights):
         return None
     return Prepared(
         dense=dense,
@@ -184,6 +219,10 @@ def _with_floats(
 def _kept(array: np.ndarray) -> np.ndarray:
     """A copy, unless nobody writes to it."""
     return array.copy() if array.flags.writeable else array
+
+
+def _are_finite(dense: np.ndarray, weights: np.ndarray | None) -> bool:
+    return _is_finite(dense) and (weights is None or _is_finite(weights))
 
 
 def _is_finite(values: np.ndarray) -> bool:

@@ -3,8 +3,9 @@
 One copy to the device per slice, whatever the number of features. The buffer holds, in this order,
 the ids, the weights' bits, the dense features' bits, the slots' offsets, the first row of the batch
 that the slice lands at and, of a model with fixed bags, whether the ids are rows of their tables or
-of their groups already. All sizes are the bucket's; what is behind the slice's own samples is
-padding: empty bags and zero dense features.
+of their groups already. Rows of tables need not be checked before: none reads outside its table.
+All sizes are the bucket's; what is behind the slice's own samples is padding: empty bags and zero
+dense features.
 """
 
 from collections import defaultdict, deque
@@ -31,8 +32,8 @@ from scheduling.request import SliceBucket
 class PackedShape:
     """Where each field of a slice lies in its buffer of `length` int32.
 
-    bases: where the table of each id of a sample with fixed bags starts in its group; none where
-    bags are jagged, or all tables start at 0.
+    bases, limits: of each id of a sample with fixed bags, where its table starts in its group and
+    how many rows it has; none where bags are jagged.
     """
 
     samples: int
@@ -41,6 +42,7 @@ class PackedShape:
     dense_width: int
     weighted: bool
     bases: tuple[int, ...]
+    limits: tuple[int, ...]
 
     @classmethod
     def of(cls, config: DLRMConfig, layout: Layout, bucket: SliceBucket) -> "PackedShape":
@@ -51,7 +53,8 @@ class PackedShape:
             slots=len(layout.slots),
             dense_width=config.dense_width,
             weighted=config.weighted,
-            bases=_fixed_bases(config, layout),
+            bases=_per_id(config, layout.feature_bases),
+            limits=_per_id(config, config.feature_rows),
         )
 
     @cached_property
@@ -87,16 +90,18 @@ class PackedShape:
         return fields["first_row"][0], batch
 
     def _rows(self, fields: dict[str, Array]) -> Int32[Array, " ids"]:
-        """Each id as a row of its group."""
+        """Each id as a row of its group; one that is outside its table as the nearest inside."""
+        rows = fields["rows"]
         if not self.bases:
-            return fields["rows"]
+            return rows
+        last = jnp.resize(jnp.array(self.limits, jnp.int32) - 1, (self.ids,))
         bases = jnp.resize(jnp.array(self.bases, jnp.int32), (self.ids,))
-        return fields["rows"] + fields["of_tables"] * bases
+        return jnp.where(fields["of_tables"] != 0, bases + jnp.clip(rows, 0, last), rows)
 
 
-def _fixed_bases(config: DLRMConfig, layout: Layout) -> tuple[int, ...]:
-    bases = np.repeat(layout.feature_bases, config.fixed_bags or 0)
-    return tuple(bases.tolist()) if bases.any() else ()
+def _per_id(config: DLRMConfig, of_features: Sequence[int]) -> tuple[int, ...]:
+    """What each id of a sample with fixed bags has from its feature; nothing for other bags."""
+    return tuple(np.repeat(of_features, config.fixed_bags or 0).tolist())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -147,7 +152,8 @@ class Staging:
         self._shapes: dict[SliceBucket, PackedShape] = {}
         self._free: defaultdict[int, deque[Buffer]] = defaultdict(deque)
         self._fixed_slots = np.zeros(0, np.int32)
-        self._bases = np.array(_fixed_bases(config, layout), np.int32)
+        self._bases = np.array(_per_id(config, layout.feature_bases), np.int32)
+        self._last = np.array(_per_id(config, config.feature_rows), np.int32) - 1
 
     def shape(self, bucket: SliceBucket) -> PackedShape:
         """The layout of `bucket`'s buffers."""
@@ -198,12 +204,15 @@ class Staging:
             np.concatenate(weights, out=buffer.weights[:ids])
 
     def _add_bases(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
-        """Rows of tables become those of groups here beside jagged bags, else on the device."""
+        """Rows of tables become those of groups here beside jagged bags, else on the device; what
+        is outside its table the nearest inside.
+        """
         end = 0
         for part in parts:
             start, end = end, end + len(part.rows)
             if part.slot_offsets is None:
                 rows = buffer.rows[start:end].reshape(-1, len(self._bases))
+                np.clip(rows, 0, self._last, out=rows)
                 rows += self._bases
 
     def _write_offsets(
