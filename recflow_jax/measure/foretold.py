@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
-from recflow_jax.engine.planning import plans_of
+from recflow_jax.engine.planning import pipeline_config, plans_of
 from recflow_jax.engine.profiles import load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.measure.host_rates import measured_rates, with_answers
@@ -18,7 +18,6 @@ from recflow_jax.measure.simulation import SimulatedLoad, simulate_batching
 from scheduling import (
     Collecting,
     HostCosts,
-    PipelineConfig,
     ProfileTable,
     Request,
     TablePlans,
@@ -95,12 +94,7 @@ class Foreteller:
     @property
     def _gpu(self) -> Gpu:
         assert isinstance(self._plans, TablePlans)
-        sizes = PipelineConfig(
-            batch_buckets=self._segments.batch_buckets,
-            slice_buckets=self._segments.slice_buckets,
-            segments=self._segments.count,
-            max_steps_in_flight=self._segments.options.max_steps_in_flight,
-        )
+        sizes = pipeline_config(self._segments, self._plans)
         times = TableTimes(self._table)
         return Gpu(sizes=sizes, plans=self._plans, times=times, host=self.host)
 

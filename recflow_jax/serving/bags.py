@@ -40,14 +40,15 @@ class PackedBags:
         )
 
     def batch(self, dense: np.ndarray) -> JaggedBatch:
-        """The samples, with their dense features, sample-major."""
+        """The samples, with their dense features, sample-major; frozen, as nobody else has them."""
         lengths = self.lengths.T.ravel()
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         places = np.repeat(self.starts.T.ravel() - offsets[:-1], lengths)
         places += np.arange(offsets[-1])
         weights = None if self.weights is None else self.weights[places]
-        return JaggedBatch(dense=dense, values=self.ids[places], offsets=offsets, weights=weights)
+        values = self.ids[places]
+        return JaggedBatch(dense=dense, values=values, offsets=offsets, weights=weights).frozen()
 
 
 def merge(parts: Sequence[tuple[Sequence[int], PackedBags]], features: int) -> PackedBags:
