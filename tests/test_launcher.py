@@ -233,16 +233,30 @@ def test_who_is_looked_at_later_learns_it_from_the_answer(engine: Engine, device
     assert (stats.requests_accepted, stats.requests_answered) == (5, 3)
 
 
-def test_the_rest_of_a_wrong_request_is_not_launched(engine: Engine, device: FakeSegments):
-    """Three batches long: it is refused when its first samples are on their way."""
+@pytest.mark.parametrize("sample", [0, 23])
+def test_one_wrong_id_is_enough_wherever_it_is(engine: Engine, device: FakeSegments, sample: int):
+    """In a request of three batches: it is refused when those samples are on their way."""
     held = fill_the_device(engine, device)
-    wrong = engine.submit(wrong_id(*range(24)))
+    batch = samples(*range(24), ids=2)
+    batch.values[2 * sample] = 1000
+    wrong = engine.submit(batch.frozen())
     device.go_on()
-    with pytest.raises(InputError, match="sample 23: id 1000"):
+    with pytest.raises(InputError, match=f"sample {sample}: id 1000"):
         wrong.result(timeout=SOON_S)
     result(held)
     assert result(engine.submit(samples(5))) == scores(5)
     assert engine.stats().queued_samples == 0
+
+
+def test_bags_of_other_lengths_beside_hide_nothing(engine: Engine, device: FakeSegments):
+    held = fill_the_device(engine, device)
+    others = engine.submit(samples(1, ids=3)), engine.submit(samples(4, ids=2).frozen())
+    wrong = engine.submit(wrong_id(7))
+    device.go_on()
+    with pytest.raises(InputError, match="sample 0: id 1000"):
+        wrong.result(timeout=SOON_S)
+    assert [result(one) for one in others] == [scores(1, ids=3), scores(4, ids=2)]
+    result(held)
 
 
 def test_who_was_cancelled_is_refused_no_more(engine: Engine, device: FakeSegments):

@@ -10,7 +10,7 @@ from recflow_jax.engine.launcher import fail_step, fail_update
 from recflow_jax.engine.ledger import Ledger, settle
 from recflow_jax.engine.messages import Fault, Flight, Inbox, Written, now_us
 from recflow_jax.engine.prepared import Preparer
-from recflow_jax.engine.staging import Staging
+from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import StepDone
 
@@ -72,11 +72,20 @@ class Completion:
 
     def _check(self, flight: Flight) -> None:
         """Ends what should not have been let in, while the device computes it for nothing."""
+        if not flight.unchecked or self._is_well(flight.buffer):
+            return
         for one in flight.unchecked:
             try:
                 self._preparer.check(one.samples)
             except InputError as error:
                 self._ledger.refuse(one.request.id, error)
+
+    def _is_well(self, buffer: Buffer | None) -> bool:
+        """Whether all of a slice is, in one look; False for what has to be looked at one by one."""
+        if buffer is None or not buffer.of_tables_alone:
+            return False
+        weights = buffer.weights if len(buffer.weights) else None
+        return self._preparer.are_well(buffer.dense[: buffer.samples], buffer.rows, weights)
 
     def _wait(self, flight: Flight) -> np.ndarray | None:
         """The scores on the host, once the step has ended; None if it makes none."""

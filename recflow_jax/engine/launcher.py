@@ -55,9 +55,10 @@ class _Batch:
 
 @dataclass(slots=True, frozen=True)
 class _Joining:
-    """The samples of a slice, and the requests that begin in it."""
+    """The samples of a slice, the requests that they are of, and those of them that begin in it."""
 
     samples: Sequence[Prepared] = ()
+    requests: Sequence[Submitted] = ()
     begun: Sequence[Submitted] = ()
 
 
@@ -199,9 +200,11 @@ class Launcher:
         """The batch that a slice joins, and what joins it."""
         batch = self._batches.setdefault(piece.batch_id, _Batch())
         batch.request_ids.update(part.request_id for part in piece.parts)
-        begun = [self._waiting[part.request_id] for part in piece.parts if part.start == 0]
+        requests = [self._waiting[part.request_id] for part in piece.parts]
         return batch, _Joining(
-            samples=[self._samples_of(part) for part in piece.parts], begun=begun
+            samples=[self._samples_of(part) for part in piece.parts],
+            requests=requests,
+            begun=[one for one, part in zip(requests, piece.parts, strict=True) if not part.start],
         )
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
@@ -210,7 +213,7 @@ class Launcher:
         flight.waits = [
             (now - one.request.arrived_us, ended - one.steps_ended) for one in joining.begun
         ]
-        flight.unchecked = [one for one in joining.begun if not one.samples.is_checked]
+        flight.unchecked = [one for one in joining.requests if not one.samples.is_checked]
         return flight.buffer.array
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:

@@ -63,7 +63,8 @@ class Flight:
     """A launched step: the arrays that are ready when it has ended, and whose answers it makes.
 
     waits: of the requests of which it carries the first samples, from arrival to its launch, in
-        microseconds and in steps that ended. unchecked: those among them that are to be checked.
+        microseconds and in steps that ended. unchecked: of all whose samples it carries, those that
+        are to be checked.
     """
 
     step_id: int

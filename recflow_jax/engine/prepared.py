@@ -20,7 +20,7 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, copy_ids, is_shared
+from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, are_below, copy_ids, is_shared
 from recflow_jax.layout import Layout
 
 
@@ -94,12 +94,7 @@ class Preparer:
 
         Raises InputError that names feature, sample and value.
         """
-        check_shapes(self._config, batch)
-        if self._fixed is not None and self._fixed.are_in(batch):
-            prepared = self._prepare_fixed(self._fixed, batch.dense, batch.values, batch.weights)
-        else:
-            prepared = self._prepare_jagged(batch)
-        return self._refuse(batch) if prepared is None else prepared
+        return self._prepare(batch, checks_later=False)
 
     def begin(self, batch: JaggedBatch) -> Prepared:
         """`prepare`, but what it would only look at is left to `check`: samples with fixed bags in
@@ -107,10 +102,45 @@ class Preparer:
 
         Raises InputError for all else.
         """
+        return self._prepare(batch, checks_later=True)
+
+    def check(self, samples: Prepared) -> None:
+        """Raises the InputError that `prepare` would have raised, if `begin` has left it out."""
+        dense, rows, weights = samples.dense, samples.rows, samples.weights
+        if samples.is_checked or self.are_well(dense, rows, weights):
+            return
+        assert self._fixed is not None
+        offsets = self._fixed.offsets(samples.samples)
+        self._refuse(JaggedBatch(dense=dense, values=rows, offsets=offsets, weights=weights))
+
+    def are_well(self, dense: np.ndarray, rows: np.ndarray, weights: np.ndarray | None) -> bool:
+        """Whether `check` would pass samples of which these are the arrays, of whatever requests;
+        `rows` and `weights` may have more behind.
+        """
+        assert self._fixed is not None
+        ids = len(dense) * self._fixed.ids
+        weights = None if weights is None else weights[:ids]
+        return self._fixed.are_of_tables(rows[:ids]) and _are_finite(dense, weights)
+
+    def prepare_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared:
+        """`prepare` of what JaggedBatch.from_features takes; fixed bags do without the batch."""
+        prepared = self._prepare_fixed_features(dense, sparse)
+        if prepared is None:
+            return self.prepare(JaggedBatch.from_features(self._config, dense, sparse))
+        return prepared
+
+    def _prepare(self, batch: JaggedBatch, *, checks_later: bool) -> Prepared:
         check_shapes(self._config, batch)
         bags = self._fixed
-        if bags is None or not is_shared(batch.values) or not bags.are_in(batch):
-            return self.prepare(batch)
+        if bags is None or not bags.are_in(batch):
+            prepared = self._prepare_jagged(batch)
+        elif checks_later and is_shared(batch.values):
+            return self._prepare_shared(bags, batch)
+        else:
+            prepared = self._prepare_fixed(bags, batch.dense, batch.values, batch.weights)
+        return self._refuse(batch) if prepared is None else prepared
+
+    def _prepare_shared(self, bags: FixedBags, batch: JaggedBatch) -> Prepared:
         return Prepared(
             dense=_kept(batch.dense),
             rows=batch.values,
@@ -119,24 +149,6 @@ class Preparer:
             weights=None if batch.weights is None else _kept(batch.weights),
             is_checked=False,
         )
-
-    def check(self, samples: Prepared) -> None:
-        """Raises the InputError that `prepare` would have raised, if `begin` has left it out."""
-        if samples.is_checked:
-            return
-        assert self._fixed is not None
-        dense, weights = samples.dense, samples.weights
-        if not self._fixed.are_of_tables(samples.rows) or not _are_finite(dense, weights):
-            offsets = self._fixed.offsets(samples.samples)
-            batch = JaggedBatch(dense=dense, values=samples.rows, offsets=offsets, weights=weights)
-            self._refuse(batch)
-
-    def prepare_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared:
-        """`prepare` of what JaggedBatch.from_features takes; fixed bags do without the batch."""
-        prepared = self._prepare_fixed_features(dense, sparse)
-        if prepared is None:
-            return self.prepare(JaggedBatch.from_features(self._config, dense, sparse))
-        return prepared
 
     def _prepare_fixed_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared | None:
         if self._fixed is None or self._config.weighted:
@@ -181,7 +193,9 @@ class Preparer:
         for start in range(0, samples, max(step, 1)):
             ids = slice(id_offsets[start], id_offsets[min(start + step, samples)])
             counts = lengths[start * features : (start + step) * features]
-            if not copy_ids(values[ids], np.repeat(limits[: len(counts)], counts), out=rows[ids]):
+            if not copy_ids(values[ids], out=rows[ids]):
+                return None
+            if not are_below(rows[ids], np.repeat(limits[: len(counts)], counts)):
                 return None
             rows[ids] += np.repeat(bases[: len(counts)], counts)
         return rows
@@ -226,9 +240,8 @@ def _are_finite(dense: np.ndarray, weights: np.ndarray | None) -> bool:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """By their sum, which is finite in float64 if all are, and not if one is not."""
-    with np.errstate(invalid="ignore"):
-        return math.isfinite(values.sum(dtype=np.float64))
+    """By the largest and the smallest: either is NaN if one is."""
+    return not values.size or (math.isfinite(values.max()) and math.isfinite(values.min()))
 
 
 def _check_ids_per_sample(id_offsets: np.ndarray, most: int) -> None:

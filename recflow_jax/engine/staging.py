@@ -123,6 +123,11 @@ class Buffer:
     samples: int = 0
     fixed_samples: int | None = 0
 
+    @property
+    def of_tables_alone(self) -> bool:
+        """Whether all bags in it are fixed, and rows those of their tables."""
+        return bool(self.of_tables.any())
+
     @classmethod
     def of(cls, shape: PackedShape) -> "Buffer":
         """A buffer of no samples."""
