@@ -119,8 +119,9 @@ def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:
 
 
 def copy_ids(ids: np.ndarray, *, out: np.ndarray) -> bool:
-    """Writes int32 ids into `out`; False if one is not in [0, 2**31), where that is not yet told by
-    the copies. Those are what to hold against limits: whoever writes to `ids` meanwhile.
+    """Writes int32 ids into `out`; False if one of a wider type is not in [0, 2**31).
+
+    It is the copies that are to be held against limits: `ids` may change meanwhile.
     """
     if ids.dtype != np.int32:
         ids = ids.astype(np.int64, copy=False)
