@@ -276,6 +276,9 @@ def bench_model(
         int | None, typer.Option(help="Online: of each request.  [default: MLPerf's sizes]", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="Online: of each load.", min=0.1)] = 5.0,
+    repeat: Annotated[
+        int, typer.Option(help="Online: of each load, in turn; the median p99 counts.", min=1)
+    ] = 1,
     steady: Steady = False,
     backend: BackendName = "auto",
     profile: ProfileTable = None,
@@ -303,6 +306,7 @@ def bench_model(
         burst=burst,
         load_of=load_of,
         p99_ms=p99,
+        repeats=repeat,
     )
     bench_model(
         config,

@@ -367,7 +367,19 @@ def test_an_unknown_kernel_is_named() -> None:
         bench_kernels(PAIR, kernels=["softmax"], batches=(4,))
 
 
-@pytest.mark.parametrize("options", [{"loads": (0.5, 0.0)}, {"qps": (-1.0,)}, {"seconds": 0.0}])
+def test_a_load_is_offered_again_and_the_median_counts() -> None:
+    online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2, repeats=3)
+    result = bench_model(models.CONCAT, batches=(4,), modes=("online",), online=online, timing=FAST)
+    (point,) = result["online"]["points"]
+    assert set(point["p99s_ms"]) == set(point["contenders"]) == {"recflow", "serial", "jax"}
+    for name, load in point["contenders"].items():
+        assert load["p99_ms"] == sorted(point["p99s_ms"][name])[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loads": (0.5, 0.0)}, {"qps": (-1.0,)}, {"seconds": 0.0}, {"repeats": 0}],
+)
 def test_bad_loads_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"online: {next(iter(options))}"):
         OnlineOptions(**options)

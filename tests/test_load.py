@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.measure.load import (
     LoadError,
     burst_arrivals_s,
+    of_median_p99,
     poisson_arrivals_s,
     run_open_loop,
     saturation_samples_per_s,
@@ -90,6 +92,14 @@ def test_failures_are_counted_apart() -> None:
 
     result = run_open_loop(every_second_fails, [request(1)], np.arange(10) * 1e-3)
     assert result.failed == 5
+
+
+def test_of_several_runs_the_one_with_the_median_p99_counts() -> None:
+    run = run_open_loop(answer_at_once, [request(1)], np.zeros(10))
+    runs = [replace(run, p99_ms=ms) for ms in (9, 2, 40, 3)]
+    assert of_median_p99(runs) is runs[3]  # of two in the middle the better one
+    assert of_median_p99(runs[:3]) is runs[0]
+    assert of_median_p99(runs[:1]) is runs[0]
 
 
 def test_a_server_that_answers_nothing_is_an_error() -> None:

@@ -13,8 +13,8 @@ class Answer(Future[np.ndarray]):
 
     `.cancel()` works until the answer is there: what of the request still waits is dropped. Raises
     DeadlineExceeded, EngineClosed or StepFailed where that came first, and InputError where samples
-    are looked at after they were let in. Callbacks run on a thread
-    of the engine: they should be short, and must not wait for another answer.
+    are looked at after they were let in. Callbacks run on a thread of the engine: they should be
+    short, and must not wait for another answer.
     """
 
     def __init__(self, on_cancel: Callable[[], None] | None = None) -> None:

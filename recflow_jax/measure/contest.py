@@ -14,7 +14,7 @@ from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.segments import Segments
 from recflow_jax.measure.contenders import RECFLOW, Lineup
 from recflow_jax.measure.foretold import Foreteller, Foretold
-from recflow_jax.measure.load import LoadResult, run_open_loop
+from recflow_jax.measure.load import LoadResult, of_median_p99, run_open_loop
 from recflow_jax.measure.online import (
     OnlineOptions,
     OnlinePoint,
@@ -44,7 +44,8 @@ def measurements(options: OnlineOptions) -> int:
     """How often `bench_online` calls `advance`."""
     points = len(options.qps or options.loads)
     saturating = len(CONTENDERS) - 1 + len(TRIED_IN_FLIGHT)
-    return saturating + points * (TRIES + len(CONTENDERS)) + len(CONTENDERS)
+    offered = options.repeats * len(CONTENDERS)
+    return saturating + points * (TRIES + offered) + len(CONTENDERS)
 
 
 def bench_online(
@@ -148,16 +149,25 @@ class _Contest:
     def _point(self, share: float | None, qps: float) -> OnlinePoint:
         self.collecting = self._tuned(qps)
         self.serial.collect(self.collecting)
-        options = self.options
-        given = (options.seconds, self.seed, self.advance, options.arrivals_s)
-        loads = offer(self.servers, self.requests, qps, *given)
+        runs = [self._offered(qps, turned=bool(i % 2)) for i in range(self.options.repeats)]
+        of_each = {name: [run[name] for run in runs] for name in self.servers}
+        loads = {name: of_median_p99(offered) for name, offered in of_each.items()}
         return OnlinePoint(
             share=share,
             qps=qps,
             contenders=loads,
+            p99s_ms={name: [one.p99_ms for one in offered] for name, offered in of_each.items()},
             collecting=self.collecting,
             waited=Waited.of_last(self.engine.waits(), loads[RECFLOW].requests),
             foretold=self._foretold(qps, loads),
+        )
+
+    def _offered(self, qps: float, *, turned: bool) -> dict[str, LoadResult]:
+        """The same arrivals for each, one after the other; turned: in the order turned around."""
+        options, servers = self.options, list(self.servers.items())
+        return offer(
+            dict(reversed(servers) if turned else servers),
+            *(self.requests, qps, options.seconds, self.seed, self.advance, options.arrivals_s),
         )
 
     def _tuned(self, qps: float) -> Collecting:

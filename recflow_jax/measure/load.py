@@ -68,6 +68,11 @@ class LoadResult:
         return self.failures.get(DeadlineExceeded.__name__, 0)
 
 
+def of_median_p99(loads: Sequence[LoadResult]) -> LoadResult:
+    """The middle one, or the better of the two in the middle."""
+    return sorted(loads, key=lambda load: load.p99_ms)[(len(loads) - 1) // 2]
+
+
 def poisson_arrivals_s(per_s: float, count: int, *, seed: int) -> Float[np.ndarray, " count"]:
     """Times of `count` Poisson arrivals at `per_s` per second, from 0."""
     if per_s <= 0:

@@ -58,13 +58,14 @@ class OnlineOptions:
     p99_ms: float = 10.0
     wait_ms: float = 2.0
     in_flight_batches: int = 3
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         for name in ("loads", "qps"):
             bad = [value for value in getattr(self, name) if not value > 0]
             if bad:
                 raise ValueError(f"online: {name} has {bad[0]}, not above 0")
-        for name in ("seconds", "p99_ms"):
+        for name in ("seconds", "p99_ms", "repeats"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"online: {name} is {getattr(self, name)}, not above 0")
 
@@ -84,13 +85,14 @@ class OnlineOptions:
 class OnlinePoint:
     """One load: `share` of the saturation (None for a given rate).
 
-    Of the bench alone: how serial batching collected, how long the engine's requests waited for
-    their launch, and what was foretold, with a profile table.
+    Of the bench alone: the p99 of each contender in each repeat, how serial batching collected, how
+    long the engine's requests waited for their launch, and what was foretold, with a profile table.
     """
 
     share: float | None
     qps: float
     contenders: dict[str, LoadResult]
+    p99s_ms: dict[str, list[float]] = field(default_factory=dict)
     collecting: Collecting | None = None
     waited: Waited | None = None
     foretold: dict[str, Foretold] = field(default_factory=dict)

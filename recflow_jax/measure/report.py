@@ -185,6 +185,7 @@ def online_table(result: OnlineResult) -> Table:
         f"request; saturation in requests/s: {saturation}",
         *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms"),
         *("answered/s", "failed"),
+        *(["p99 ms of all"] if _is_repeated(result) else []),
     )
     for point in result.points:
         for name, load in point.contenders.items():
@@ -196,9 +197,18 @@ def online_table(result: OnlineResult) -> Table:
                 *(f"{ms:,.2f}" for ms in (load.p50_ms, load.p95_ms, load.p99_ms, load.p999_ms)),
                 f"{load.answered_per_s:,.0f}" + ("" if load.kept_up else " (falls behind)"),
                 str(load.failed),
+                *([_range(point.p99s_ms[name])] if _is_repeated(result) else []),
                 end_section=name == list(point.contenders)[-1],
             )
     return table
+
+
+def _is_repeated(result: OnlineResult) -> bool:
+    return any(len(p99s) > 1 for point in result.points for p99s in point.p99s_ms.values())
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):,.2f}-{max(values):,.2f}"
 
 
 def collecting_line(result: OnlineResult) -> str:
