@@ -61,9 +61,8 @@ class Ledger:
         return self._admission.samples
 
     def expect(self, samples: int) -> None:
-        """Raises at once what `accept` would if nothing changed: a flood is not to be made ready.
-
-        More than ever fit are nothing that waiting helps, and `accept` is not asked.
+        """Raises what `accept` would now, so that a flood need not be made ready first. A request
+        that is larger than the queue passes: it has an error of its own.
         """
         if self._shut:
             self._refuse_closed()
