@@ -1,5 +1,6 @@
 """What Prometheus and Triton's clients are told: counts of the server, and of the engine in it."""
 
+import collections
 import time
 from collections.abc import Callable
 from functools import cache
@@ -56,6 +57,7 @@ class Metrics:
         self._seconds = {"ok": 0.0, "fail": 0.0}
         self._counts = {"ok": 0, "fail": 0}
         self._last_ms = 0
+        self._inferences: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def changed(self, outcome: str) -> None:
         """A version was `loaded` or `unloaded`, or its loading `failed`."""
@@ -65,9 +67,10 @@ class Metrics:
         """A request has come."""
         self._arrivals(protocol).inc()
 
-    def answered(self, samples: int) -> None:
-        """A request of so many samples has its scores."""
+    def answered(self, model: str, version: str, samples: int) -> None:
+        """A request of so many samples has its scores, of this version."""
         self._samples.observe(samples)
+        self._inferences[model, version] += samples
         self._last_ms = time.time_ns() // 10**6
 
     def ended(self, protocol: str, outcome: str, seconds: float) -> None:
@@ -89,7 +92,7 @@ class Metrics:
             "name": model.name,
             "version": model.version,
             "last_inference": self._last_ms,
-            "inference_count": stats.samples_answered - model.tried_out,
+            "inference_count": self._inferences[model.name, model.version],
             "execution_count": stats.batches,
             "inference_stats": {
                 "success": self._duration("ok"),

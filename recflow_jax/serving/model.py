@@ -2,7 +2,6 @@
 
 import json
 import time
-from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +19,7 @@ ID_BYTES = 8  # no request has more ids, laid out, than a body has room for
 
 
 class ServedModel:
-    """An engine under a name and a version. `tried_out`: how often, successfully."""
+    """An engine under a name and a version."""
 
     def __init__(
         self,
@@ -34,7 +33,6 @@ class ServedModel:
         self.engine = engine
         self.name = name
         self.version = version
-        self.tried_out = 0
         self._landing = landing
         options = engine.options
         self._max_ids = options.max_ids_per_sample or options.slice_buckets(engine.config)[-1].ids
@@ -66,13 +64,7 @@ class ServedModel:
             offsets=np.zeros(len(config.features) + 1, np.int64),
             weights=np.zeros(0, np.float32) if config.weighted else None,
         )
-        answer = self.engine.submit(sample)
-        answer.add_done_callback(self._count_trial)
-        return Pending(answer, self._landing, timeout_s)
-
-    def _count_trial(self, answer: "Future[Any]") -> None:
-        if not answer.cancelled() and answer.exception() is None:
-            self.tried_out += 1
+        return Pending(self.engine.submit(sample), self._landing, timeout_s)
 
     def metadata(self) -> dict[str, Any]:
         """Tensors, and what it takes beside them to build a request."""

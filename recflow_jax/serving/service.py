@@ -83,7 +83,7 @@ class Service:
 
     def answer(self, visit: Visit, call: InferCall, scores: np.ndarray) -> InferAnswer:
         """The scores as an answer to `call`."""
-        self.metrics.answered(len(scores))
+        self.metrics.answered(visit.model, visit.version, len(scores))
         return InferAnswer(model=visit.model, version=visit.version, id=call.id, scores=scores)
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
