@@ -198,10 +198,10 @@ def test_frozen_samples_are_the_same(config: DLRMConfig, block_ids: int):
     assert_is(config, preparer(config).prepare(batch.frozen()), batch)
 
 
-@pytest.mark.parametrize("way", ["prepare", "begin"])
-def test_frozen_samples_of_fixed_bags_are_not_copied(way: str):
+@pytest.mark.parametrize("checks_later", [False, True])
+def test_frozen_samples_of_fixed_bags_are_not_copied(checks_later: bool):
     frozen = generate(FIXED, 3, seed=0).frozen()
-    found = getattr(preparer(FIXED), way)(frozen)
+    found = preparer(FIXED).prepare(frozen, checks_later=checks_later)
     assert np.shares_memory(found.rows, frozen.values)
     assert np.shares_memory(found.dense, frozen.dense)
     for array in (frozen.dense, frozen.values, frozen.offsets):
@@ -213,7 +213,7 @@ def test_frozen_samples_of_fixed_bags_are_not_copied(way: str):
 def test_begun_samples_are_the_same(config: DLRMConfig):
     batch, makes = generate(config, 7, seed=3), preparer(config)
     for given_as in (batch, batch.frozen()):
-        found = makes.begin(given_as)
+        found = makes.prepare(given_as, checks_later=True)
         assert_is(config, found, batch)
         makes.check(found)
         assert_is(config, found.part(2, 5), batch.part(2, 5))
@@ -227,11 +227,13 @@ def test_only_what_is_fixed_and_not_copied_is_checked_later():
     moved[-4] -= 1
     wide = dataclasses.replace(frozen, values=frozen.values.astype(np.int64)).frozen()
     makes = preparer(FIXED)
-    assert not makes.begin(frozen).is_checked
+    assert not makes.prepare(frozen, checks_later=True).is_checked
     assert makes.prepare(frozen).is_checked
     for other in (batch, dataclasses.replace(frozen, offsets=moved), wide):
-        assert makes.begin(other).is_checked
-    assert preparer(CONCAT).begin(generate(CONCAT, 3, seed=0).frozen()).is_checked
+        assert makes.prepare(other, checks_later=True).is_checked
+    assert (
+        preparer(CONCAT).prepare(generate(CONCAT, 3, seed=0).frozen(), checks_later=True).is_checked
+    )
 
 
 def test_the_largest_floats_are_well():
@@ -268,7 +270,10 @@ def assert_refused_alike(config: DLRMConfig, batch: JaggedBatch) -> None:
     if np.array_equal(narrow, batch.values):
         batch = dataclasses.replace(batch, values=narrow)
     makes = preparer(config)
-    for prepare in (makes.prepare, lambda same: makes.check(makes.begin(same))):
+    for prepare in (
+        makes.prepare,
+        lambda same: makes.check(makes.prepare(same, checks_later=True)),
+    ):
         for same in (batch, batch.frozen()):
             with pytest.raises(InputError) as found:
                 prepare(same)

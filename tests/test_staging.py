@@ -112,7 +112,7 @@ def test_no_row_is_outside_its_table(beside: DLRMConfig):
     tame.values[:] = np.clip(wild.values.reshape(3, -1), 0, limits - 1).ravel()
     other, packer = generate(beside, 2, seed=2), staging(FIXED)
     makes = Preparer(FIXED, Layout.of(FIXED), max_ids=BUCKET.ids)
-    parts = [makes.begin(wild.frozen()), makes.prepare(other)]
+    parts = [makes.prepare(wild.frozen(), checks_later=True), makes.prepare(other)]
     _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, parts))
     assert_holds(FIXED, batch, JaggedBatch.join([tame, other]))
 
@@ -122,7 +122,7 @@ def test_what_an_unchecked_slice_leaves_behind_is_no_row():
     wild = generate(FIXED, 8, seed=1)
     wild.values[:] = 10**9
     makes, packer = Preparer(FIXED, Layout.of(FIXED), max_ids=BUCKET.ids), staging(FIXED)
-    packer.give_back(packer.pack(BUCKET, 0, [makes.begin(wild.frozen())]))
+    packer.give_back(packer.pack(BUCKET, 0, [makes.prepare(wild.frozen(), checks_later=True)]))
     few = next(b for s in range(99) if not is_fixed(b := generate(VARIED, 1, seed=s)))
     _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, [makes.prepare(few)]))
     assert int(jnp.max(batch.rows)) < max(table.rows for table in FIXED.tables) * len(FIXED.tables)

@@ -78,7 +78,7 @@ class Completion:
             try:
                 self._preparer.check(one.samples)
             except InputError as error:
-                self._ledger.refuse(one.request.id, error)
+                self._ledger.end(one.request.id, error)
 
     def _is_well(self, buffer: Buffer | None) -> bool:
         """Whether all of a slice is, in one look; False for what has to be looked at one by one."""

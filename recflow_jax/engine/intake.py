@@ -38,14 +38,12 @@ class Terms:
 def prepare(
     preparer: Preparer, dense: Any, sparse: Sparse | None, *, checks_later: bool = False
 ) -> Prepared:
-    """What a caller handed over, checked, or begun with where that can be made up for later. Raises
-    InputError.
-    """
+    """What a caller handed over, checked as `Preparer.prepare` does. Raises InputError."""
     if not isinstance(dense, JaggedBatch):
         return preparer.prepare_features(dense, sparse or {})
     if sparse is not None:
         raise InputError("sparse features beside a JaggedBatch, which has its own")
-    return preparer.begin(dense) if checks_later else preparer.prepare(dense)
+    return preparer.prepare(dense, checks_later=checks_later)
 
 
 def new_request(

@@ -55,11 +55,10 @@ class _Batch:
 
 @dataclass(slots=True, frozen=True)
 class _Joining:
-    """The samples of a slice, the requests that they are of, and those of them that begin in it."""
+    """The samples of a slice, part by part, and the requests that they are of."""
 
     samples: Sequence[Prepared] = ()
     requests: Sequence[Submitted] = ()
-    begun: Sequence[Submitted] = ()
 
 
 class Launcher:
@@ -202,16 +201,16 @@ class Launcher:
         batch.request_ids.update(part.request_id for part in piece.parts)
         requests = [self._waiting[part.request_id] for part in piece.parts]
         return batch, _Joining(
-            samples=[self._samples_of(part) for part in piece.parts],
-            requests=requests,
-            begun=[one for one, part in zip(requests, piece.parts, strict=True) if not part.start],
+            samples=[self._samples_of(part) for part in piece.parts], requests=requests
         )
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
         flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
         now, ended = now_us(), self._tally.steps_ended
         flight.waits = [
-            (now - one.request.arrived_us, ended - one.steps_ended) for one in joining.begun
+            (now - one.request.arrived_us, ended - one.steps_ended)
+            for one, part in zip(joining.requests, piece.parts, strict=True)
+            if part.start == 0
         ]
         flight.unchecked = [one for one in joining.requests if not one.samples.is_checked]
         return flight.buffer.array

@@ -119,20 +119,10 @@ class Ledger:
         """Ends a request with an error, unless it has ended already."""
         error = kind(message)
         error.__cause__ = cause
-        self._end(request_id, error)
+        self.end(request_id, error)
 
-    def refuse(self, request_id: int, error: InputError) -> None:
-        """Ends a request that should not have been let in, unless it has ended already."""
-        self._end(request_id, error)
-
-    def fail_all(
-        self, kind: type[EngineError], message: str, cause: BaseException | None = None
-    ) -> None:
-        """Ends every request that is open."""
-        for request_id in list(self._open):
-            self.fail(request_id, kind, message, cause)
-
-    def _end(self, request_id: int, error: EngineError | InputError) -> None:
+    def end(self, request_id: int, error: EngineError | InputError) -> None:
+        """Ends a request with this error, unless it has ended already."""
         entry = self._take_out(request_id)
         if entry is None:
             return
@@ -141,6 +131,13 @@ class Ledger:
             return self._tally.cancelled()
         self._count(error)
         settle(entry.answer.set_exception, error)
+
+    def fail_all(
+        self, kind: type[EngineError], message: str, cause: BaseException | None = None
+    ) -> None:
+        """Ends every request that is open."""
+        for request_id in list(self._open):
+            self.fail(request_id, kind, message, cause)
 
     def _count(self, error: EngineError | InputError) -> None:
         if isinstance(error, DeadlineExceeded):

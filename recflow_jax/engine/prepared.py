@@ -88,24 +88,24 @@ class Preparer:
             lengths = dict(zip([f.name for f in config.features], config.fixed_bags, strict=True))
             self._fixed = FixedBags(lengths, self._limits)
 
-    def prepare(self, batch: JaggedBatch) -> Prepared:
+    def prepare(self, batch: JaggedBatch, *, checks_later: bool = False) -> Prepared:
         """The samples as they are now, whatever becomes of those of `batch`'s arrays that can be
-        written to.
+        written to. checks_later: what it would only look at, ids and floats of samples with fixed
+        bags whose ids need no copy, is left to `check`.
 
         Raises InputError that names feature, sample and value.
         """
-        return self._prepare(batch, checks_later=False)
-
-    def begin(self, batch: JaggedBatch) -> Prepared:
-        """`prepare`, but what it would only look at is left to `check`: samples with fixed bags in
-        arrays that cannot be written to.
-
-        Raises InputError for all else.
-        """
-        return self._prepare(batch, checks_later=True)
+        check_shapes(self._config, batch)
+        bags = self._fixed
+        if bags is not None and bags.are_in(batch):
+            given = (batch.dense, batch.values, batch.weights)
+            prepared = self._prepare_fixed(bags, *given, checks_later=checks_later)
+        else:
+            prepared = self._prepare_jagged(batch)
+        return self._refuse(batch) if prepared is None else prepared
 
     def check(self, samples: Prepared) -> None:
-        """Raises the InputError that `prepare` would have raised, if `begin` has left it out."""
+        """Raises the InputError that `prepare` would have raised, if that was left for later."""
         dense, rows, weights = samples.dense, samples.rows, samples.weights
         if samples.is_checked or self.are_well(dense, rows, weights):
             return
@@ -129,27 +129,6 @@ class Preparer:
             return self.prepare(JaggedBatch.from_features(self._config, dense, sparse))
         return prepared
 
-    def _prepare(self, batch: JaggedBatch, *, checks_later: bool) -> Prepared:
-        check_shapes(self._config, batch)
-        bags = self._fixed
-        if bags is None or not bags.are_in(batch):
-            prepared = self._prepare_jagged(batch)
-        elif checks_later and is_shared(batch.values):
-            return self._prepare_shared(bags, batch)
-        else:
-            prepared = self._prepare_fixed(bags, batch.dense, batch.values, batch.weights)
-        return self._refuse(batch) if prepared is None else prepared
-
-    def _prepare_shared(self, bags: FixedBags, batch: JaggedBatch) -> Prepared:
-        return Prepared(
-            dense=_kept(batch.dense),
-            rows=batch.values,
-            id_offsets=bags.id_offsets(batch.samples),
-            slot_offsets=None,
-            weights=None if batch.weights is None else _kept(batch.weights),
-            is_checked=False,
-        )
-
     def _prepare_fixed_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared | None:
         if self._fixed is None or self._config.weighted:
             return None
@@ -163,11 +142,15 @@ class Preparer:
         dense: np.ndarray,
         values: np.ndarray,
         weights: np.ndarray | None,
+        *,
+        checks_later: bool = False,
     ) -> Prepared | None:
-        rows = bags.as_int32(values)
+        checks_later = checks_later and is_shared(values)
+        rows = values if checks_later else bags.as_int32(values)
         if rows is None:
             return None
-        return _with_floats(dense, weights, rows, bags.id_offsets(len(dense)), None)
+        offsets = bags.id_offsets(len(dense))
+        return _with_floats(dense, weights, rows, offsets, None, is_checked=not checks_later)
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
         offsets, n = batch.offsets.copy(), batch.samples
@@ -217,9 +200,11 @@ def _with_floats(
     rows: np.ndarray,
     id_offsets: np.ndarray,
     slot_offsets: np.ndarray | None,
+    *,
+    is_checked: bool = True,
 ) -> Prepared | None:
     dense, weights = _kept(dense), None if weights is None else _kept(weights)
-    if not _are_finite(dense, weights):
+    if is_checked and not _are_finite(dense, weights):
         return None
     return Prepared(
         dense=dense,
@@ -227,6 +212,7 @@ def _with_floats(
         id_offsets=id_offsets,
         slot_offsets=slot_offsets,
         weights=weights,
+        is_checked=is_checked,
     )
 
 

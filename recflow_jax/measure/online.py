@@ -47,6 +47,8 @@ class OnlineOptions:
     `seconds`; requests due by then are all waited for. burst: arrivals in bursts, not evenly.
     load_of: whose saturation the loads are shares of; "lowest" of all. p99_ms: the bound within
     which the largest load is looked for. wait_ms: how long plain JAX collects.
+    repeats: how often each load is offered, contenders in turn; of each the run with the median p99
+    counts, as a hiccup of the machine makes a tail of its own.
     """
 
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
