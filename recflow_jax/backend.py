@@ -24,6 +24,7 @@ from recflow_jax.tiles import DenseShape, TileTable, table_of
 
 BackendName = Literal["xla", "mosaic"]
 HOPPER = "9.0"
+MOST_LAUNCHES = 2**31 - 1  # of an executable: from so many on it would become a graph
 MOST_CONSTANT_BYTES = 64 * 2**20  # each executable has its own copy of its constants
 
 
@@ -33,18 +34,23 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The operations of one back end. `reason` says why it was chosen."""
+    """The operations of one back end. `reason` says why it was chosen. graphs: whether the kernels'
+    executables become CUDA graphs, of which profilers may show less than of launches.
+    """
 
     name: BackendName
     reason: str
     ops: Ops
+    graphs: bool = True
 
     @property
     def compiler_options(self) -> dict[str, Any]:
         """For XLA: with the kernels, a whole executable becomes one CUDA graph, however short,
         since its launches one by one take the host longer than the device.
         """
-        return {"xla_gpu_graph_min_graph_size": 1} if self.name == "mosaic" else {}
+        if self.name != "mosaic":
+            return {}
+        return {"xla_gpu_graph_min_graph_size": 1 if self.graphs else MOST_LAUNCHES}
 
     @property
     def compile_workers(self) -> int:

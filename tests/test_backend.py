@@ -49,7 +49,11 @@ def test_a_cpu_gets_xla() -> None:
 
 
 def test_only_the_kernels_executables_become_graphs_however_short() -> None:
-    assert choose_backend("auto", gpu("9.0")).compiler_options
+    kernels = choose_backend("auto", gpu("9.0"))
+    assert kernels.compiler_options == {"xla_gpu_graph_min_graph_size": 1}
+    apart = dataclasses.replace(kernels, graphs=False)
+    assert apart.compiler_options["xla_gpu_graph_min_graph_size"] > 10**9
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=apart.compiler_options)
     assert not choose_backend("xla", gpu("9.0")).compiler_options
 
 

@@ -4,16 +4,20 @@ bits of the serial kernels.
 
 import dataclasses
 import functools
+import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import profiler
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import corun
-from pallas_kernels.corun import CONFIG, CONFIGS, CorunConfig, dense_with_gather
+from pallas_kernels.corun import CONFIG, CONFIGS, REGIONS, CorunConfig, dense_with_gather
 from pallas_kernels.embedding import pooled_gather
 from pallas_kernels.gather_shape import GatherConfig
 from pallas_kernels.mlp import MlpConfig, dense
@@ -85,6 +89,38 @@ def test_every_config_lowers_to_cuda(config: CorunConfig, mix: str) -> None:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     lowered = jax.jit(beside(case, config)).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_traced_launch_records_its_regions_and_has_room_for_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles are at most 3 of 128 x 256, 5 of 128 x 128 per block."""
+    specs: list[profiler.ProfilerSpec] = []
+    regions: list[str] = []
+    initialise, intern = profiler.ProfilerSpec.__init__, profiler.ProfilerSpec.intern_name
+
+    def noted(self: profiler.ProfilerSpec, *args: Any, **options: Any) -> None:
+        specs.append(self)
+        initialise(self, *args, **options)
+
+    def noted_name(self: profiler.ProfilerSpec, region: str) -> int:
+        regions.append(region)
+        return intern(self, region)
+
+    monkeypatch.setattr(profiler.ProfilerSpec, "__init__", noted)
+    monkeypatch.setattr(profiler.ProfilerSpec, "intern_name", noted_name)
+    # The host's part, which writes the file, is lowered for the devices that are there alone.
+    monkeypatch.setattr(jax.debug, "callback", lambda *_: None)
+    case = make_mix("floats", samples=9, longest=3)
+    arrays = (*operands(10_000, 99, 1024), *room_for(case), *on_device(case))
+    traced = beside(case, CONFIGS[name], trace_dir=str(tmp_path))
+    jax.jit(traced).trace(*arrays).lower(lowering_platforms=("cuda",))
+    tiles = {256: 3, 128: 5}[CONFIGS[name].mlp.block_n]
+    assert regions == ["Init", *REGIONS]
+    assert [(s.dump_path, s.entries_per_warpgroup) for s in specs] == [
+        (str(tmp_path), 4 * (tiles + 2) + 4)
+    ]
 
 
 def test_claims_are_counted_in_memory_that_xla_knows_to_change() -> None:
@@ -171,3 +207,25 @@ def test_gpu_bits_are_those_of_the_serial_kernels(
             np.testing.assert_array_equal(
                 np.asarray(ours, np.float32), np.asarray(serial, np.float32)
             )
+
+
+@pytest.mark.gpu
+def test_gpu_a_traced_launch_has_the_same_bits_and_a_region_per_tile(tmp_path: Path) -> None:
+    case = make_mix("floats", samples=700, longest=40)
+    arrays = (*operands(4096, 480, 1024), *room_for(case), *on_device(case))
+    expected = jax.jit(beside(case, CONFIG))(*arrays)
+    found = jax.jit(beside(case, CONFIG, trace_dir=str(tmp_path)))(*arrays)
+    for ours, untraced in zip(jax.block_until_ready(found), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(untraced))
+    jax.effects_barrier()
+    (path,) = tmp_path.iterdir()
+    events = json.loads(path.read_text())["traceEvents"]
+    begun = Counter(event["name"] for event in events if event["ph"] == "B")
+    blocks, tiles = 132, 32 * 4
+    assert begun == {
+        "Init": 5 * blocks,
+        "load": tiles,
+        "multiply": 2 * tiles,
+        "help": 2 * blocks,
+        "gather": 2 * blocks,
+    }
