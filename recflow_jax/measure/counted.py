@@ -1,0 +1,64 @@
+"""A process whose launches `hbm` has counted: python -m recflow_jax.measure.counted MODEL BATCH RIDE
+IDS SEED.
+
+Between the start and the end of what is counted lie the DNN of a batch, the boundary, and a co-run.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from recflow_jax.config import DLRMConfig
+from recflow_jax.measure.timeline import traced_pipeline
+from recflow_jax.params import init_params
+
+boundary = jax.jit(lax.cbrt)  # nothing of a model computes it
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Launches everything once before it counts. Raises BackendError, ValueError."""
+    model, batch, ride, ids, seed = arguments
+    config = DLRMConfig.load(model)
+    params = init_params(config, seed=int(seed))
+    _, pipeline = traced_pipeline(
+        config, params, batch=int(batch), rides=[ride], ids=ids, seed=int(seed)
+    )
+    co_run, ones = pipeline.contenders()[ride].timed.launch, jnp.ones(1024)
+
+    def launch_all(first: int) -> None:
+        jax.block_until_ready(pipeline.run_dnn(first))
+        jax.block_until_ready(boundary(ones))
+        jax.block_until_ready(co_run(first))
+
+    launch_all(0)
+    with counted(ctypes.CDLL("libcuda.so.1")):
+        launch_all(1)
+
+
+@contextmanager
+def counted(driver: Any) -> Iterator[None]:
+    """Tells a profiler, by the CUDA driver's library, when to count. Raises OSError."""
+    context = ctypes.c_void_p()
+    _checked(driver.cuInit(0), "cuInit")
+    _checked(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0), "cuDevicePrimaryCtxRetain")
+    _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    _checked(driver.cuProfilerStart(), "cuProfilerStart")
+    try:
+        yield
+    finally:
+        _checked(driver.cuProfilerStop(), "cuProfilerStop")
+
+
+def _checked(status: int, function: str) -> None:
+    if status:
+        raise OSError(f"{function} of the CUDA driver gives {status}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

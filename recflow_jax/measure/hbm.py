@@ -1,0 +1,169 @@
+"""Bytes that kernels move between HBM and the chip, as NVIDIA's profiler `ncu` counts them.
+
+It counts launches of another process, `counted`: the DNN of a batch, and a step that co-runs it
+with the embeddings of the next one. What runs at the same time is a kernel; kernels are counted one
+after the other, with nothing beside them.
+"""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from recflow_jax.config import DLRMConfig
+from recflow_jax.measure.launched import SHARING
+
+BYTES, TIME = "dram__bytes.sum", "gpu__time_duration.sum"
+PEAK_PCT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
+NCU = (
+    *("--profile-from-start", "off", "--target-processes", "all"),
+    *("--clock-control", "none", "--cache-control", "none", "--graph-profiling", "node"),
+    *("--csv", "--page", "raw", "--print-units", "base", "--metrics", f"{BYTES},{TIME},{PEAK_PCT}"),
+)
+BOUNDARY = "cbrt"  # in the name of the kernel between the DNN and the co-run
+LIMIT_S = 300
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {
+    **{"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6},
+    **{"ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0},
+}
+
+
+class NotCounted(RuntimeError):
+    """Nobody counted; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedKernel:
+    """One kernel: bytes of DRAM, microseconds, and the rate as percent of the peak."""
+
+    name: str
+    dram_bytes: float
+    us: float
+    peak_pct: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Kernels one after the other. peak_pct: weighted by their time."""
+
+    kernels: int
+    dram_bytes: float
+    us: float
+    peak_pct: float
+
+    @classmethod
+    def of(cls, kernels: Sequence[CountedKernel]) -> "Traffic":
+        """The sum. Raises NotCounted for none."""
+        us = sum(kernel.us for kernel in kernels)
+        if not us:
+            raise NotCounted("ncu counted no kernel")
+        return cls(
+            kernels=len(kernels),
+            dram_bytes=sum(kernel.dram_bytes for kernel in kernels),
+            us=us,
+            peak_pct=sum(kernel.peak_pct * kernel.us for kernel in kernels) / us,
+        )
+
+    @property
+    def tb_per_s(self) -> float:
+        return self.dram_bytes / self.us / 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class HbmUse:
+    """A batch's DNN alone, and with the next batch's embeddings in its launches."""
+
+    dnn: Traffic
+    co_run: Traffic
+
+
+def count_hbm(config: DLRMConfig, *, batch: int, ride: str, ids: str, seed: int) -> HbmUse:
+    """Counts with `ncu`, in a process that draws the same parameters. Raises NotCounted."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        raise NotCounted("ncu is not on PATH")
+    with TemporaryDirectory() as folder:
+        model, log = Path(folder) / "model.toml", Path(folder) / "ncu.csv"
+        model.write_text(config.to_toml())
+        launches = [sys.executable, "-m", "recflow_jax.measure.counted", str(model)]
+        launches += [str(batch), ride, ids, str(seed)]
+        _run([ncu, *NCU, "--log-file", str(log), *launches], log)
+        return hbm_use(read_csv(log.read_text().splitlines()))
+
+
+def _run(command: Sequence[str], log: Path) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, **SHARING}
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotCounted(f"ncu did not end well: {error}") from None
+    written = log.read_text() if log.exists() else ""
+    if done.returncode or "==ERROR==" in written:
+        raise NotCounted(f"ncu ended with {done.returncode}: {_why(written, done.stderr)}")
+
+
+def _why(log: str, errors: str) -> str:
+    """What ncu calls an error, else the last line that was said."""
+    lines = [line for line in [*errors.splitlines(), *log.splitlines()] if line.strip()]
+    told = [line for line in lines if line.startswith("==ERROR==")]
+    return (told or errors.splitlines() or lines or ["nothing was said"])[-1].strip()
+
+
+def hbm_use(kernels: Sequence[CountedKernel]) -> HbmUse:
+    """The kernels before the boundary, and those behind it. Raises NotCounted without one."""
+    places = [i for i, kernel in enumerate(kernels) if BOUNDARY in kernel.name]
+    if len(places) != 1:
+        raise NotCounted(f"{len(places)} of {len(kernels)} kernels are the boundary, not 1")
+    before, behind = kernels[: places[0]], kernels[places[0] + 1 :]
+    return HbmUse(dnn=Traffic.of(before), co_run=Traffic.of(behind))
+
+
+def read_csv(lines: Iterable[str]) -> list[CountedKernel]:
+    """The kernels of ncu's raw page: a header, a row of units, a row per kernel, among lines of its
+    own that start with ==. Raises NotCounted where a metric is not there.
+    """
+    kept = [line for line in lines if line.strip() and not line.startswith("==")]
+    start = next((i for i, line in enumerate(kept) if line.startswith('"ID"')), len(kept))
+    header, *rows = [*csv.reader(kept[start:])] or [[]]
+    for column in ("Kernel Name", BYTES, TIME, PEAK_PCT):
+        if column not in header:
+            raise NotCounted(f"ncu wrote no {column}")
+    units, *of_kernels = [dict(zip(header, row, strict=False)) for row in rows] or [{}]
+    return [_counted(row, units) for row in of_kernels if row["ID"].isdigit()]
+
+
+def _counted(row: Mapping[str, str], units: Mapping[str, str]) -> CountedKernel:
+    return CountedKernel(
+        name=row["Kernel Name"],
+        dram_bytes=_number(row[BYTES]) * _bytes_in(units[BYTES]),
+        us=_number(row[TIME]) * _seconds_in(units[TIME]) * 1e6,
+        peak_pct=_number(row[PEAK_PCT]),
+    )
+
+
+def _number(text: str) -> float:
+    """A number, with separators of thousands or without. Raises NotCounted for "n/a"."""
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        raise NotCounted(f"ncu wrote {text!r}, not a number") from None
+
+
+def _bytes_in(unit: str) -> float:
+    prefix = unit.lower().removesuffix("byte")
+    if prefix not in _PREFIXES:
+        raise NotCounted(f"ncu counts bytes in {unit!r}")
+    return _PREFIXES[prefix]
+
+
+def _seconds_in(unit: str) -> float:
+    if unit not in _SECONDS:
+        raise NotCounted(f"ncu counts time in {unit!r}")
+    return _SECONDS[unit]
