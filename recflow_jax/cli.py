@@ -705,6 +705,50 @@ def bench_soak(
     )
 
 
+@bench.command(
+    "traces",
+    epilog=_example(
+        "recflow bench traces --model dlrm-v2 --max-rows-per-table 2000000 --out traces/",
+        "recflow bench traces --model my.toml --batch 4096 --ride deep/all --out traces/",
+    ),
+)
+def bench_traces(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="Folder of two figures and traces.json.", callback=_folder)
+    ],
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    batch: Annotated[int, typer.Option(help="Samples per batch.", min=1)] = 8192,
+    slice_samples: Annotated[
+        int, typer.Option("--slice", help="Samples that ride in the launch.", min=1)
+    ] = 4096,
+    ride: Annotated[str, typer.Option(help="Like deep/all.  [default: the fastest]")] = "",
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+) -> None:
+    """Show what co-running does on this GPU.
+
+    timeline.png: when each kernel runs, of some batches in a row, serially and as co-runs, with the
+    HBM traffic that NVIDIA's ncu counts, where it is on PATH. launch.png: what the warpgroups of
+    the SMs do inside one launch that has both, the model's largest dense layer and a slice's bags.
+    Needs a Hopper GPU.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    from recflow_jax.commands.bench_traces import bench_traces
+
+    bench_traces(
+        config,
+        batch=batch,
+        slice_samples=slice_samples,
+        ride=ride or None,
+        ids=ids,
+        seed=seed,
+        out=out,
+    )
+
+
 @app.command(
     epilog=_example(
         "recflow serve --params demo/movielens.safetensors",

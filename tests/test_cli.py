@@ -73,7 +73,8 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
 
 
 COMPARING = [
-    f"bench {name}" for name in ("model", "kernels", "host", "plans", "serve", "loadgen", "soak")
+    f"bench {name}"
+    for name in ("model", "kernels", "host", "plans", "serve", "loadgen", "soak", "traces")
 ]
 
 

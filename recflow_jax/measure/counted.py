@@ -1,7 +1,6 @@
-"""A process whose launches `hbm` has counted: python -m recflow_jax.measure.counted MODEL BATCH RIDE
-IDS SEED.
+"""A process of which `hbm` has launches counted: the DNN of a batch, a boundary, and a co-run.
 
-Between the start and the end of what is counted lie the DNN of a batch, the boundary, and a co-run.
+python -m recflow_jax.measure.counted MODEL.toml BATCH RIDE IDS SEED
 """
 
 import ctypes
