@@ -106,14 +106,14 @@ def _run(command: Sequence[str], log: Path) -> None:
         raise NotCounted(f"ncu did not end well: {error}") from None
     written = log.read_text() if log.exists() else ""
     if done.returncode or "==ERROR==" in written:
-        raise NotCounted(f"ncu ended with {done.returncode}: {_why(written, done.stderr)}")
+        raise NotCounted(f"ncu ended with {done.returncode}: {_why(written + done.stdout, done)}")
 
 
-def _why(log: str, errors: str) -> str:
-    """What ncu calls an error, else the last line that was said."""
-    lines = [line for line in [*errors.splitlines(), *log.splitlines()] if line.strip()]
-    told = [line for line in lines if line.startswith("==ERROR==")]
-    return (told or errors.splitlines() or lines or ["nothing was said"])[-1].strip()
+def _why(told: str, done: subprocess.CompletedProcess[str]) -> str:
+    """The last that ncu called an error, and the last line of the launches' own errors."""
+    lines = [line for line in told.splitlines() if line.startswith("==ERROR==")][-1:]
+    lines += done.stderr.strip().splitlines()[-1:]
+    return "; ".join(lines) or "nothing was said"
 
 
 def hbm_use(kernels: Sequence[CountedKernel]) -> HbmUse:

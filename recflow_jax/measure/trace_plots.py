@@ -118,7 +118,7 @@ def _blocks(ax: Axes, regions: Sequence[Mapping[str, Any]], warpgroups: int) -> 
     for region in regions:
         row = first[region["block"]] + region["warpgroup"]
         span = (region["start_us"], region["end_us"] - region["start_us"])
-        style = {"color": REGION_COLORS[region["name"]], "edgecolor": "white", "linewidth": 0.5}
+        style = {"facecolor": REGION_COLORS[region["name"]], "edgecolor": "white", "linewidth": 0.5}
         ax.broken_barh([span], (row - 0.45, 0.9), **style)
     middles = [first[block] + (warpgroups - 1) / 2 for block in blocks]
     ax.set_yticks(middles, [f"block {block}" for block in blocks])
