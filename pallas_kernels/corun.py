@@ -43,6 +43,8 @@ from pallas_kernels.simt import MosaicSimt
 from pallas_kernels.slots import Slot
 from pallas_kernels.tables import Table
 
+KERNEL_NAME = "mlp_layer_with_gather"
+REGIONS = ("load", "multiply", "help", "gather")
 BARRIER_BYTES = 1024  # what barriers and alignment take of SMEM, at most
 REGISTERS = 512  # of the threads at one place of all warpgroups of an SM together
 REGISTER_STEP = 8
@@ -150,12 +152,14 @@ def dense_with_gather(
     left: int,
     span: tuple[int, int] | None = None,
     config: CorunConfig = CONFIG,
+    trace_dir: str = "",
 ) -> tuple[Float[Array, "samples outputs"], Float[Array, "most columns"]]:
     """`mlp.dense` of one batch and `embedding.gather_into` of another, in one launch.
 
-    Both have samples. Raises ValueError like these two, for a batch without samples, for rings that
-    do not fit the config, and for columns before or behind the pooled ones that are no multiple of
-    four.
+    trace_dir: where the launch writes, in Chrome's format, when each warpgroup was in which of
+    REGIONS; for that it needs SMEM. Both batches have samples. Raises ValueError like these two,
+    for a batch without samples, for rings that do not fit the config, and for columns before or
+    behind the pooled ones that are no multiple of four.
     """
     check(x, kernel, bias, activation)
     layer = Layer.of(x, kernel, bias, activation, config.mlp)
@@ -169,12 +173,12 @@ def dense_with_gather(
     if not len(x) or not gather.shape.samples:
         raise ValueError(f"{len(x)} samples to multiply, {gather.shape.samples} to gather: no pair")
     config.check_rings(gather.shape)
-    out, vectors = _launch(layer, gather, vectors, config)
+    out, vectors = _launch(layer, gather, vectors, config, trace_dir)
     return layer.finished(out), vectors
 
 
 def _launch(
-    layer: Layer, gather: Gather, vectors: Array, config: CorunConfig
+    layer: Layer, gather: Gather, vectors: Array, config: CorunConfig, trace_dir: str
 ) -> tuple[Array, Array]:
     ring_words = config.ring_bytes(gather.shape.factors) // 4
     launch = plgpu.kernel(
@@ -189,13 +193,21 @@ def _launch(
         grid_names=("block",),
         num_threads=config.warpgroups,
         thread_name="warpgroup",
-        kernel_name="mlp_layer_with_gather",
+        kernel_name=KERNEL_NAME,
+        compiler_params=_traced(layer, trace_dir) if trace_dir else None,
     )
     # A reference, not an array: XLA would count on its never being written to.
     counters = jax.new_ref(jnp.zeros(_counters(gather.shape), jnp.int32))
     target = jax.new_ref(vectors)
     out = launch(*layer.operands, counters, *gather.operands, target)
     return out, jax.freeze(target)
+
+
+def _traced(layer: Layer, trace_dir: str) -> plgpu.CompilerParams:
+    """Room for what a warpgroup records: a region per tile, one for its gather, Mosaic's `Init`,
+    and a header.
+    """
+    return plgpu.CompilerParams(profile_space=layer.tiles_per_block + 3, profile_dir=trace_dir)
 
 
 def _counters(shape: GatherShape) -> int:
@@ -235,12 +247,16 @@ def _body(
         if config.helps:
             plgpu.barrier_arrive(multiplied)
             plgpu.barrier_wait(multiplied)
-            gather_claimed(gather, gather_refs, layer_refs.kernel_smem, swizzled(), first_role=0)
+            with jax.named_scope("help"):
+                gather_claimed(
+                    gather, gather_refs, layer_refs.kernel_smem, swizzled(), first_role=0
+                )
 
     @pl.when(warpgroup > multiplying)
     def _gather() -> None:
         _set_registers(config, config.gather_registers)
-        gather_claimed(gather, gather_refs, gather_ring, (), first_role=multiplying + 1)
+        with jax.named_scope("gather"):
+            gather_claimed(gather, gather_refs, gather_ring, (), first_role=multiplying + 1)
 
 
 def _set_registers(config: CorunConfig, registers: int) -> None:

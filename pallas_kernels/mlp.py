@@ -211,6 +211,13 @@ class Layer:
         return jax.ShapeDtypeStruct((rows, self.kernel.shape[1]), dtype)
 
     @property
+    def tiles_per_block(self) -> int:
+        """Output tiles of a block, at most."""
+        rows, columns = self.out_type.shape
+        tiles = (rows // self.config.block_m) * (columns // self.config.block_n)
+        return -(-tiles // self.config.blocks)
+
+    @property
     def scratch_types(self) -> dict[str, Any]:
         """SMEM and barriers by their names in LayerRefs."""
         config, out = self.config, self.out_type
@@ -381,6 +388,7 @@ def load_layer(refs: LayerRefs) -> None:
     """What the loading warpgroup does: TMA copies of the operands of all tiles of its block."""
     memory = (refs.x, refs.kernel, refs.x_smem, refs.kernel_smem, refs.ring)
 
+    @jax.named_scope("load")
     def load(index: Array, at: _Place, before: Array) -> None:
         steps = at.last - at.first
         load_tile(*memory, at.row, at.column, before, steps, refs.config, at.first)
@@ -395,6 +403,7 @@ def multiply_layer(refs: LayerRefs, warpgroup: Array, activation: str) -> None:
     out_columns = refs.out_smem.shape[-1]
     pieces = config.block_n // out_columns
 
+    @jax.named_scope("multiply")
     def multiply(index: Array, at: _Place, before: Array) -> None:
         memory = (refs.x_smem, refs.kernel_smem, refs.ring)
         products = multiply_tile(*memory, own, before, at.last - at.first, config)

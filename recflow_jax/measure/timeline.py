@@ -103,7 +103,7 @@ def kernels_during(action: Callable[[], None]) -> list[Kernel]:
     with TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             action()
-        files = Path(folder).rglob("*.xplane.pb")
+        files = [str(path) for path in Path(folder).rglob("*.xplane.pb")]
         seen = [k for file in files for k in kernels_in(jax.profiler.ProfileData.from_file(file))]
     if not seen:
         raise NoKernels("JAX's profiler saw no kernel on the device")
