@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from recflow_jax.backend import choose_backend
@@ -119,7 +120,8 @@ class FakeSegments(Segments):
         assert row + bucket.samples <= len(new)
         new[row : row + bucket.samples] = fields["dense"].view(np.float32) + 10 * np.diff(sums)
         vectors = self._donated(state, lost, new)
-        return BatchState(vectors=vectors, dense=None, landed=FakeArray(self, new[:0], lost))
+        are_well = np.asarray(self.staging.shape(bucket).are_well(jnp.asarray(packed)))
+        return BatchState(vectors=vectors, dense=None, landed=FakeArray(self, are_well, lost))
 
     def start(self, shape: SegmentShape, state: BatchState) -> Any:
         lost = state.vectors.lost or self._is_next("start")
@@ -145,7 +147,7 @@ class FakeSegments(Segments):
         state = self.embed(self.new_state(), packed)
         lost = state.vectors.lost or self._is_next("whole")
         values = state.vectors.values[: cell.segment.batch, None].copy()
-        return self._segment(cell.segment, FakeArray(self, values, lost))
+        return self._segment(cell.segment, FakeArray(self, values, lost)), state.landed
 
     def write_rows(self, new: NewRows) -> FakeArray:
         lost = self._is_next("write")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recflow_jax.batch import JaggedBatch
+from recflow_jax.batch import InputError, JaggedBatch, check_batch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.prepared import Prepared, Preparer
@@ -126,6 +126,70 @@ def test_what_an_unchecked_slice_leaves_behind_is_no_row():
     few = next(b for s in range(99) if not is_fixed(b := generate(VARIED, 1, seed=s)))
     _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, [makes.prepare(few)]))
     assert int(jnp.max(batch.rows)) < max(table.rows for table in FIXED.tables) * len(FIXED.tables)
+
+
+WEIGHTED = dataclasses.replace(
+    FIXED, features=tuple(dataclasses.replace(f, weighted=f.bag.mean == 4) for f in FIXED.features)
+)
+
+
+def well(packer: Staging, buffer: Buffer, bucket: SliceBucket = BUCKET) -> list[bool]:
+    return np.asarray(packer.shape(bucket).are_well(jnp.asarray(buffer.array))).tolist()
+
+
+@pytest.mark.parametrize("config", [FIXED, WEIGHTED], ids=["plain", "weighted"])
+@given(data=st.data())
+@settings(max_examples=40)
+def test_the_device_tells_which_samples_are_well(config: DLRMConfig, data: st.DataObject):
+    """As `check` does, one by one; whatever lies behind."""
+    makes, packer = Preparer(config, Layout.of(config), max_ids=BUCKET.ids), staging(config)
+    worst = generate(config, 8, seed=0)
+    worst.values[:], worst.dense[:] = -1, np.nan
+    packer.give_back(packer.pack(BUCKET, 0, [makes.prepare(worst.frozen(), checks_later=True)]))
+    batch = generate(config, data.draw(st.integers(1, 8)), seed=1)
+    limits = np.tile(np.repeat(config.feature_rows, config.fixed_bags or 0), batch.samples)
+    for place in data.draw(st.lists(st.integers(0, len(limits) - 1), max_size=2)):
+        others = [0, int(limits[place]) - 1, int(limits[place]), -1, 2**31 - 1, -(2**31)]
+        batch.values[place] = data.draw(st.sampled_from(others))
+    for floats in (batch.dense, batch.weights):
+        if floats is not None and data.draw(st.booleans()):
+            place = data.draw(st.integers(0, floats.size - 1))
+            floats.flat[place] = data.draw(st.sampled_from([3e38, -0.0, np.inf, -np.inf, np.nan]))
+    buffer = packer.pack(BUCKET, 0, [makes.prepare(batch.frozen(), checks_later=True)])
+    expected = [is_well(config, batch.part(i, i + 1)) for i in range(batch.samples)]
+    assert well(packer, buffer)[: batch.samples] == expected
+
+
+def is_well(config: DLRMConfig, sample: JaggedBatch) -> bool:
+    try:
+        check_batch(config, sample)
+    except InputError:
+        return False
+    return True
+
+
+def test_the_device_vouches_for_no_bags_beside_jagged_ones():
+    few = next(b for s in range(99) if not is_fixed(b := generate(VARIED, 1, seed=s)))
+    packer = staging(FIXED)
+    parts = [drawn(FIXED, 2, seed=1), prepared(FIXED, few)]
+    assert well(packer, packer.pack(BUCKET, 0, parts)) == [False] * 8
+
+
+def test_a_slice_with_room_for_fewer_bags_than_samples_is_looked_at():
+    """None of its samples is passed over, none that is not there is asked for."""
+    per_sample = sum(FIXED.fixed_bags or ())
+    narrow, packer = SliceBucket(samples=8, ids=3 * per_sample + 1), staging(FIXED)
+    buffer = packer.pack(narrow, 0, [drawn(FIXED, 3, seed=1)])
+    assert well(packer, buffer, narrow) == [True] * 3
+    assert_holds(
+        FIXED, packer.shape(narrow).unpack(jnp.asarray(buffer.array))[1], generate(FIXED, 3, seed=1)
+    )
+
+
+@pytest.mark.parametrize("config", [CONCAT, NO_SPARSE], ids=lambda c: c.name)
+def test_samples_that_are_checked_before_are_well(config: DLRMConfig):
+    packer = staging(config)
+    assert all(well(packer, packer.pack(BUCKET, 0, [drawn(config, 2, seed=1)])))
 
 
 def is_fixed(batch: JaggedBatch) -> bool:

@@ -41,6 +41,7 @@ class TimedSegments(InstantSegments):
         self._free_s = 0.0
         self._lock = threading.Lock()
         self._zeros = np.zeros((options.max_batch, config.outputs), np.float32)
+        self._well = np.ones(options.max_batch, bool)
 
     def table(self) -> ProfileTable:
         """What `recflow profile` would measure."""
@@ -61,7 +62,8 @@ class TimedSegments(InstantSegments):
 
     def embed(self, state: BatchState, packed: Any) -> BatchState:
         (size,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
-        return BatchState(vectors=None, dense=None, landed=self._after(_slice_us(size.samples)))
+        landed = self._after(_slice_us(size.samples), self._well)
+        return BatchState(vectors=None, dense=None, landed=landed)
 
     def start(self, shape: SegmentShape, state: BatchState) -> Any:
         return self._after(_segment_us(shape)), state
@@ -70,12 +72,13 @@ class TimedSegments(InstantSegments):
         return self._after(_segment_us(shape))
 
     def run_whole(self, cell: CoRun, packed: Any) -> Any:
-        return self._after(_slice_us(cell.slice.samples) + _segment_us(cell.segment))
+        us = _slice_us(cell.slice.samples) + _segment_us(cell.segment)
+        return self._after(us), self._after(0, self._well)
 
-    def _after(self, us: float) -> _Due:
+    def _after(self, us: float, values: np.ndarray | None = None) -> _Due:
         with self._lock:
             self._free_s = max(self._free_s, time.perf_counter()) + us / 1e6
-            return _Due(self._free_s, self._zeros)
+            return _Due(self._free_s, self._zeros if values is None else values)
 
 
 def _slice_us(samples: int) -> float:

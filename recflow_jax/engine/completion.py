@@ -10,7 +10,7 @@ from recflow_jax.engine.launcher import fail_step, fail_update
 from recflow_jax.engine.ledger import Ledger, settle
 from recflow_jax.engine.messages import Fault, Flight, Inbox, Written, now_us
 from recflow_jax.engine.prepared import Preparer
-from recflow_jax.engine.staging import Buffer, Staging
+from recflow_jax.engine.staging import Staging
 from recflow_jax.engine.stats import Tally
 from scheduling.pipeline import StepDone
 
@@ -58,42 +58,45 @@ class Completion:
 
     def _finish(self, flight: Flight) -> None:
         """A fault is reported before the end of its step, so that nothing is built on it."""
-        self._check(flight)
-        scores = None
+        is_well, scores = False, None
         try:
-            scores = self._wait(flight)
+            is_well, scores = self._wait(flight)
         except Exception as error:
             self._inbox.put(Fault(error))
             self._fail(flight, error)
         self._tally.ended_step(now_us() - flight.launched_us)
         self._inbox.put(StepDone(step_id=flight.step_id))
+        if not is_well:
+            self._check(flight)
         if scores is not None:
             self._ledger.add(flight.parts, scores)
 
     def _check(self, flight: Flight) -> None:
-        """Ends what should not have been let in, while the device computes it for nothing."""
-        if not flight.unchecked or self._is_well(flight.buffer):
-            return
+        """Ends what should not have been let in, and was computed for nothing."""
         for one in flight.unchecked:
             try:
                 self._preparer.check(one.samples)
             except InputError as error:
                 self._ledger.end(one.request.id, error)
 
-    def _is_well(self, buffer: Buffer | None) -> bool:
-        """Whether all of a slice is, in one look; False for what has to be looked at one by one."""
-        if buffer is None or not buffer.of_tables_alone:
-            return False
-        weights = buffer.weights if len(buffer.weights) else None
-        return self._preparer.are_well(buffer.dense[: buffer.samples], buffer.rows, weights)
-
-    def _wait(self, flight: Flight) -> np.ndarray | None:
-        """The scores on the host, once the step has ended; None if it makes none."""
-        for result in flight.results:
-            result.block_until_ready()
+    def _wait(self, flight: Flight) -> tuple[bool, np.ndarray | None]:
+        """Once the step has ended, whether all samples of its slice are known to be well, and the
+        scores on the host; None if it makes none.
+        """
+        for result in (flight.x, flight.landed):
+            if result is not None:
+                result.block_until_ready()
+        is_well = not flight.unchecked or _are_well(flight)
         if flight.buffer is not None:
             self._staging.give_back(flight.buffer)
-        return None if flight.scores is None else np.asarray(flight.scores)
+        return is_well, None if flight.scores is None else np.asarray(flight.scores)
 
     def _fail(self, flight: Flight, fault: Exception) -> None:
         fail_step(self._ledger, (part.request_id for _, part in flight.parts), fault)
+
+
+def _are_well(flight: Flight) -> bool:
+    """Whether the device says so of all samples of the slice; False if it was not launched."""
+    if flight.landed is None or flight.buffer is None:
+        return False
+    return bool(np.asarray(flight.landed)[: flight.buffer.samples].all())

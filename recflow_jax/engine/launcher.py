@@ -161,7 +161,7 @@ class Launcher:
             self._flights.put(Written(update=update, landed=landed))
 
     def _launch(self, step: Step) -> Flight:
-        flight = Flight(step_id=step.id, launched_us=now_us(), results=[])
+        flight = Flight(step_id=step.id, launched_us=now_us())
         filling, joining = self._load(step.slice) if step.slice else (_Batch(), _Joining())
         running = self._batches[step.segment.batch_id] if step.segment else _Batch()
         if step.co_run is not None and not (running.fault or filling.fault):
@@ -193,7 +193,7 @@ class Launcher:
                 packed = self._packed(step.slice, joining, flight)
                 state = filling.state or self._take_state()
                 filling.state = self._segments.embed(state, packed)
-                flight.results.append(filling.state.landed)
+                flight.landed = filling.state.landed
 
     def _load(self, piece: Slice) -> tuple[_Batch, _Joining]:
         """The batch that a slice joins, and what joins it."""
@@ -236,7 +236,7 @@ class Launcher:
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
         packed = self._packed(step.slice, joining, flight)
         if step.co_run == WHOLE:
-            running.x = self._segments.run_whole(cell, packed)
+            running.x, flight.landed = self._segments.run_whole(cell, packed)
             return self._expect(step.segment, running, flight)
         into = filling.state or self._take_state()
         if running.state is not None:
@@ -246,7 +246,7 @@ class Launcher:
             self._give_back(running, free)
         else:
             running.x, filling.state = self._segments.run_with(cell, running.x, into, packed)
-        flight.results.append(filling.state.landed)
+        flight.landed = filling.state.landed
         self._expect(step.segment, running, flight)
 
     def _give_back(self, batch: _Batch, free: BatchState) -> None:
@@ -254,7 +254,7 @@ class Launcher:
         batch.state = None
 
     def _expect(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
-        flight.results.append(batch.x)
+        flight.x = batch.x
         if segment.shape.last:
             batch.x.copy_to_host_async()
             flight.scores, flight.parts = batch.x, segment.parts

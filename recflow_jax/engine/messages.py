@@ -60,18 +60,20 @@ Message = Submitted | Dropped | Fault | Close | StepDone | Update
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """A launched step: the arrays that are ready when it has ended, and whose answers it makes.
+    """A launched step: its results, on their way, and whose answers it makes.
 
     waits: of the requests of which it carries the first samples, from arrival to its launch, in
         microseconds and in steps that ended. unchecked: of all whose samples it carries, those that
-        are to be checked.
+        are to be checked. landed: which samples of its slice are known to be well. x: what its
+        segment makes.
     """
 
     step_id: int
     launched_us: int
-    results: list[Any]
     waits: Sequence[tuple[int, int]] = ()
     unchecked: Sequence[Submitted] = ()
+    landed: Any = None
+    x: Any = None
     parts: tuple[tuple[int, Part], ...] = ()
     scores: Any = None
     buffer: Buffer | None = None

@@ -1,7 +1,7 @@
 """Samples as they wait for their slice: their ids int32 already.
 
 Work per id is done here, on the caller's thread, in few passes: the launcher only copies. What need
-not be copied here is only looked at later, while the device computes.
+not be copied here is looked at by the device, and by `check` where that finds something.
 """
 
 import math
@@ -106,21 +106,14 @@ class Preparer:
 
     def check(self, samples: Prepared) -> None:
         """Raises the InputError that `prepare` would have raised, if that was left for later."""
-        dense, rows, weights = samples.dense, samples.rows, samples.weights
-        if samples.is_checked or self.are_well(dense, rows, weights):
+        if samples.is_checked:
             return
         assert self._fixed is not None
+        dense, rows, weights = samples.dense, samples.rows, samples.weights
+        if self._fixed.are_of_tables(rows) and _are_finite(dense, weights):
+            return
         offsets = self._fixed.offsets(samples.samples)
         self._refuse(JaggedBatch(dense=dense, values=rows, offsets=offsets, weights=weights))
-
-    def are_well(self, dense: np.ndarray, rows: np.ndarray, weights: np.ndarray | None) -> bool:
-        """Whether `check` would pass samples of which these are the arrays, of whatever requests;
-        `rows` and `weights` may have more behind.
-        """
-        assert self._fixed is not None
-        ids = len(dense) * self._fixed.ids
-        weights = None if weights is None else weights[:ids]
-        return self._fixed.are_of_tables(rows[:ids]) and _are_finite(dense, weights)
 
     def prepare_features(self, dense: Any, sparse: Mapping[str, Any]) -> Prepared:
         """`prepare` of what JaggedBatch.from_features takes; fixed bags do without the batch."""

@@ -44,7 +44,8 @@ from scheduling.request import WHOLE, CoRun, SegmentShape
 class BatchState:
     """A batch on the device, in the compute dtype: vectors [max_batch, bottom MLP's width, pooled
     width, and the zero columns that the back end wants behind], dense [max_batch, dense_width].
-    `landed` is ready when the last slice has landed.
+    `landed` is ready when the last slice has landed, and says which of its samples are well (see
+    PackedShape.are_well).
     """
 
     vectors: Any
@@ -112,7 +113,7 @@ class Stages:
 
     def co_run_job(self, cell: CoRun, shape: PackedShape) -> Job:
         """The arguments of a segment, then those of a slice -> both of their results. Of a whole
-        batch: (weights, groups, packed) -> scores.
+        batch: (weights, groups, packed) -> scores, and which samples are well.
         """
         groups, *_, packed = self._filling(shape)
         if cell.config == WHOLE:
@@ -165,7 +166,7 @@ class Stages:
         return BatchState(
             vectors=jnp.zeros((self._rows, width), dtype),
             dense=jnp.zeros((self._rows, config.dense_width), dtype),
-            landed=jnp.int32(0),
+            landed=jnp.zeros(0, bool),
         )
 
     def _embed(self, shape: PackedShape, *filling: Any) -> BatchState:
@@ -182,10 +183,10 @@ class Stages:
         out = function(*flow, batch=cell.segment.batch, ops=carriage.loaded_ops)
         return out, replace(state, vectors=carriage.unload() if cargo.slots else state.vectors)
 
-    def _run_whole(self, shape: PackedShape, *arguments: Any) -> Array:
+    def _run_whole(self, shape: PackedShape, *arguments: Any) -> tuple[Array, Array]:
         *weights, groups, packed = arguments
         _, batch = shape.unpack(packed)
-        return self._whole(*weights, groups, batch, ops=self._ops)
+        return self._whole(*weights, groups, batch, ops=self._ops), shape.are_well(packed)
 
     def _unpacked(
         self, shape: PackedShape, groups: Any, vectors: Array, dense: Array, packed: Array
@@ -201,7 +202,8 @@ class Stages:
             left=self._config.bottom_width,
         )
         dense = lax.dynamic_update_slice(dense, batch.dense.astype(dense.dtype), (row, 0))
-        return cargo, BatchState(vectors=vectors, dense=dense, landed=row)
+        landed = shape.are_well(packed)
+        return cargo, BatchState(vectors=vectors, dense=dense, landed=landed)
 
 
 class _Arithmetic:

@@ -3,7 +3,8 @@
 One copy to the device per slice, whatever the number of features. The buffer holds, in this order,
 the ids, the weights' bits, the dense features' bits, the slots' offsets, the first row of the batch
 that the slice lands at and, of a model with fixed bags, whether the ids are rows of their tables or
-of their groups already. Rows of tables need not be checked before: none reads outside its table.
+of their groups already. Rows of tables need not be checked before: none reads outside its table,
+and which samples have such rows, or floats that are none, the device tells.
 All sizes are the bucket's; what is behind the slice's own samples is padding: empty bags and zero
 dense features.
 """
@@ -17,7 +18,7 @@ from itertools import accumulate
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.fixed_bags import bag_offsets
@@ -89,14 +90,43 @@ class PackedShape:
         )
         return fields["first_row"][0], batch
 
+    def are_well(self, packed: Int32[Array, " length"]) -> Bool[Array, " samples"]:
+        """Which samples have all their ids in their tables and all floats finite, under jit on the
+        device, for as many as fit; none where some bags of a model with fixed ones are jagged, and
+        all of a model without, whose samples are checked before.
+        """
+        if not self.bases:
+            return jnp.ones(self.samples, bool)
+        fields = {name: packed[place] for name, place in self.places.items()}
+        rows = self._by_sample(fields["rows"])
+        are_in = (rows >= 0) & (rows <= self._last)
+        are_well = (fields["of_tables"] != 0) & are_in.all(axis=1)
+        floats = [fields["dense"].reshape(self.samples, self.dense_width)[: len(rows)]]
+        floats += [self._by_sample(fields["weights"])] if self.weighted else []
+        for bits in floats:
+            are_well &= jnp.isfinite(lax.bitcast_convert_type(bits, jnp.float32)).all(axis=1)
+        return are_well
+
     def _rows(self, fields: dict[str, Array]) -> Int32[Array, " ids"]:
         """Each id as a row of its group; one that is outside its table as the nearest inside."""
         rows = fields["rows"]
         if not self.bases:
             return rows
-        last = jnp.resize(jnp.array(self.limits, jnp.int32) - 1, (self.ids,))
-        bases = jnp.resize(jnp.array(self.bases, jnp.int32), (self.ids,))
-        return jnp.where(fields["of_tables"] != 0, bases + jnp.clip(rows, 0, last), rows)
+        own = self._by_sample(rows)
+        of_groups = jnp.array(self.bases, jnp.int32) + jnp.clip(own, 0, self._last)
+        own = jnp.where(fields["of_tables"] != 0, of_groups, own)
+        return jnp.concatenate([own.reshape(-1), rows[own.size :]])
+
+    def _by_sample(self, of_ids: Array) -> Int32[Array, "samples ids"]:
+        """Fixed bags' part of a field of ids, for as many samples as fit."""
+        per_sample = len(self.bases)
+        samples = min(self.samples, self.ids // per_sample)
+        return of_ids[: samples * per_sample].reshape(samples, per_sample)
+
+    @property
+    def _last(self) -> Int32[Array, " ids"]:
+        """Of each id of a sample, the last row of its table."""
+        return jnp.array(self.limits, jnp.int32) - 1
 
 
 def _per_id(config: DLRMConfig, of_features: Sequence[int]) -> tuple[int, ...]:
@@ -122,11 +152,6 @@ class Buffer:
     of_tables: np.ndarray
     samples: int = 0
     fixed_samples: int | None = 0
-
-    @property
-    def of_tables_alone(self) -> bool:
-        """Whether all bags in it are fixed, and rows those of their tables."""
-        return bool(self.of_tables.any())
 
     @classmethod
     def of(cls, shape: PackedShape) -> "Buffer":

@@ -34,7 +34,8 @@ class InstantSegments(Segments):
         self.slice_buckets = options.slice_buckets(config)
         self.staging = self._clocked = _ClockedStaging(config, self.layout)
         self._scores = _Ready(np.zeros((options.max_batch, config.outputs), np.float32))
-        self._state = BatchState(vectors=None, dense=None, landed=self._scores)
+        self._landed = _Ready(np.ones(options.max_batch, bool))
+        self._state = BatchState(vectors=None, dense=None, landed=self._landed)
 
     def new_state(self) -> BatchState:
         return self._state
@@ -49,7 +50,7 @@ class InstantSegments(Segments):
         return self._scores
 
     def run_whole(self, cell: CoRun, packed: Any) -> Any:
-        return self._scores
+        return self._scores, self._landed
 
     def compile_all(self, progress: bool | None = None, **what: Any) -> None:
         """There is nothing to compile."""
@@ -66,7 +67,7 @@ class InstantSegments(Segments):
 
 
 class _Ready:
-    """Scores that are there already; knows the thread that waits for them."""
+    """Results that are there already; knows the thread that waits for them."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
