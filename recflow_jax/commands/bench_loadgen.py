@@ -1,7 +1,7 @@
 """`recflow bench loadgen`: MLPerf LoadGen's scenarios against the engine in this process."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
 SCENARIOS = ("server", "offline", "both")
 WARM_UP_S = 2.0
 MARGIN = 1.1  # of Offline's queries over those that the warm-up foretells
+MOST_QUEUED = 1 << 22  # pairs: a refused query makes a run invalid, one that is late does not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +82,14 @@ def bench_loadgen(
     out: Path,
 ) -> dict[str, Any]:
     """Runs the scenarios, prints a table, writes into the folder `out` LoadGen's own files of each
-    run, and `loadgen.json`, which it returns.
+    run, and `loadgen.json`, which it returns. The engine's queue has room for MOST_QUEUED pairs.
 
     Raises WrongAnswers before anything is timed, ValueError.
     """
     params = init_params(config, seed=seed)
     config = ready(config, params, ids=ids, seed=seed)
     requests = request_pool(config, ids=ids, seed=seed, request_samples=options.request_samples)
+    engine = replace(engine, max_queued_samples=MOST_QUEUED)
     with Engine(config, params, options=engine, profile=profile) as system:
         result = report.header(config, system.backend, ids=ids, seed=seed, versions=versions())
         check_served(config, params, requests, {RECFLOW: system.submit})
