@@ -55,9 +55,23 @@ def test_the_table_shows_value_target_and_command(checkout: Path) -> None:
     assert text.startswith("before\n<!-- claims: kernels -->\n| claim |")
     assert (
         "| The gather alone | 2.72 TB/s | at least 2.4 TB/s | yes "
-        "| NVIDIA H100 80GB HBM3, 2026-01-31 | `recflow bench kernels --kernel gather` |\n"
+        "| NVIDIA H100 80GB HBM3, 2026-01-31 | (1) |\n\n"
+        "Made by\n\n1. `recflow bench kernels --kernel gather`\n"
         "<!-- end of claims -->\nafter\n"
     ) in text
+
+
+def test_each_row_names_its_command_by_number(checkout: Path) -> None:
+    def named(name: str, command: str) -> str:
+        return LEDGER.replace('"gather"', f'"{name}"').replace("--kernel gather", command)
+
+    claimed = [LEDGER, named("dense", "--kernel dense"), named("again", "--kernel gather")]
+    (checkout / claims.LEDGER).write_text("".join(claimed))
+    claims.write(checkout)
+    text = (checkout / claims.README).read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| The gather")]
+    assert [row.split(" | ")[-1] for row in rows] == ["(1) |", "(2) |", "(1) |"]
+    assert "2. `recflow bench kernels --kernel dense`\n<!-- end" in text
 
 
 @pytest.mark.parametrize(

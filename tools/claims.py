@@ -164,10 +164,19 @@ def with_tables(text: str, claims: Sequence[Claim]) -> str:
             raise ClaimError(f"claim {claim.id!r}: {README} has no <!-- claims: {claim.group} -->")
 
     def table(match: re.Match[str]) -> str:
-        rows = [_row(claim) for claim in claims if claim.group == match[2]]
-        return match[1] + (HEADER + "".join(rows) if rows else "Not measured yet.\n") + match[4]
+        return match[1] + _table([c for c in claims if c.group == match[2]]) + match[4]
 
     return TABLE.sub(table, text)
+
+
+def _table(claims: Sequence[Claim]) -> str:
+    """A row for each, and below the commands that made them, by the numbers in the rows."""
+    if not claims:
+        return "Not measured yet.\n"
+    commands = _commands(claims)
+    rows = [_row(claim, commands.index(claim.command) + 1) for claim in claims]
+    made_by = [f"{number}. `{command}`\n" for number, command in enumerate(commands, start=1)]
+    return "".join([HEADER, *rows, "\nMade by\n\n", *made_by])
 
 
 def _quantity(number: float, unit: str) -> str:
@@ -177,7 +186,7 @@ def _quantity(number: float, unit: str) -> str:
     return f"{number:g} {unit}".rstrip()
 
 
-def _row(claim: Claim) -> str:
+def _row(claim: Claim, command: int) -> str:
     bound = "at least" if claim.better == "higher" else "at most"
     cells = (
         claim.claim,
@@ -185,7 +194,7 @@ def _row(claim: Claim) -> str:
         f"{bound} {_quantity(claim.target, claim.unit)}",
         "yes" if claim.met else "**no**",
         f"{claim.device}, {claim.date}",
-        f"`{claim.command}`",
+        f"({command})",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -222,7 +231,11 @@ def write(root: Path) -> None:
 
 def commands(root: Path) -> list[str]:
     """The commands that made the results, in the ledger's order, each once."""
-    return list(dict.fromkeys(claim.command for claim in read_ledger(root / LEDGER)))
+    return _commands(read_ledger(root / LEDGER))
+
+
+def _commands(claims: Sequence[Claim]) -> list[str]:
+    return list(dict.fromkeys(claim.command for claim in claims))
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
