@@ -13,14 +13,15 @@ from recflow_jax import cli, console
 from recflow_jax.backend import choose_backend
 from recflow_jax.commands import bench_traces as command
 from recflow_jax.measure.contenders import Lineup
-from recflow_jax.measure.hbm import HbmUse, NotCounted, Traffic
+from recflow_jax.measure.hbm import CountedKernel, HbmTraffic, HbmUse, NotCounted
 from recflow_jax.measure.launch_trace import LaunchTrace, Region, summary
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.overlap import BatchPipeline
 from recflow_jax.measure.timeline import Kernel, Timeline
 
 CONFIG = models.BF16
-TRAFFIC = Traffic(kernels=3, dram_bytes=5e7, us=25.0, peak_pct=40.0)
+KERNEL = CountedKernel(name="k", dram_bytes=5e7, us=25.0, peak_pct=40.0)
+TRAFFIC = HbmTraffic(kernels=[KERNEL])
 REGIONS = [
     Region(block=0, warpgroup=0, name="multiply", start_us=0, end_us=3),
     Region(block=1, warpgroup=2, name="gather", start_us=0, end_us=5),

@@ -10,8 +10,8 @@ from recflow_jax.measure.hbm import (
     BYTES,
     PEAK_PCT,
     TIME,
+    HbmTraffic,
     NotCounted,
-    Traffic,
     count_hbm,
     hbm_use,
     read_csv,
@@ -33,10 +33,10 @@ CSV = f"""==PROF== Connected to process 7 (/usr/bin/python3.12)
 
 def test_kernels_before_and_behind_the_boundary_are_added_up() -> None:
     use = hbm_use(read_csv(CSV.splitlines()))
-    assert (use.dnn.kernels, use.dnn.dram_bytes, use.dnn.us) == (2, 50e6, 25.0)
+    assert (len(use.dnn.kernels), use.dnn.dram_bytes, use.dnn.us) == (2, 50e6, 25.0)
     assert use.dnn.peak_pct == pytest.approx((20.5 * 20 + 60.5 * 5) / 25)
     assert use.dnn.tb_per_s == pytest.approx(2.0)
-    assert (use.co_run.kernels, use.co_run.tb_per_s) == (1, pytest.approx(3.0))
+    assert (len(use.co_run.kernels), use.co_run.tb_per_s) == (1, pytest.approx(3.0))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_cannot_be_read_is_said(text: str, reason: str) -> None:
 
 def test_no_kernels_are_no_traffic() -> None:
     with pytest.raises(NotCounted, match="counted no kernel"):
-        Traffic.of([])
+        HbmTraffic(kernels=[])
 
 
 def count() -> None:

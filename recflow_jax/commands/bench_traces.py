@@ -94,7 +94,7 @@ def _print(
         f"one launch, {launch.layer} of {launch.samples:,} samples with the bags of "
         f"{launch.slice_samples:,}: {launch.kernel_us:,.1f} us, of which an SM multiplies in "
         f"{launch.shares.multiply:.0%}, gathers in {launch.shares.gather:.0%}, does both in "
-        f"{launch.shares.both:.0%}; tail {launch.tail_us:,.1f} us"
+        f"{launch.shares.both:.0%}; tail {launch.tail_us:,.1f} us, {launch.tail_share:.1%}"
     )
     if hbm is None:
         lines.append(f"HBM traffic is not counted: {reason}")

@@ -49,38 +49,42 @@ class CountedKernel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Kernels one after the other. peak_pct: weighted by their time."""
+class HbmTraffic:
+    """Kernels one after the other. Raises NotCounted for none."""
 
-    kernels: int
-    dram_bytes: float
-    us: float
-    peak_pct: float
+    kernels: Sequence[CountedKernel]
 
-    @classmethod
-    def of(cls, kernels: Sequence[CountedKernel]) -> "Traffic":
-        """The sum. Raises NotCounted for none."""
-        us = sum(kernel.us for kernel in kernels)
-        if not us:
+    def __post_init__(self) -> None:
+        if not self.us:
             raise NotCounted("ncu counted no kernel")
-        return cls(
-            kernels=len(kernels),
-            dram_bytes=sum(kernel.dram_bytes for kernel in kernels),
-            us=us,
-            peak_pct=sum(kernel.peak_pct * kernel.us for kernel in kernels) / us,
-        )
+
+    @property
+    def us(self) -> float:
+        """Microseconds of all."""
+        return sum(kernel.us for kernel in self.kernels)
+
+    @property
+    def dram_bytes(self) -> float:
+        """Bytes of DRAM of all."""
+        return sum(kernel.dram_bytes for kernel in self.kernels)
 
     @property
     def tb_per_s(self) -> float:
+        """TB of DRAM per second."""
         return self.dram_bytes / self.us / 1e6
+
+    @property
+    def peak_pct(self) -> float:
+        """The rate as percent of the peak, of which each kernel has had its own for its time."""
+        return sum(kernel.peak_pct * kernel.us for kernel in self.kernels) / self.us
 
 
 @dataclass(frozen=True, kw_only=True)
 class HbmUse:
     """A batch's DNN alone, and with the next batch's embeddings in its launches."""
 
-    dnn: Traffic
-    co_run: Traffic
+    dnn: HbmTraffic
+    co_run: HbmTraffic
 
 
 def count_hbm(config: DLRMConfig, *, batch: int, ride: str, ids: str, seed: int) -> HbmUse:
@@ -122,7 +126,7 @@ def hbm_use(kernels: Sequence[CountedKernel]) -> HbmUse:
     if len(places) != 1:
         raise NotCounted(f"{len(places)} of {len(kernels)} kernels are the boundary, not 1")
     before, behind = kernels[: places[0]], kernels[places[0] + 1 :]
-    return HbmUse(dnn=Traffic.of(before), co_run=Traffic.of(behind))
+    return HbmUse(dnn=HbmTraffic(kernels=before), co_run=HbmTraffic(kernels=behind))
 
 
 def read_csv(lines: Iterable[str]) -> list[CountedKernel]:

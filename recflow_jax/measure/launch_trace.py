@@ -90,6 +90,11 @@ class LaunchTrace:
     activity: Activity
     shown: list[Region]
 
+    @property
+    def tail_share(self) -> float:
+        """Of the launch, at the end of which some SMs idle."""
+        return self.tail_us / self.kernel_us
+
 
 def trace_launch(
     config: DLRMConfig,
