@@ -29,6 +29,7 @@ from recflow_jax.engine.errors import (
     StepFailed,
 )
 from recflow_jax.engine.messages import Inbox
+from recflow_jax.engine.prepared import Prepared, Preparer
 from scheduling.pipeline import Action, Arrive, Cancel, Event, Pipeline
 from scheduling.request import WHOLE
 
@@ -257,6 +258,32 @@ def test_bags_of_other_lengths_beside_hide_nothing(engine: Engine, device: FakeS
         wrong.result(timeout=SOON_S)
     assert [result(one) for one in others] == [scores(1, ids=3), scores(4, ids=2)]
     result(held)
+
+
+@pytest.mark.parametrize("segments", [2, None])
+def test_what_the_device_found_well_nobody_looks_at_again(
+    monkeypatch: pytest.MonkeyPatch, segments: int | None
+):
+    """In slices and in whole batches, and whatever wrong ids have left behind those of the next."""
+    looked_at: list[int] = []
+    check = Preparer.check
+
+    def noting(self: Preparer, one: Prepared) -> None:
+        looked_at.append(one.samples)
+        check(self, one)
+
+    monkeypatch.setattr(Preparer, "check", noting)
+    options = replace(OPTIONS, segments=segments, max_slice=8, smallest_slice=2)
+    with Engine.from_segments(FakeSegments(options)) as engine:
+        assert result(engine.submit(samples(1, 2, ids=2).frozen())) == scores(1, 2, ids=2)
+        assert looked_at == []
+        with pytest.raises(InputError):
+            result(engine.submit(wrong_id(1, 2)))
+        assert looked_at == [2]
+        assert result(engine.submit(samples(3, ids=2).frozen())) == scores(3, ids=2)
+        assert looked_at == [2]
+        stats = engine.stats()
+    assert stats.co_runs == ({} if segments else {WHOLE: stats.steps})
 
 
 def test_who_was_cancelled_is_refused_no_more(engine: Engine, device: FakeSegments):

@@ -115,9 +115,10 @@ def test_logs_are_read_with_all_reasons(tmp_path: Path) -> None:
 def test_server_runs_are_at_shares_of_offline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever comes waits: the engine's own queue would be full with two queries."""
     monkeypatch.setattr(command, "WARM_UP_S", 0.3)
     options = LoadGenOptions(shares=(0.1, 0.2), p99_ms=(5000, 9000), request_samples=2, seconds=0.5)
-    engine = EngineOptions(max_batch=16, max_slice=16, segments=1)
+    engine = EngineOptions(max_batch=16, max_slice=16, segments=1, max_queued_samples=4)
     returned = bench_loadgen(NO_DENSE, engine=engine, options=options, out=tmp_path)
     assert json.loads((tmp_path / "loadgen.json").read_text()) == json.loads(json.dumps(returned))
     runs = returned["loadgen"]["runs"]
