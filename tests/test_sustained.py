@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from recflow_jax.measure.load import LoadResult
-from recflow_jax.measure.sustained import CLOSE_ENOUGH, keeps, sustained
+from recflow_jax.measure.sustained import BEYOND, CLOSE_ENOUGH, keeps, sustained
 
 FAST = LoadResult(
     offered_per_s=100,
@@ -39,8 +39,15 @@ def test_the_largest_load_is_found_and_told() -> None:
 
 def test_one_hiccup_is_no_limit() -> None:
     hiccups = iter([SLOW])
-    found = sustained(lambda qps: next(hiccups, load(qps)), 500, 10)
-    assert found.qps == 500
+    found = sustained(lambda qps: next(hiccups, load(qps)), 590, 10)
+    assert found.qps == 590
+
+
+@pytest.mark.parametrize("most", [300, 560])
+def test_a_saturation_that_was_measured_too_low_is_no_limit(most: float) -> None:
+    found = sustained(load, most, 10)
+    assert found.load is not None and found.load.offered_per_s == found.qps
+    assert found.qps <= 600 < BEYOND * found.qps
 
 
 def test_none_keeps_it() -> None:

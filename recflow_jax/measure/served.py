@@ -61,7 +61,7 @@ def bench_served(
     advance: Callable[[], None] = lambda: None,
 ) -> ServedResult:
     """Saturates each, then offers all the same arrivals, one after the other; with `p99_ms`, looks
-    for each one's largest load, up to its saturation, that keeps it.
+    for each one's largest load that keeps it.
 
     Shares of load are of the lowest saturation. `advance` is called after each measurement: for
     each server once, once per load, and once for a search. Raises LoadError.
