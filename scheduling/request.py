@@ -9,7 +9,7 @@ What is made anew for each request is not frozen, which would take three times a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,8 +19,9 @@ class Request:
     """Some samples to be scored together, known here only by their sizes.
 
     `id_offsets`, int64 [samples + 1], counts the sparse ids of all features before each sample
-    and starts at 0. Lower `priority` runs first. Times are microseconds on the caller's clock.
-    Raises ValueError for a request of no samples and for offsets of another form.
+    and starts at 0; `ids` are those of all samples. Lower `priority` runs first. Times are
+    microseconds on the caller's clock. Raises ValueError for a request of no samples and for
+    offsets of another form.
     """
 
     id: int
@@ -29,6 +30,7 @@ class Request:
     priority: int = 0
     deadline_us: int | None = None
     arrived_us: int = 0
+    ids: int = field(init=False)
 
     def __post_init__(self) -> None:
         offsets, shape = self.id_offsets, (self.samples + 1,)
@@ -44,11 +46,7 @@ class Request:
         falls = offsets[1:] < offsets[:-1]
         if np.count_nonzero(falls):
             raise ValueError(f"request {self.id}: id_offsets falls at sample {falls.argmax()}")
-
-    @property
-    def ids(self) -> int:
-        """Sparse ids of all samples and features."""
-        return int(self.id_offsets[-1])
+        self.ids = int(offsets[-1])
 
 
 @dataclass(slots=True, kw_only=True)

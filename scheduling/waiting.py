@@ -33,9 +33,11 @@ class _Waiting:
 
     def cut(self, stop: int) -> tuple[Part, int]:
         """The part up to `stop` and its ids, which no longer wait."""
-        part = Part(request_id=self.request.id, start=self.start, stop=stop)
-        ids = int(self.request.id_offsets[stop]) - self.first_id
-        self.start, self.first_id = stop, self.first_id + ids
+        request = self.request
+        part = Part(request_id=request.id, start=self.start, stop=stop)
+        before = request.ids if stop == request.samples else int(request.id_offsets[stop])
+        ids = before - self.first_id
+        self.start, self.first_id = stop, before
         return part, ids
 
 
@@ -106,9 +108,10 @@ class WaitingQueue:
             parts.append(part)
             samples_left, ids_left = samples_left - part.samples, ids_left - ids
             self.samples -= part.samples
-            self._begun[part.request_id] = first
             if stop == first.request.samples:
                 self.drop(part.request_id)
+            else:
+                self._begun[part.request_id] = first
         return tuple(parts), room.ids - ids_left
 
     def _first(self, begun: bool) -> _Waiting | None:
