@@ -13,6 +13,7 @@ import numpy as np
 from recflow_jax.config import DLRMConfig, FeatureConfig
 
 MAX_IDS = 2**31 - 1
+INT64, FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 
 
 class InputError(ValueError):
@@ -253,10 +254,10 @@ def check_batch(config: DLRMConfig, batch: JaggedBatch) -> None:
 def check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
     """The part of `check_batch` that looks at no element. Raises InputError."""
     dense_array(config, batch.dense)
-    if batch.dense.dtype != np.float32:
+    if batch.dense.dtype != FLOAT32:
         raise InputError(f"dense features are {batch.dense.dtype}, not float32")
     expected = batch.samples * len(config.features) + 1
-    if batch.offsets.shape != (expected,) or batch.offsets.dtype != np.int64:
+    if batch.offsets.shape != (expected,) or batch.offsets.dtype != INT64:
         raise InputError(
             f"offsets are {batch.offsets.dtype}{list(batch.offsets.shape)}, not int64 "
             f"[{batch.samples} samples * {len(config.features)} features + 1]"
@@ -269,7 +270,7 @@ def check_shapes(config: DLRMConfig, batch: JaggedBatch) -> None:
         raise InputError("weights are missing" if config.weighted else "no feature takes weights")
     if batch.weights is None:
         return
-    if batch.weights.shape != batch.values.shape or batch.weights.dtype != np.float32:
+    if batch.weights.shape != batch.values.shape or batch.weights.dtype != FLOAT32:
         raise InputError(
             f"weights are {batch.weights.dtype}{list(batch.weights.shape)}, not float32 "
             f"[{len(batch.values)}], one per id"

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+INT64 = np.dtype(np.int64)  # comparing with the type takes several times as long
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
@@ -33,20 +35,20 @@ class Request:
     ids: int = field(init=False)
 
     def __post_init__(self) -> None:
-        offsets, shape = self.id_offsets, (self.samples + 1,)
+        offsets = self.id_offsets
         if self.samples < 1:
             raise ValueError(f"request {self.id}: samples is {self.samples}, not at least 1")
-        if offsets.dtype != np.int64 or offsets.shape != shape:
+        if offsets.dtype != INT64 or offsets.shape != (self.samples + 1,):
             raise ValueError(
                 f"request {self.id}: id_offsets is {offsets.dtype}{list(offsets.shape)}, "
-                f"not int64{list(shape)}"
+                f"not int64{[self.samples + 1]}"
             )
-        if offsets[0] != 0:
+        if offsets.item(0) != 0:
             raise ValueError(f"request {self.id}: id_offsets starts at {offsets[0]}, not at 0")
         falls = offsets[1:] < offsets[:-1]
         if np.count_nonzero(falls):
             raise ValueError(f"request {self.id}: id_offsets falls at sample {falls.argmax()}")
-        self.ids = int(offsets[-1])
+        self.ids = offsets.item(-1)
 
 
 @dataclass(slots=True, kw_only=True)

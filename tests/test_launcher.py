@@ -28,9 +28,9 @@ from recflow_jax.engine.errors import (
     QueueFull,
     StepFailed,
 )
-from recflow_jax.engine.messages import Inbox
+from recflow_jax.engine.messages import Inbox, Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
-from scheduling.pipeline import Action, Arrive, Cancel, Event, Pipeline
+from scheduling.pipeline import Action, Cancel, Event, Pipeline
 from scheduling.request import WHOLE
 
 SOON_S = 30
@@ -160,7 +160,7 @@ def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(
         time.sleep(0.001)  # in which it would hear of one alone
     assert answers.pop().cancel()
     eventually(lambda: heard)
-    assert heard[0] == [Arrive] * 5 + [Cancel]
+    assert heard[0] == [Submitted] * 5 + [Cancel]
     device.go_on()
     assert [result(answer) for answer in (held, *answers)][1:] == [scores(i) for i in range(4)]
 

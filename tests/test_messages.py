@@ -121,7 +121,8 @@ def test_it_rests_while_a_caller_makes_a_request(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(messages.time, "sleep", sleep)
     monkeypatch.setattr(messages, "now_us", lambda: sum(slept_us))
-    caller.enter_context(inbox.caller())
+    inbox.caller_enters()
+    caller.callback(inbox.caller_leaves)
     inbox.rest(10 * REST_STEP_US)
     assert slept_us == [REST_STEP_US] * 3
 
@@ -155,8 +156,11 @@ def test_who_launches_may_call(monkeypatch: pytest.MonkeyPatch):
 def _call(inbox: Inbox) -> float:
     """How long that takes, in seconds."""
     started = time.perf_counter()
-    with inbox.caller():
+    try:
+        inbox.caller_enters()
         return time.perf_counter() - started
+    finally:
+        inbox.caller_leaves()
 
 
 def test_it_does_not_rest_where_no_rest_is_due(monkeypatch: pytest.MonkeyPatch):

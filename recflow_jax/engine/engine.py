@@ -117,7 +117,6 @@ class Engine:
         flights = SimpleQueue[Flight | Written | None]()
         self._ledger = Ledger(
             max_samples=self.options.max_queued_samples,
-            outputs=self.config.outputs,
             inbox=inbox,
             tally=self._tally,
         )
@@ -169,10 +168,13 @@ class Engine:
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
-        with self._inbox.caller():
-            most = self.options.max_queued_samples
+        try:
+            self._inbox.caller_enters()
+            most = self._options.max_queued_samples
             samples = self._prepared(dense, sparse, most=most, checks_later=True)
             return self._enter(samples, terms)
+        finally:
+            self._inbox.caller_leaves()
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.

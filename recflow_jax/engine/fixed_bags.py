@@ -10,6 +10,7 @@ from recflow_jax.batch import MAX_IDS, JaggedBatch
 BLOCK_IDS = 2**16  # checked at a time, so that the arrays in between stay in the cache
 WIDE_IDS = 2**10  # looked at side by side: numpy goes through short rows slowly
 KEPT_STEPS = 2**13
+INT32 = np.dtype(np.int32)
 
 
 class FixedBags:
@@ -110,7 +111,7 @@ class FixedBags:
 
 def is_shared(ids: np.ndarray) -> bool:
     """Whether these need no copy: int32 that nobody writes to."""
-    return ids.dtype == np.int32 and not ids.flags.writeable
+    return ids.dtype == INT32 and not ids.flags.writeable
 
 
 def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:
@@ -123,7 +124,7 @@ def copy_ids(ids: np.ndarray, *, out: np.ndarray) -> bool:
 
     It is the copies that are to be held against limits: `ids` may change meanwhile.
     """
-    if ids.dtype != np.int32:
+    if ids.dtype != INT32:
         ids = ids.astype(np.int64, copy=False)
         if len(ids) and ids.view(np.uint64).max() > MAX_IDS:
             return False

@@ -58,4 +58,4 @@ def new_request(
         deadline_us=terms.deadline_us,
         arrived_us=terms.arrived_us,
     )
-    return Submitted(request, samples, steps_ended)
+    return Submitted(request=request, samples=samples, steps_ended=steps_ended)

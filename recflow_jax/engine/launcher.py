@@ -31,7 +31,6 @@ from scheduling.host_costs import RESTS
 from scheduling.pipeline import (
     Action,
     Apply,
-    Arrive,
     Cancel,
     Event,
     Expire,
@@ -126,9 +125,9 @@ class Launcher:
     def _events(self, messages: Iterable[Message]) -> Iterator[Event]:
         for message in messages:
             match message:
-                case Submitted(request=request):
-                    self._waiting[request.id] = message
-                    yield Arrive(request=request)
+                case Submitted():
+                    self._waiting[message.request.id] = message
+                    yield message
                 case Dropped(request_id=request_id):
                     self._waiting.pop(request_id, None)
                     yield Cancel(request_id=request_id)

@@ -24,11 +24,16 @@ class _Open:
 
     request: Request
     answer: Answer
-    scores: np.ndarray
     missing: int
+    scores: np.ndarray | None = None
 
     def add(self, part: Part, scores: np.ndarray) -> bool:
-        """Takes a part's scores; whether that was the last part."""
+        """Takes a part's scores, which it copies; whether that was the last part."""
+        if part.samples == self.request.samples:
+            self.scores = scores.copy()
+            return True
+        if self.scores is None:
+            self.scores = np.empty((self.request.samples, scores.shape[1]), scores.dtype)
         self.scores[part.start : part.stop] = scores
         self.missing -= part.samples
         return self.missing == 0
@@ -46,9 +51,8 @@ class Ledger:
     and its samples leave the queue exactly once.
     """
 
-    def __init__(self, *, max_samples: int, outputs: int, inbox: Inbox, tally: Tally) -> None:
+    def __init__(self, *, max_samples: int, inbox: Inbox, tally: Tally) -> None:
         self._admission = Admission(max_samples)
-        self._outputs = outputs
         self._inbox = inbox
         self._tally = tally
         self._open: dict[int, _Open] = {}
@@ -73,10 +77,9 @@ class Ledger:
         """Lets a request in and tells the launcher. Raises EngineClosed, QueueFull."""
         request = submitted.request
         answer = Answer(partial(self._cancel, request.id))
-        scores = np.empty((request.samples, self._outputs), np.float32)
         with self._door:
             self._let_in(request.samples)
-            self._open[request.id] = _Open(request, answer, scores, request.samples)
+            self._open[request.id] = _Open(request, answer, request.samples)
             self._tell(submitted)
         self._tally.accepted(request.samples)
         return answer

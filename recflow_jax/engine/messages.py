@@ -17,19 +17,18 @@ from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.staging import Buffer
 from recflow_jax.engine.updates import Update
 from scheduling.host_costs import REST_STEP_US
-from scheduling.pipeline import StepDone
-from scheduling.request import Part, Request
+from scheduling.pipeline import Arrive, StepDone
+from scheduling.request import Part
 
 LONGEST_WAIT_S = 3600.0
 ARRIVALS_TO_WAKE = 32
 LONGEST_TURN_S = 0.005
 
 
-@dataclass(slots=True)
-class Submitted:
+@dataclass(slots=True, kw_only=True, eq=False)
+class Submitted(Arrive):
     """A request was accepted, with these samples, when so many steps had ended."""
 
-    request: Request
     samples: Prepared
     steps_ended: int = 0
 
@@ -104,20 +103,18 @@ class Inbox:
         self._turn = RLock()
         self._launching = False
 
-    @contextmanager
-    def caller(self) -> Iterator[None]:
-        """While a caller makes a request ready, on this thread; waits for what is being launched,
-        but not for long. Python runs one thread at a time: a launch gives its turn away several
-        times, and gets it back late from callers who keep on computing.
+    def caller_enters(self) -> None:
+        """A caller makes a request ready, on this thread, until it leaves; waits for what is being
+        launched, but not for long. Python runs one thread at a time: a launch gives its turn away
+        several times, and gets it back late from callers who keep on computing.
         """
-        thread = get_ident()
-        self._callers.add(thread)
-        try:
-            if self._launching and self._turn.acquire(timeout=LONGEST_TURN_S):
-                self._turn.release()
-            yield
-        finally:
-            self._callers.discard(thread)
+        self._callers.add(get_ident())
+        if self._launching and self._turn.acquire(timeout=LONGEST_TURN_S):
+            self._turn.release()
+
+    def caller_leaves(self) -> None:
+        """Behind `caller_enters`, on the same thread, whatever came of the request."""
+        self._callers.discard(get_ident())
 
     @contextmanager
     def launching(self) -> Iterator[None]:

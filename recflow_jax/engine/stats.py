@@ -108,7 +108,9 @@ class Tally:
         self.steps_ended = 0
 
     def accepted(self, samples: int) -> None:
-        self._add(requests_accepted=1, samples_accepted=samples)
+        with self._lock:
+            self._counts["requests_accepted"] += 1
+            self._counts["samples_accepted"] += samples
 
     def answered(self, samples: int, latencies_us: Sequence[int]) -> None:
         self._add(requests_answered=len(latencies_us), samples_answered=samples)
