@@ -2,6 +2,7 @@
 
 import math
 import threading
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,40 +132,41 @@ class Tally:
 
     def launched(self, step: Step, waits: Sequence[tuple[int, int]]) -> None:
         """`waits`, in microseconds and steps, of the requests that begin in it."""
-        self._add(steps=1)
         with self._lock:
+            self._counts["steps"] += 1
             self._waits.extend(waits)
-        if step.slice is not None:
-            self._launched_slice(step.slice)
-        if step.segment is not None and step.segment.shape.last:
-            self._launched_batch(step.segment)
-        if step.co_run is not None:
-            with self._lock:
+            if step.slice is not None:
+                self._launched_slice(step.slice)
+            if step.segment is not None and step.segment.shape.last:
+                self._launched_batch(step.segment)
+            if step.co_run is not None:
                 self._co_runs[step.co_run] += 1
 
     def _launched_slice(self, piece: Slice) -> None:
-        self._add(slices=1, slice_samples=piece.samples, ids=piece.ids, id_room=piece.bucket.ids)
-        with self._lock:
-            self._slice_buckets[piece.bucket.samples] += 1
+        self._count(slices=1, slice_samples=piece.samples, ids=piece.ids, id_room=piece.bucket.ids)
+        self._slice_buckets[piece.bucket.samples] += 1
 
     def _launched_batch(self, last: Segment) -> None:
         shape = last.shape
-        self._add(batches=1, batch_samples=last.samples, batch_room=shape.batch)
-        with self._lock:
-            self._batch_buckets[shape.batch] += 1
-            self._batch_segments[shape.segments] += 1
+        self._count(batches=1, batch_samples=last.samples, batch_room=shape.batch)
+        self._batch_buckets[shape.batch] += 1
+        self._batch_segments[shape.segments] += 1
 
     def ended_step(self, took_us: int) -> None:
-        self.steps_ended += 1
-        self._add(steps_us=took_us)
-        bound = next(bound for bound in STEP_BOUNDS_US if took_us <= bound)
+        bound = STEP_BOUNDS_US[bisect_left(STEP_BOUNDS_US, took_us)]
         with self._lock:
+            self.steps_ended += 1
+            self._counts["steps_us"] += took_us
             self._step_times[bound] += 1
 
     def _add(self, **counts: int) -> None:
         with self._lock:
-            for name, count in counts.items():
-                self._counts[name] += count
+            self._count(**counts)
+
+    def _count(self, **counts: int) -> None:
+        """Under the lock."""
+        for name, count in counts.items():
+            self._counts[name] += count
 
     def waits(self) -> Waits:
         """Of the last requests that were launched."""
