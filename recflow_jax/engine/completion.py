@@ -89,7 +89,7 @@ class Completion:
         is_well = not flight.unchecked or _are_well(flight)
         if flight.buffer is not None:
             self._staging.give_back(flight.buffer)
-        return is_well, None if flight.scores is None else np.asarray(flight.scores)
+        return is_well, np.asarray(flight.x) if flight.parts else None
 
     def _fail(self, flight: Flight, fault: Exception) -> None:
         fail_step(self._ledger, (part.request_id for _, part in flight.parts), fault)

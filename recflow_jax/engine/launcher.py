@@ -256,7 +256,7 @@ class Launcher:
         flight.x = batch.x
         if segment.shape.last:
             batch.x.copy_to_host_async()
-            flight.scores, flight.parts = batch.x, segment.parts
+            flight.parts = segment.parts
 
     def _take_state(self) -> BatchState:
         """Two are in use at most: a later batch's slices run behind the segment that read it."""

@@ -64,7 +64,7 @@ class Flight:
     waits: of the requests of which it carries the first samples, from arrival to its launch, in
         microseconds and in steps that ended. unchecked: of all whose samples it carries, those that
         are to be checked. landed: which samples of its slice are known to be well. x: what its
-        segment makes.
+        segment makes, scores where there are parts to answer.
     """
 
     step_id: int
@@ -74,7 +74,6 @@ class Flight:
     landed: Any = None
     x: Any = None
     parts: tuple[tuple[int, Part], ...] = ()
-    scores: Any = None
     buffer: Buffer | None = None
 
 

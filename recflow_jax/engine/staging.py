@@ -79,7 +79,7 @@ class PackedShape:
 
     def unpack(self, packed: Int32[Array, " length"]) -> tuple[Int32[Array, ""], DeviceBatch]:
         """The first row and the samples, under jit on the device."""
-        fields = {name: packed[place] for name, place in self.places.items()}
+        fields = self._fields(packed)
         dense = lax.bitcast_convert_type(fields["dense"], jnp.float32)
         weights = lax.bitcast_convert_type(fields["weights"], jnp.float32)
         batch = DeviceBatch(
@@ -97,10 +97,9 @@ class PackedShape:
         """
         if not self.bases:
             return jnp.ones(self.samples, bool)
-        fields = {name: packed[place] for name, place in self.places.items()}
+        fields = self._fields(packed)
         rows = self._by_sample(fields["rows"])
-        are_in = (rows >= 0) & (rows <= self._last)
-        are_well = (fields["of_tables"] != 0) & are_in.all(axis=1)
+        are_well = (fields["of_tables"] != 0) & (rows == self._nearest(rows)).all(axis=1)
         floats = [fields["dense"].reshape(self.samples, self.dense_width)[: len(rows)]]
         floats += [self._by_sample(fields["weights"])] if self.weighted else []
         for bits in floats:
@@ -113,7 +112,7 @@ class PackedShape:
         if not self.bases:
             return rows
         own = self._by_sample(rows)
-        of_groups = jnp.array(self.bases, jnp.int32) + jnp.clip(own, 0, self._last)
+        of_groups = jnp.array(self.bases, jnp.int32) + self._nearest(own)
         own = jnp.where(fields["of_tables"] != 0, of_groups, own)
         return jnp.concatenate([own.reshape(-1), rows[own.size :]])
 
@@ -123,10 +122,12 @@ class PackedShape:
         samples = min(self.samples, self.ids // per_sample)
         return of_ids[: samples * per_sample].reshape(samples, per_sample)
 
-    @property
-    def _last(self) -> Int32[Array, " ids"]:
-        """Of each id of a sample, the last row of its table."""
-        return jnp.array(self.limits, jnp.int32) - 1
+    def _nearest(self, rows: Int32[Array, "samples ids"]) -> Int32[Array, "samples ids"]:
+        """The rows of tables that are nearest to these."""
+        return jnp.clip(rows, 0, jnp.array(self.limits, jnp.int32) - 1)
+
+    def _fields(self, packed: Int32[Array, " length"]) -> dict[str, Array]:
+        return {name: packed[place] for name, place in self.places.items()}
 
 
 def _per_id(config: DLRMConfig, of_features: Sequence[int]) -> tuple[int, ...]:
