@@ -82,6 +82,11 @@ class MlpConfig:
         """Columns of one wgmma."""
         return min(self.block_n, self.wgmma_columns)
 
+    def tiles(self, shape: tuple[int, ...]) -> int:
+        """Tiles of an output [rows, columns] of whole ones."""
+        rows, columns = shape
+        return (rows // self.block_m) * (columns // self.block_n)
+
     @property
     def shared_bytes(self) -> int:
         """Operand ring of 16-bit items, and output slots."""
@@ -213,9 +218,7 @@ class Layer:
     @property
     def tiles_per_block(self) -> int:
         """Output tiles of a block, at most."""
-        rows, columns = self.out_type.shape
-        tiles = (rows // self.config.block_m) * (columns // self.config.block_n)
-        return -(-tiles // self.config.blocks)
+        return -(-self.config.tiles(self.out_type.shape) // self.config.blocks)
 
     @property
     def scratch_types(self) -> dict[str, Any]:
@@ -372,9 +375,8 @@ class LayerRefs:
         before; returns all of them.
         """
         config = self.config
-        tiles = (self.out.shape[0] // config.block_m) * (self.out.shape[1] // config.block_n)
         block = lax.axis_index("block")
-        own_tiles = lax.div(tiles - block + config.blocks - 1, config.blocks)
+        own_tiles = lax.div(config.tiles(self.out.shape) - block + config.blocks - 1, config.blocks)
 
         def body(index: Array, before: Array) -> Array:
             at = self.place(index)
