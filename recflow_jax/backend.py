@@ -110,6 +110,16 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
     return Backend(name="mosaic", reason=reason, ops=ops)
 
 
+def kernels_to(act: str) -> Backend:
+    """The back end of the kernels, without which there is nothing to tune, trace or the like.
+    Raises BackendError where they do not run.
+    """
+    backend = choose_backend()
+    if backend.name != "mosaic":
+        raise BackendError(f"there is nothing to {act} on this device: {backend.reason}")
+    return backend
+
+
 def _padded(layers: tuple[DenseLayer, ...]) -> tuple[DenseLayer, ...]:
     return tuple(
         dataclasses.replace(layer, kernel=mlp.pad_kernel(layer.kernel)) for layer in layers

@@ -10,13 +10,10 @@ import pytest
 
 import small_models as models
 from recflow_jax import cli, console
-from recflow_jax.backend import choose_backend
+from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.commands import bench_traces as command
-from recflow_jax.measure.contenders import Lineup
 from recflow_jax.measure.hbm import CountedKernel, HbmTraffic, HbmUse, NotCounted
 from recflow_jax.measure.launch_trace import LaunchTrace, Region, summary
-from recflow_jax.measure.offline import input_sets
-from recflow_jax.measure.overlap import BatchPipeline
 from recflow_jax.measure.timeline import Kernel, Timeline
 
 CONFIG = models.BF16
@@ -33,12 +30,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A pipeline on the CPU, with a profiler that has seen a kernel; what was asked for."""
     asked: dict[str, Any] = {}
 
-    def pipeline(config: Any, params: Any, **options: Any) -> Any:
+    def kernels_to(_: str) -> Backend:
         backend = choose_backend("xla")
-        riding = replace(backend, ops=replace(backend.ops, corun_configs=("plain",)))
-        own = Lineup(config, params, riding, ())
-        sets = input_sets(config, options["batch"], ids=options["ids"], seed=options["seed"])
-        return own, BatchPipeline(own, params, sets, options["rides"])
+        return replace(backend, ops=replace(backend.ops, corun_configs=("plain",)))
 
     def launch(*_: Any, samples: int, slice_samples: int, ids: str, seed: int) -> LaunchTrace:
         return LaunchTrace(
@@ -52,7 +46,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return HbmUse(dnn=TRAFFIC, co_run=TRAFFIC)
 
     kernels = [Kernel(name="k", kind="dnn", start_us=0.0, duration_us=30.0)]
-    monkeypatch.setattr(command, "traced_pipeline", pipeline)
+    monkeypatch.setattr(command, "kernels_to", kernels_to)
     monkeypatch.setattr(command, "trace_launch", launch)
     monkeypatch.setattr(command, "count_hbm", count)
     monkeypatch.setattr(

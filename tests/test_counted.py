@@ -39,10 +39,16 @@ def test_launches_are_counted_from_start_to_stop(
     pipeline = SimpleNamespace(run_dnn=noting("dnn"), contenders=lambda: {"deep/all": co_run})
     asked: dict[str, Any] = {}
 
-    def built(config: Any, _: Any, **options: Any) -> Any:
-        asked.update(options, config=config)
-        return None, pipeline
+    def built(config: Any, _: Any, backend: Any, sets: Any, rides: Any) -> Any:
+        asked.update(config=config, backend=backend, sets=sets, rides=rides)
+        return pipeline
 
+    def drawn(_: Any, samples: int, **options: Any) -> Any:
+        asked.update(options)
+        return f"sets of {samples}"
+
+    monkeypatch.setattr(counted, "kernels_to", lambda act: f"kernels to {act}")
+    monkeypatch.setattr(counted, "input_sets", drawn)
     monkeypatch.setattr(counted, "traced_pipeline", built)
     monkeypatch.setattr(counted, "boundary", noting("boundary"))
     monkeypatch.setattr(counted.ctypes, "CDLL", lambda _: Driver(calls))
@@ -53,7 +59,8 @@ def test_launches_are_counted_from_start_to_stop(
     assert calls == [*step, *CONTEXT, "cuProfilerStart", *step, "cuProfilerStop"]
     assert asked == {
         "config": models.DCN,
-        "batch": 8,
+        "backend": "kernels to trace",
+        "sets": "sets of 8",
         "rides": ["deep/all"],
         "ids": "zipf(1.1)",
         "seed": 3,

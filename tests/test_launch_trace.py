@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import small_models as models
-from recflow_jax.measure.launch_trace import Region, check_traced, regions_of, summary
+from recflow_jax.measure.corun import check_co_runs
+from recflow_jax.measure.launch_trace import Region, regions_of, summary
 from recflow_jax.measure.timeline import NoKernels
 
 
@@ -89,4 +90,4 @@ def test_a_launch_that_wrote_nothing_is_an_error() -> None:
 )
 def test_models_whose_layers_take_no_bags_are_refused(config: Any) -> None:
     with pytest.raises(ValueError, match="co-runs are of 16-bit layers and of features"):
-        check_traced(config)
+        check_co_runs(config)

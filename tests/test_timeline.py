@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-import small_models as models
-from recflow_jax.backend import BackendError
+from recflow_jax.backend import BackendError, kernels_to
 from recflow_jax.measure import timeline
 from recflow_jax.measure.timeline import LEAD, Kernel, NoKernels, Timeline, kernels_in, record
 from recflow_jax.measure.timing import Timed
@@ -98,6 +97,4 @@ def test_a_profile_without_kernels_is_an_error() -> None:
 
 def test_nothing_is_traced_where_no_kernels_run() -> None:
     with pytest.raises(BackendError, match="nothing to trace on this device: cpu is no GPU"):
-        timeline.traced_pipeline(
-            models.DCN, models.params_of(models.DCN), batch=8, rides=[], ids="uniform", seed=0
-        )
+        kernels_to("trace")

@@ -33,7 +33,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return 1.0 if (config.block_m, config.block_n) == (64, 64) else 2.0
 
     mosaic = Backend(name="mosaic", reason="pretended", ops=REFERENCE)
-    monkeypatch.setattr(tune, "choose_backend", lambda: mosaic)
+    monkeypatch.setattr(tune, "kernels_to", lambda _: mosaic)
     monkeypatch.setattr(tiles, "_compile", compile_one)
     monkeypatch.setattr(tiles, "device_us", device_us)
     return compiled

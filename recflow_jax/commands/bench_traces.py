@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recflow_jax.calibration import ready
+from recflow_jax.backend import kernels_to
 from recflow_jax.commands.info import versions
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console
 from recflow_jax.measure import report, trace_plots
 from recflow_jax.measure.agreement import checked
 from recflow_jax.measure.contenders import Contender
+from recflow_jax.measure.corun import check_co_runs
 from recflow_jax.measure.hbm import HbmUse, NotCounted, count_hbm
-from recflow_jax.measure.launch_trace import LaunchTrace, check_traced, trace_launch
+from recflow_jax.measure.launch_trace import LaunchTrace, trace_launch
 from recflow_jax.measure.launched import SHARING
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.overlap import SERIAL
@@ -43,24 +44,23 @@ def bench_traces(
     ValueError for rides that are not there and for models whose layers take no bags along,
     WrongAnswers before anything wrong is traced.
     """
+    check_co_runs(config)
     os.environ.update(SHARING)
-    check_traced(config)
+    backend = kernels_to("trace")
     params = init_params(config, seed=seed)
-    config = ready(config, params, ids=ids, seed=seed)
-    lineup, pipeline = traced_pipeline(
-        config, params, batch=batch, rides=[ride] if ride else [], ids=ids, seed=seed
-    )
-    result = report.header(config, lineup.backend, ids=ids, seed=seed, versions=versions())
+    sets = input_sets(config, batch, ids=ids, seed=seed)
+    pipeline = traced_pipeline(config, params, backend, sets, [ride] if ride else [])
+    result = report.header(config, backend, ids=ids, seed=seed, versions=versions())
     result["workload"] = {"batch": batch, "slice_samples": slice_samples}
     launch = trace_launch(
-        *(config, params, lineup.backend),
+        *(config, params, backend),
         samples=batch,
         slice_samples=slice_samples,
         ids=ids,
         seed=seed,
     )
     contenders = pipeline.contenders()
-    checked(config, params, input_sets(config, batch, ids=ids, seed=seed)[0], contenders)
+    checked(config, params, sets[0], contenders)
     medians_us = _medians_us(contenders)
     ride = min(pipeline.rides, key=lambda name: medians_us[name])
     timelines = [record(n, contenders[n].timed, batches=BATCHES) for n in (SERIAL, ride)]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from recflow_jax.backend import BackendError, choose_backend
+from recflow_jax.backend import kernels_to
 from recflow_jax.commands.info import versions
 from recflow_jax.config import DLRMConfig, shipped_models
 from recflow_jax.console import console, progress
@@ -32,9 +32,7 @@ def tune(
 
     With resume, shapes that the file has are kept. Raises BackendError where no kernels run.
     """
-    backend = choose_backend()
-    if backend.name != "mosaic":
-        raise BackendError(f"there is nothing to tune on this device: {backend.reason}")
+    kernels_to("tune")
     device = jax.devices()[0].device_kind
     path = path_of(out, device)
     kept = json.loads(path.read_text()) if resume and path.is_file() else {"shapes": []}

@@ -89,8 +89,7 @@ def bench_corun(
     """
     if backend.name != "mosaic":
         raise ValueError(f"co-run kernels need back end mosaic: this is {backend.name}")
-    if config.compute_dtype not in DTYPES or not config.features:
-        raise ValueError(f"model {config.name!r}: co-runs are of 16-bit layers and of features")
+    check_co_runs(config)
     ceilings = measure_ceilings(config.compute_dtype, options)
     prepared = backend.prepare(params, config)
     results = []
@@ -121,6 +120,12 @@ def bench_corun(
                 )
         advance()
     return results
+
+
+def check_co_runs(config: DLRMConfig) -> None:
+    """Raises ValueError for a model whose layers take no bags along."""
+    if config.compute_dtype not in DTYPES or not config.features:
+        raise ValueError(f"model {config.name!r}: co-runs are of 16-bit layers and of features")
 
 
 class _Slices:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from recflow_jax.backend import kernels_to
 from recflow_jax.config import DLRMConfig
+from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.timeline import traced_pipeline
 from recflow_jax.params import init_params
 
@@ -23,11 +25,10 @@ boundary = jax.jit(lax.cbrt)  # nothing of a model computes it
 def main(arguments: Sequence[str]) -> None:
     """Launches everything once before it counts. Raises BackendError, ValueError."""
     model, batch, ride, ids, seed = arguments
-    config = DLRMConfig.load(model)
+    backend, config = kernels_to("trace"), DLRMConfig.load(model)
     params = init_params(config, seed=int(seed))
-    _, pipeline = traced_pipeline(
-        config, params, batch=int(batch), rides=[ride], ids=ids, seed=int(seed)
-    )
+    sets = input_sets(config, int(batch), ids=ids, seed=int(seed))
+    pipeline = traced_pipeline(config, params, backend, sets, [ride])
     co_run, ones = pipeline.contenders()[ride].timed.launch, jnp.ones(1024)
 
     def launch_all(first: int) -> None:

@@ -18,14 +18,13 @@ import numpy as np
 from jaxtyping import Bool
 
 from pallas_kernels.corun import CONFIGS, REGIONS, dense_with_gather
-from pallas_kernels.mlp import DTYPES
 from pallas_kernels.slots import width
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
 from recflow_jax.measure.contenders import device_batches
 from recflow_jax.measure.kernels import mlp_layers
-from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.timeline import NoKernels, kernels_during
 from recflow_jax.model import Params
 
@@ -106,17 +105,16 @@ def trace_launch(
     ids: str,
     seed: int,
 ) -> LaunchTrace:
-    """The model's largest dense layer with the bags of so many other samples.
+    """The largest dense layer of a model that co-runs (see `check_co_runs`) with the bags of so
+    many other samples.
 
-    Raises ValueError for models without features or with layers that are not 16-bit floats, and
-    where the layer has too many tiles for its trace to fit in SMEM; NoKernels.
+    Raises ValueError where the layer has too many tiles for its trace to fit in SMEM; NoKernels.
     """
-    check_traced(config)
     layer = max(mlp_layers(config), key=lambda layer: layer.shape[0] * layer.shape[1])
     prepared = backend.prepare(params, config)
     weights, layout = layer.of(prepared), Layout.of(config)
     x = jax.random.normal(jax.random.key(seed), (samples, layer.shape[0]))
-    (bags,) = device_batches(layout, input_sets(config, slice_samples, ids=ids, seed=seed)[:1])
+    (bags,) = device_batches(layout, [generate(config, slice_samples, seed=seed, ids=ids)])
     vectors = jnp.zeros((slice_samples, width(layout.slots)), jnp.dtype(config.carried_dtype))
     operands = (x.astype(config.carried_dtype), weights.kernel, weights.bias, vectors)
     operands += (jnp.int32(0), prepared.groups, bags.rows, bags.offsets, bags.weights)
@@ -138,12 +136,6 @@ def trace_launch(
         clock_mhz=clock_mhz,
         **summary(regions, workers=CONFIG.warpgroups - 1),
     )
-
-
-def check_traced(config: DLRMConfig) -> None:
-    """Raises ValueError for a model whose layers take no bags along."""
-    if config.compute_dtype not in DTYPES or not config.features:
-        raise ValueError(f"model {config.name!r}: co-runs are of 16-bit layers and of features")
 
 
 def _traced(launch: Callable[[], Any], folder: Path) -> tuple[Mapping[str, Any], float]:

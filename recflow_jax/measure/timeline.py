@@ -13,10 +13,10 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels.corun import KERNEL_NAME
-from recflow_jax.backend import BackendError, choose_backend
+from recflow_jax.backend import Backend
+from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.measure.contenders import Lineup
-from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.overlap import BatchPipeline
 from recflow_jax.measure.timing import Timed
 from recflow_jax.model import Params
@@ -65,22 +65,15 @@ class Timeline:
 def traced_pipeline(
     config: DLRMConfig,
     params: Params,
-    *,
-    batch: int,
+    backend: Backend,
+    sets: Sequence[JaggedBatch],
     rides: Sequence[str],
-    ids: str,
-    seed: int,
-) -> tuple[Lineup, BatchPipeline]:
-    """The engine's executables for batches of so many samples, launched kernel by kernel, and
-    whose they are. Raises BackendError where no kernels run, ValueError for rides that are not
-    there.
+) -> BatchPipeline:
+    """The engine's executables for such batches, launched kernel by kernel. Raises ValueError for
+    rides that are not there.
     """
-    backend = choose_backend()
-    if backend.name != "mosaic":
-        raise BackendError(f"there is nothing to trace on this device: {backend.reason}")
     lineup = Lineup(config, params, replace(backend, graphs=False), ())
-    sets = input_sets(config, batch, ids=ids, seed=seed)
-    return lineup, BatchPipeline(lineup, params, sets, rides)
+    return BatchPipeline(lineup, params, sets, rides)
 
 
 def record(name: str, timed: Timed, *, batches: int) -> Timeline:
