@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.embedding import Gather, addresses, gather_all
+from pallas_kernels.float8 import Kernel
 from pallas_kernels.gather_bags import bag_plan
 from pallas_kernels.gather_rows import zero_right
 from pallas_kernels.gather_shape import VECTOR_BYTES, WARPGROUP, GatherConfig, GatherShape
@@ -37,7 +38,6 @@ from pallas_kernels.mlp import (
     check,
     load_layer,
     multiply_layer,
-    swizzled,
 )
 from pallas_kernels.simt import MosaicSimt
 from pallas_kernels.slots import Slot
@@ -138,7 +138,7 @@ rows in registers, as short rows and jagged bags want it, fewer or more at once.
 
 def dense_with_gather(
     x: Float[Array, "samples inputs"],
-    kernel: Float[Array, "inputs_up outputs_up"],
+    kernel: Kernel,
     bias: Float[Array, " outputs"],
     vectors: Float[Array, "most columns"],
     first_row: Int32[Array, ""],
@@ -151,6 +151,7 @@ def dense_with_gather(
     slots: tuple[Slot, ...],
     left: int,
     span: tuple[int, int] | None = None,
+    out_scale: float | None = None,
     config: CorunConfig = CONFIG,
     trace_dir: str = "",
 ) -> tuple[Float[Array, "samples outputs"], Float[Array, "most columns"]]:
@@ -162,7 +163,7 @@ def dense_with_gather(
     behind the pooled ones that are no multiple of four.
     """
     check(x, kernel, bias, activation)
-    layer = Layer.of(x, kernel, bias, activation, config.mlp)
+    layer = Layer.of(x, kernel, bias, activation, out_scale, config.mlp)
     gather = Gather.into(
         *(vectors, first_row, groups, rows, offsets, weights),
         slots=slots,
@@ -218,7 +219,7 @@ def _counters(shape: GatherShape) -> int:
 def _body(
     x: Any,
     kernel: Any,
-    bias: Any,
+    columns: Any,
     counters: Any,
     *refs: Any,
     gather_ring: Any,
@@ -232,7 +233,9 @@ def _body(
     warpgroup = lax.axis_index("warpgroup")
     multiplying = config.mlp.warpgroups
     *operands, vectors, out = refs
-    layer_refs = LayerRefs(x=x, kernel=kernel, bias=bias, out=out, config=layer.config, **scratch)
+    layer_refs = LayerRefs(
+        x=x, kernel=kernel, columns=columns, out=out, config=layer.config, **scratch
+    )
     gather_refs = (counters, *operands, vectors)
 
     @pl.when(warpgroup == multiplying)
@@ -243,13 +246,13 @@ def _body(
     @pl.when(warpgroup < multiplying)
     def _multiply() -> None:
         _set_registers(config, config.multiply_registers)
-        multiply_layer(layer_refs, warpgroup, layer.kernel_activation)
+        multiply_layer(layer_refs, warpgroup, layer.finish)
         if config.helps:
             plgpu.barrier_arrive(multiplied)
             plgpu.barrier_wait(multiplied)
             with jax.named_scope("help"):
                 gather_claimed(
-                    gather, gather_refs, layer_refs.kernel_smem, swizzled(), first_role=0
+                    gather, gather_refs, layer_refs.kernel_smem, layer.transforms, first_role=0
                 )
 
     @pl.when(warpgroup > multiplying)

@@ -1,16 +1,19 @@
-"""The widening half of a low-rank cross layer, x0 * (low @ up + bias) + x, for Hopper GPUs.
+"""The widening half of low-rank cross layers for Hopper GPUs: `widen` of floats, of one layer,
+x0 * (low @ up + bias) + x; `gate` of e4m3, of all layers so far, x0 * (lows @ up + bias).
 
 A persistent kernel like `mlp`, but its warpgroups take turns: one multiplies a whole output tile
-[block_m, block_n] while the other is in its epilogue. The parts of x0 and x that the epilogue needs
-come by TMA too, in pieces of `PIECE` columns, ahead of their use; the result is written over x's
-piece in SMEM and stored from there. Nothing else of the layer's width is read or written. Tiles go
-by rows, from the last row up: what the matmul before has read last is met in L2.
+[block_m, block_n] while the other is in its epilogue. The parts of x0 and x that the epilogue
+needs come by TMA too, in pieces of `PIECE` columns, ahead of their use; `widen` writes the result
+over x's piece in SMEM and stores it from there, `gate`, whose result is smaller, from slots of its
+own. Nothing else of the layer's width is read or written. Tiles go by rows, from the last row up:
+what the matmul before has read last is met in L2.
 
-Grid: `blocks` (one per SM). Per layer: 2 * samples * rank * width FLOP; 6 * samples * width bytes,
-a third less where x is x0.
+Grid: `blocks` (one per SM). `widen`: 2 * samples * rank * width FLOP; 6 * samples * width bytes, a
+third less where x is x0. `gate`, in layer n: n times the FLOP, of e4m3; 3 * samples * width bytes.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +24,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.float8 import FLOAT8, Float8Kernel
 from pallas_kernels.mlp import (
     DTYPES,
     SHARED_BYTES,
+    SWIZZLE,
     MlpConfig,
     Ring,
-    load_bias,
+    kernel_tile,
     load_tile,
     multiply_tile,
+    step_items,
     swizzled,
+    with_columns,
 )
+from pallas_kernels.reference import finished
 
 PIECE = 64
 TURNS = 2  # warpgroups that multiply, tile by tile in turn
+OUT_SLOTS = 2  # of each, for pieces of what `gate` gives
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossConfig:
-    """tile: what one warpgroup multiplies. piece_slots: pairs of pieces in flight."""
+    """tile: what one warpgroup multiplies. piece_slots: pieces of x0, and of x, in flight."""
 
     tile: MlpConfig = MlpConfig(block_m=128, block_n=128, warpgroups=1)
     piece_slots: int = 3
@@ -61,12 +70,14 @@ class CrossConfig:
         return 2 * (operands + 2 * self.piece_slots * tile.block_m * PIECE)
 
     def takes(self, width: int, rank: int, dtype: Any) -> bool:
-        """Whether there are whole tiles for these widths."""
-        whole = width % self.tile.block_n == 0 and rank % self.tile.block_k == 0
-        return whole and str(dtype) in DTYPES
+        """Whether there are whole tiles for these widths and operands."""
+        step = self.tile.block_k * (2 if dtype == FLOAT8 else 1)
+        whole = width % self.tile.block_n == 0 and rank % step == 0
+        return whole and str(dtype) in (*DTYPES, FLOAT8)
 
 
 CONFIG = CrossConfig()
+GATE_CONFIG = CONFIG
 
 
 def widen(
@@ -91,65 +102,103 @@ def widen(
     rows = ((0, -samples % config.tile.block_m), (0, 0))
     x, low = jnp.pad(x, rows), jnp.pad(low, rows)
     x0 = x if same else jnp.pad(x0, rows)
-    return _launch(low, up, bias.astype(jnp.float32), x0, x, same, config)[:samples]
+    columns = bias.astype(jnp.float32)[None]
+    return _launch((low,), up, columns, (x,) if same else (x, x0), None, config)[:samples]
+
+
+def gate(
+    x0: Float[Array, "samples width"],
+    lows: Sequence[Float[Array, "samples _"]],
+    up: Float8Kernel,
+    bias: Float[Array, " width"],
+    *,
+    out_scale: float,
+    config: CrossConfig = GATE_CONFIG,
+) -> Float[Array, "samples width"]:
+    """x0 * (lows side by side @ up + bias), rounded by out_scale to e4m3, as lows are.
+
+    Any number of samples. Raises ValueError for shapes that do not match, dtypes other than these,
+    and widths that the config does not take.
+    """
+    _check_gate(x0, lows, up, bias, config)
+    samples = len(x0)
+    if samples == 0:
+        return x0.astype(FLOAT8)
+    rows = ((0, -samples % config.tile.block_m), (0, 0))
+    x0, *lows = (jnp.pad(array, rows) for array in (x0, *lows))
+    columns = jnp.stack([bias.astype(jnp.float32), up.scales])
+    return _launch(tuple(lows), up.values, columns, (x0,), out_scale, config)[:samples]
 
 
 def _launch(
-    low: Array, up: Array, bias: Array, x0: Array, x: Array, same: bool, config: CrossConfig
+    lows: tuple[Array, ...],
+    up: Array,
+    columns: Array,
+    wide: tuple[Array, ...],
+    out_scale: float | None,
+    config: CrossConfig,
 ) -> Array:
-    tile = config.tile
-    smem = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=swizzled())
-    pieces = smem((config.piece_slots, tile.block_m, PIECE))
+    """wide: x, and x0 where that is another array; of `gate`, which has an out_scale, x0."""
+    tile, x = config.tile, wide[0]
+    gating = out_scale is not None
+    columns_in_row = SWIZZLE // up.dtype.itemsize
+    operand = functools.partial(
+        plgpu.SMEM, dtype=up.dtype, transforms=swizzled(columns_in_row, up.dtype)
+    )
+    out_dtype = jnp.dtype(FLOAT8) if gating else x.dtype
+
+    def pieces(*slots: int, dtype: Any) -> Any:
+        shape = (*slots, tile.block_m, PIECE)
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(PIECE, dtype))
+
     barriers, piece_barriers = TURNS * tile.stages, TURNS * config.piece_slots
-    piece_copies = 1 if same else 2
     launch = plgpu.kernel(
-        functools.partial(_body, same=same, config=config),
-        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        functools.partial(_body, out_scale=out_scale, config=config),
+        out_type=jax.ShapeDtypeStruct(x.shape, out_dtype),
         scratch_types={
-            "low_smem": smem((tile.stages, tile.block_m, tile.block_k)),
-            "up_smem": smem((tile.stages, tile.block_k, tile.block_n)),
-            "x0_smem": pieces,
-            "x_smem": pieces,
+            "low_smem": operand((tile.stages, tile.block_m, step_items(tile, up.dtype))),
+            "up_smem": operand((tile.stages, *kernel_tile(tile, up.dtype))),
+            "wide_smem": [pieces(config.piece_slots, dtype=x.dtype) for _ in wide],
+            "out_smem": [pieces(TURNS, OUT_SLOTS, dtype=out_dtype)] if gating else [],
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=barriers),
             "consumed": plgpu.Barrier(num_barriers=barriers),
-            "piece_loaded": plgpu.Barrier(num_arrivals=piece_copies, num_barriers=piece_barriers),
+            "piece_loaded": plgpu.Barrier(num_arrivals=len(wide), num_barriers=piece_barriers),
             "piece_free": plgpu.Barrier(num_barriers=piece_barriers),
         },
         grid=(tile.blocks,),
         grid_names=("block",),
         num_threads=TURNS + 1,
         thread_name="warpgroup",
-        kernel_name="cross_widen",
+        kernel_name="cross_gate" if gating else "cross_widen",
     )
-    return launch(low, up, bias, x0, x)
+    return launch(up, columns, *wide, *lows)
 
 
 def _body(
-    low_gmem: Any,
     up_gmem: Any,
-    bias_gmem: Any,
-    x0_gmem: Any,
-    x_gmem: Any,
-    out_gmem: Any,
-    *,
+    columns_gmem: Any,
+    *gmem: Any,
     low_smem: Any,
     up_smem: Any,
-    x0_smem: Any,
-    x_smem: Any,
+    wide_smem: Any,
+    out_smem: Any,
     loaded: Any,
     consumed: Any,
     piece_loaded: Any,
     piece_free: Any,
-    same: bool,
+    out_scale: float | None,
     config: CrossConfig,
 ) -> None:
     """Warpgroup `TURNS` loads; warpgroup w of the others takes every `TURNS`-th tile from w."""
     tile = config.tile
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
-    tile_columns = x_gmem.shape[1] // tile.block_n
-    tiles = x_gmem.shape[0] // tile.block_m * tile_columns
-    steps = low_gmem.shape[1] // tile.block_k
+    *inputs, out_gmem = gmem
+    wide_gmem, lows_gmem = inputs[: len(wide_smem)], inputs[len(wide_smem) :]
+    tile_columns = out_gmem.shape[1] // tile.block_n
+    tiles = tile.tiles(out_gmem.shape)
+    low_steps = [low.shape[1] // low_smem.shape[-1] for low in lows_gmem]
+    steps = sum(low_steps)
     pieces = tile.block_n // PIECE
     own_tiles = lax.div(tiles - block + tile.blocks - 1, tile.blocks)
     ring = Ring(loaded=loaded, consumed=consumed, slots=tile.stages, steps=steps, turns=TURNS)
@@ -173,23 +222,38 @@ def _body(
     def _load() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
-        def load_piece(piece: Array, rows: Any, columns: Any) -> None:
-            slot, barrier = piece_ring.filling(piece)
-            plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], x_smem.at[slot], barrier)
-            if not same:
-                plgpu.copy_gmem_to_smem(x0_gmem.at[rows, columns], x0_smem.at[slot], barrier)
-
         @pl.loop(0, own_tiles)
         def _tile(index: Array) -> None:
-            refs = (low_gmem, up_gmem, low_smem, up_smem, ring)
             row, column = place(index)
-            load_tile(*refs, row, column, index * steps, steps, tile)
+            before = 0
+            for low_gmem, count in zip(lows_gmem, low_steps, strict=True):
+                refs = (low_gmem, up_gmem, low_smem, up_smem, ring)
+                load_tile(*refs, row, column, index * steps + before, count, tile, 0, before)
+                before += count
+            rows = pl.ds(row, tile.block_m)
             for piece in range(pieces):
-                rows = pl.ds(row, tile.block_m)
-                load_piece(index * pieces + piece, rows, columns_of(column, piece))
+                slot, barrier = piece_ring.filling(index * pieces + piece)
+                for gmem, smem in zip(wide_gmem, wide_smem, strict=True):
+                    piece_gmem = gmem.at[rows, columns_of(column, piece)]
+                    plgpu.copy_gmem_to_smem(piece_gmem, smem.at[slot], barrier)
 
         ring.drain(own_tiles * steps)
         piece_ring.drain(own_tiles * pieces)
+
+    def widened(slot: Array, high: Array) -> Any:
+        """Where x0 * high + x lies: over x, as there is no room for more."""
+        x, *others = [smem[slot].astype(jnp.float32) for smem in wide_smem]
+        (x0,) = others or (x,)
+        wide_smem[0][slot] = (x0 * high + x).astype(out_gmem.dtype)
+        return wide_smem[0].at[slot]
+
+    def gated(slot: Array, high: Array, piece: Array) -> Any:
+        """Where x0 * high lies, rounded."""
+        (x0_smem,), (slots,) = wide_smem, out_smem
+        out = slots.at[warpgroup, lax.rem(piece, OUT_SLOTS)]
+        plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+        out[...] = finished(x0_smem[slot].astype(jnp.float32) * high, "identity", out_scale)
+        return out
 
     @pl.when(warpgroup < TURNS)
     def _multiply() -> None:
@@ -203,19 +267,38 @@ def _body(
             (product,) = multiply_tile(*refs, 0, index * steps, steps, tile)
             for piece in range(pieces):
                 columns = columns_of(column, piece)
-                high = product[:, piece * PIECE : (piece + 1) * PIECE]
-                high = high + load_bias(bias_gmem, columns, tile.block_m)
-                slot = piece_ring.filled(index * pieces + piece)
-                x = x_smem[slot].astype(jnp.float32)
-                x0 = x if same else x0_smem[slot].astype(jnp.float32)
-                x_smem[slot] = (x0 * high + x).astype(x_smem.dtype)
-                plgpu.commit_smem()
+                sums = product[:, piece * PIECE : (piece + 1) * PIECE]
+                high = with_columns(sums, columns_gmem, columns)
+                step = index * pieces + piece
+                slot = piece_ring.filled(step)
                 out = out_gmem.at[pl.ds(row, tile.block_m), columns]
-                plgpu.copy_smem_to_gmem(x_smem.at[slot], out)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                piece_ring.free(index * pieces + piece)
+                if out_smem:
+                    result = gated(slot, high, turn * pieces + piece)
+                else:
+                    result = widened(slot, high)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(result, out)
+                if not out_smem:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                piece_ring.free(step)
 
         plgpu.wait_smem_to_gmem(0)
+
+
+def _check_gate(
+    x0: Array, lows: Sequence[Array], up: Float8Kernel, bias: Array, config: CrossConfig
+) -> None:
+    if str(x0.dtype) not in DTYPES or {str(low.dtype) for low in lows} != {FLOAT8}:
+        found = sorted({str(low.dtype) for low in lows})
+        raise ValueError(f"x0 is {x0.dtype}, lows are {found}: a 16-bit float and {FLOAT8}")
+    ranks, width = up.shape
+    lengths = {len(low) for low in lows}
+    if lengths != {len(x0)} or sum(low.shape[1] for low in lows) != ranks:
+        raise ValueError(f"x0 is {x0.shape}, lows are {[low.shape for low in lows]}, up {up.shape}")
+    if x0.shape[1] != width or bias.shape != (width,):
+        raise ValueError(f"x0 is {x0.shape}, bias {bias.shape}, up {up.shape}")
+    if not all(config.takes(width, low.shape[1], FLOAT8) for low in lows):
+        raise ValueError(f"no tiles for width {width} and ranks {[len(low[0]) for low in lows]}")
 
 
 def _check(x0: Array, x: Array, low: Array, up: Array, bias: Array, config: CrossConfig) -> None:

@@ -4,6 +4,7 @@ A persistent kernel: every block walks output tiles [block_m, block_n]. One warp
 copies of the operands' [block_m, block_k] and [block_k, block_n] tiles `stages` steps ahead in a
 ring in SMEM; the others each multiply 64 * k rows of the tile with wgmma, accumulate in float32
 registers, and in the epilogue add the bias, apply the activation, round, and store through SMEM.
+Operands are 16-bit floats or e4m3 (see `float8`), whose steps are twice as long: as many bytes.
 Where tiles are fewer than SMs and k is long, k is cut into `splits`: each tile is then computed in
 as many parts, stored as they are in float32, and XLA adds them up in one pass with the epilogue.
 
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.reference import ACTIVATIONS
+from pallas_kernels.float8 import FLOAT8, Float8Kernel, Kernel, rounded
+from pallas_kernels.reference import ACTIVATIONS, finished, identity, out_dtype
 
 DTYPES = ("bfloat16", "float16")
 ROWS_PER_WGMMA = 64
@@ -39,8 +42,9 @@ class MlpConfig:
     """Tile sizes and depths of one launch.
 
     The block specs: x tiles [block_m, block_k] and kernel tiles [block_k, block_n] in SMEM, both
-    tiled (8, 64) and swizzled by 128 bytes; `warpgroups` share the rows of a tile. splits: parts
-    that k is cut into, at most one per block_k of it. out_slots: the epilogue stores a tile in
+    tiled (8, 64) and swizzled by 128 bytes; of e4m3 operands [block_m, 2 * block_k] and
+    [block_n, 2 * block_k], tiled (8, 128). `warpgroups` share the rows of a tile. splits: parts
+    that k is cut into, at most one per step. out_slots: the epilogue stores a tile in
     pieces of SWIZZLE bytes a row, through so many slots. wgmma_columns: of one wgmma at most, whose
     sums need half as many registers at launch.
     """
@@ -131,63 +135,107 @@ def leaves_card_idle(m: int, n: int, k: int) -> bool:
     return k >= 2048 and m * n <= 512 * 1024
 
 
-def pad_kernel(kernel: Float[Array, "inputs outputs"]) -> Float[Array, "inputs_up outputs_up"]:
-    """The weights with zero rows and columns up to multiples of 64: done once, at load time."""
-    inputs, outputs = kernel.shape
-    return jnp.pad(kernel, ((0, -inputs % PADDED_TO), (0, -outputs % PADDED_TO)))
+def pad_kernel(kernel: Kernel) -> Kernel:
+    """The weights with zeros up to multiples of 64 inputs, 128 of float8 ones, and of 64 outputs:
+    done once, at load time.
+    """
+    return _in_steps(kernel, inputs=inputs_step(kernel), outputs=PADDED_TO)
+
+
+def inputs_step(kernel: Kernel, block_k: int = PADDED_TO) -> int:
+    """Inputs of a step of `block_k` 16-bit items."""
+    return 2 * block_k if isinstance(kernel, Float8Kernel) else block_k
+
+
+def _in_steps(kernel: Kernel, *, inputs: int, outputs: int) -> Kernel:
+    """The weights with zeros up to multiples of so many inputs and outputs."""
+    below, behind = (
+        -size % step for size, step in zip(kernel.shape, (inputs, outputs), strict=True)
+    )
+    if not isinstance(kernel, Float8Kernel):
+        return jnp.pad(kernel, ((0, below), (0, behind)))
+    return dataclasses.replace(
+        kernel,
+        values=jnp.pad(kernel.values, ((0, behind), (0, below))),
+        scales=jnp.pad(kernel.scales, (0, behind)),
+    )
 
 
 def dense(
     x: Float[Array, "samples inputs"],
-    kernel: Float[Array, "inputs_up outputs_up"],
+    kernel: Kernel,
     bias: Float[Array, " outputs"],
     *,
     activation: str,
+    out_scale: float | None = None,
     config: MlpConfig | None = None,
 ) -> Float[Array, "samples outputs"]:
-    """activation(x @ kernel + bias) in x's dtype, accumulated in float32.
+    """activation(x @ kernel + bias) in x's dtype, accumulated in float32; with an out_scale rounded
+    to e4m3. For a float8 kernel x is e4m3, or is rounded to it first.
 
     `kernel` may be padded (`pad_kernel`); the bias says how many outputs there are. Any number of
     samples, inputs and outputs: what is no multiple of a tile is padded inside. Raises ValueError
-    for dtypes other than bfloat16 and float16, an unknown activation, or shapes that do not match.
+    for other dtypes than bfloat16, float16 and float8 kernels', an unknown activation, or shapes
+    that do not match.
     """
     check(x, kernel, bias, activation)
     if len(x) == 0:
-        return jnp.zeros((0, len(bias)), x.dtype)
-    layer = Layer.of(x, kernel, bias, activation, config)
+        return jnp.zeros((0, len(bias)), out_dtype(x, out_scale))
+    layer = Layer.of(x, kernel, bias, activation, out_scale, config)
     return layer.finished(_launch(layer))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A dense layer in whole tiles: operands padded, the bias float32, splits capped."""
+    """A dense layer in whole tiles: operands padded, splits capped. `kernel` is [inputs, outputs],
+    or of e4m3 [outputs, inputs]; `columns` float32: the bias and, of e4m3 kernels, the scales.
+    """
 
     x: Array
     kernel: Array
-    bias: Array
+    columns: Array
     activation: str
+    out_scale: float | None
+    dtype: jnp.dtype
     config: MlpConfig
     samples: int
     outputs: int
 
     @classmethod
     def of(
-        cls, x: Array, kernel: Array, bias: Array, activation: str, config: MlpConfig | None
+        cls,
+        x: Array,
+        kernel: Kernel,
+        bias: Array,
+        activation: str,
+        out_scale: float | None,
+        config: MlpConfig | None,
     ) -> "Layer":
         """The layer of operands that `dense` takes, of one sample at least."""
         samples, outputs = len(x), len(bias)
+        dtype = out_dtype(x, out_scale)
         kernel = pad_kernel(kernel)
-        config = config or choose_config(samples, kernel.shape[1], kernel.shape[0])
-        missing = (-kernel.shape[0] % config.block_k, -kernel.shape[1] % config.block_n)
-        kernel = jnp.pad(kernel, [(0, count) for count in missing])
+        inputs, columns = kernel.shape
+        config = config or choose_config(
+            samples, columns, inputs * PADDED_TO // inputs_step(kernel)
+        )
+        step = inputs_step(kernel, config.block_k)
+        kernel = _in_steps(kernel, inputs=step, outputs=config.block_n)
+        if isinstance(kernel, Float8Kernel):
+            x = rounded(x, kernel.input_scale)
         x = jnp.pad(x, ((0, -samples % config.block_m), (0, kernel.shape[0] - x.shape[1])))
+        rows = [jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs))]
+        if isinstance(kernel, Float8Kernel):
+            rows.append(kernel.scales)
         # A split without a step would free a slot that was never filled.
-        splits = min(config.splits, kernel.shape[0] // config.block_k)
+        splits = min(config.splits, kernel.shape[0] // step)
         return cls(
             x=x,
-            kernel=kernel,
-            bias=jnp.pad(bias.astype(jnp.float32), (0, kernel.shape[1] - outputs)),
+            kernel=kernel.values if isinstance(kernel, Float8Kernel) else kernel,
+            columns=jnp.stack(rows),
             activation=activation,
+            out_scale=out_scale,
+            dtype=dtype,
             config=dataclasses.replace(config, splits=splits),
             samples=samples,
             outputs=outputs,
@@ -200,20 +248,22 @@ class Layer:
 
     @property
     def operands(self) -> tuple[Array, Array, Array]:
-        """What the kernel reads: x, the weights, and the bias, none where parts are added later."""
-        return self.x, self.kernel, jnp.zeros_like(self.bias) if self.split else self.bias
+        """What the kernel reads; of the columns nothing but zeros where parts are added later."""
+        return self.x, self.kernel, jnp.zeros_like(self.columns[:1]) if self.split else self.columns
 
     @property
-    def kernel_activation(self) -> str:
-        """What the kernel's epilogue applies."""
-        return "identity" if self.split else self.activation
+    def finish(self) -> Callable[[Array], Array]:
+        """What the kernel makes of sums with their bias."""
+        if self.split:
+            return identity
+        return functools.partial(finished, activation=self.activation, out_scale=self.out_scale)
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
         """What the kernel writes."""
-        dtype = jnp.dtype(jnp.float32) if self.split else self.x.dtype
+        dtype = jnp.dtype(jnp.float32) if self.split else self.dtype
         rows = self.config.splits * len(self.x)
-        return jax.ShapeDtypeStruct((rows, self.kernel.shape[1]), dtype)
+        return jax.ShapeDtypeStruct((rows, self.columns.shape[1]), dtype)
 
     @property
     def tiles_per_block(self) -> int:
@@ -221,16 +271,21 @@ class Layer:
         return -(-self.config.tiles(self.out_type.shape) // self.config.blocks)
 
     @property
+    def transforms(self) -> tuple[Any, ...]:
+        """How operands lie in SMEM."""
+        return swizzled(SWIZZLE // self.x.dtype.itemsize, self.x.dtype)
+
+    @property
     def scratch_types(self) -> dict[str, Any]:
         """SMEM and barriers by their names in LayerRefs."""
         config, out = self.config, self.out_type
-        tile = functools.partial(plgpu.SMEM, dtype=self.x.dtype, transforms=swizzled())
-        columns = SWIZZLE // out.dtype.itemsize
+        tile = functools.partial(plgpu.SMEM, dtype=self.x.dtype, transforms=self.transforms)
+        columns = min(config.wgmma_n, SWIZZLE // out.dtype.itemsize)
         out_tile = (config.warpgroups, config.out_slots, config.rows, columns)
         return {
-            "x_smem": tile((config.stages, config.block_m, config.block_k)),
-            "kernel_smem": tile((config.stages, config.block_k, config.block_n)),
-            "out_smem": plgpu.SMEM(out_tile, out.dtype, transforms=swizzled(columns)),
+            "x_smem": tile((config.stages, config.block_m, step_items(config, self.x.dtype))),
+            "kernel_smem": tile((config.stages, *kernel_tile(config, self.x.dtype))),
+            "out_smem": plgpu.SMEM(out_tile, out.dtype, transforms=swizzled(columns, out.dtype)),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             "consumed": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         }
@@ -238,8 +293,11 @@ class Layer:
     def finished(self, out: Array) -> Array:
         """The layer's output from what the kernel wrote."""
         if self.split:
-            total = out.reshape(self.config.splits, *self.x.shape[:1], -1).sum(axis=0)
-            out = ACTIVATIONS[self.activation](total + self.bias).astype(self.x.dtype)
+            sums = out.reshape(self.config.splits, *self.x.shape[:1], -1).sum(axis=0)
+            bias, *scales = self.columns
+            for scale in scales:
+                sums = sums * scale
+            out = finished(sums + bias, self.activation, self.out_scale).astype(self.dtype)
         return out[: self.samples, : self.outputs]
 
 
@@ -295,7 +353,7 @@ class Ring:
 
 def _launch(layer: Layer) -> Array:
     launch = plgpu.kernel(
-        functools.partial(_body, activation=layer.kernel_activation, config=layer.config),
+        functools.partial(_body, finish=layer.finish, config=layer.config),
         out_type=layer.out_type,
         scratch_types=layer.scratch_types,
         grid=(layer.config.blocks,),
@@ -307,19 +365,34 @@ def _launch(layer: Layer) -> Array:
     return launch(*layer.operands)
 
 
-def swizzled(columns: int = SWIZZLE_ITEMS) -> tuple[Any, ...]:
-    """Tiles of 8 rows of SWIZZLE bytes, which are so many columns."""
+def step_items(config: MlpConfig, dtype: DTypeLike) -> int:
+    """How much of k a step is, in operands of `dtype`."""
+    return config.block_k * 2 // jnp.dtype(dtype).itemsize
+
+
+def kernel_tile(config: MlpConfig, dtype: DTypeLike) -> tuple[int, int]:
+    """A step's tile of weights of `dtype`: e4m3 ones come with k along their rows, as wgmma takes
+    no others.
+    """
+    step, columns = step_items(config, dtype), config.block_n
+    return (columns, step) if dtype == FLOAT8 else (step, columns)
+
+
+def swizzled(columns: int, dtype: DTypeLike) -> tuple[Any, ...]:
+    """Tiles of 8 rows of so many columns, of SWIZZLE bytes at most."""
     # Abstract to the type checker alone: JAX fills in what is missing.
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(SWIZZLE)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(  # pyright: ignore[reportAbstractUsage]
+        columns * jnp.dtype(dtype).itemsize
+    )
     return tiling, swizzle
 
 
-def _body(*gmem: Any, activation: str, config: MlpConfig, **scratch: Any) -> None:
+def _body(*gmem: Any, finish: Callable[[Array], Array], config: MlpConfig, **scratch: Any) -> None:
     """Warpgroup `config.warpgroups` loads, the ones before it multiply."""
     warpgroup = lax.axis_index("warpgroup")
-    x, kernel, bias, out = gmem
-    refs = LayerRefs(x=x, kernel=kernel, bias=bias, out=out, config=config, **scratch)
+    x, kernel, columns, out = gmem
+    refs = LayerRefs(x=x, kernel=kernel, columns=columns, out=out, config=config, **scratch)
 
     @pl.when(warpgroup == config.warpgroups)
     def _load() -> None:
@@ -329,7 +402,7 @@ def _body(*gmem: Any, activation: str, config: MlpConfig, **scratch: Any) -> Non
     @pl.when(warpgroup < config.warpgroups)
     def _multiply() -> None:
         plgpu.set_max_registers(232, action="increase")
-        multiply_layer(refs, warpgroup, activation)
+        multiply_layer(refs, warpgroup, finish)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +413,7 @@ class LayerRefs:
 
     x: Any
     kernel: Any
-    bias: Any
+    columns: Any
     out: Any
     x_smem: Any
     kernel_smem: Any
@@ -356,9 +429,9 @@ class LayerRefs:
     def place(self, index: Array) -> "_Place":
         """Where the block's tile number `index` lies."""
         config = self.config
-        tile_columns = self.kernel.shape[1] // config.block_n
+        tile_columns = self.columns.shape[1] // config.block_n
         tile_rows = self.x.shape[0] // config.block_m
-        all_steps = self.kernel.shape[0] // config.block_k
+        all_steps = self.x.shape[1] // self.x_smem.shape[-1]
         tile = lax.axis_index("block") + index * config.blocks
         row, column = lax.div(tile, tile_columns), lax.rem(tile, tile_columns)
         split = lax.div(row, tile_rows)
@@ -398,7 +471,7 @@ def load_layer(refs: LayerRefs) -> None:
     refs.ring.drain(refs.each_tile(load))
 
 
-def multiply_layer(refs: LayerRefs, warpgroup: Array, activation: str) -> None:
+def multiply_layer(refs: LayerRefs, warpgroup: Array, finish: Callable[[Array], Array]) -> None:
     """What a multiplying warpgroup does: its rows of every tile of its block, and the epilogue."""
     config = refs.config
     own = warpgroup * config.rows
@@ -413,10 +486,8 @@ def multiply_layer(refs: LayerRefs, warpgroup: Array, activation: str) -> None:
         for piece in range(pieces):
             part, start = divmod(piece * out_columns, config.wgmma_n)
             columns = pl.ds(at.column + piece * out_columns, out_columns)
-            out = ACTIVATIONS[activation](
-                products[part][:, start : start + out_columns]
-                + load_bias(refs.bias, columns, config.rows)
-            )
+            sums = products[part][:, start : start + out_columns]
+            out = finish(with_columns(sums, refs.columns, columns))
             slot = refs.out_smem.at[warpgroup, lax.rem(index * pieces + piece, config.out_slots)]
             plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
             slot[...] = out.astype(refs.out.dtype)
@@ -438,11 +509,22 @@ class _Place:
     last: Array
 
 
-def load_bias(bias_gmem: Any, columns: Any, rows: int) -> Array:
-    """The bias of `columns`, for every row, in the layout of the accumulator."""
-    layout = plgpu.Layout.WGMMA.reduce(0)
-    bias = plgpu.load(bias_gmem.at[columns], layout=layout, optimized=False)
-    return lax.broadcast_in_dim(bias, (rows, columns.size), (1,))
+def with_columns(sums: Array, columns_gmem: Any, columns: Any) -> Array:
+    """Sums [rows, columns], in the accumulator's layout, times the scales that Layer.columns has
+    for them, if it has, plus the bias.
+    """
+    bias, *scales = (
+        _for_every_row(columns_gmem.at[row, columns], sums.shape)
+        for row in range(columns_gmem.shape[0])
+    )
+    for scale in scales:
+        sums = sums * scale
+    return sums + bias
+
+
+def _for_every_row(gmem: Any, shape: tuple[int, ...]) -> Array:
+    values = plgpu.load(gmem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(values, shape, (1,))
 
 
 def load_tile(
@@ -457,17 +539,20 @@ def load_tile(
     steps: Array | int,
     config: MlpConfig,
     first_k: Array | int = 0,
+    first_kernel_k: Array | int = 0,
 ) -> None:
     """Copies the operands of one output tile, step by step, into ring slots that are free; k starts
-    at step `first_k`.
+    at step `first_k`, of the kernel `first_kernel_k` steps later.
     """
 
     @pl.loop(0, steps)
     def _step(step: Array) -> None:
         slot, barrier = ring.filling(first_step + step)
-        k = pl.ds((first_k + step) * config.block_k, config.block_k)
-        x_tile = x_gmem.at[pl.ds(row, config.block_m), k]
-        kernel_tile = kernel_gmem.at[k, pl.ds(column, config.block_n)]
+        items = x_smem.shape[-1]
+        x_tile = x_gmem.at[pl.ds(row, config.block_m), pl.ds((first_k + step) * items, items)]
+        k = pl.ds((first_kernel_k + first_k + step) * items, items)
+        outputs = pl.ds(column, config.block_n)
+        kernel_tile = kernel_gmem.at[(outputs, k) if x_smem.dtype == FLOAT8 else (k, outputs)]
         plgpu.copy_gmem_to_smem(x_tile, x_smem.at[slot], barrier)
         plgpu.copy_gmem_to_smem(kernel_tile, kernel_smem.at[slot], barrier)
 
@@ -493,7 +578,11 @@ def multiply_tile(
             rows = pl.ds(first_row, config.rows)
             for part, acc in enumerate(sums):
                 columns = pl.ds(part * config.wgmma_n, config.wgmma_n)
-                plgpu.wgmma(acc, x_smem.at[slot, rows], kernel_smem.at[slot, :, columns])
+                if x_smem.dtype == FLOAT8:
+                    kernel = kernel_smem.at[slot, columns].transpose((1, 0))
+                else:
+                    kernel = kernel_smem.at[slot, :, columns]
+                plgpu.wgmma(acc, x_smem.at[slot, rows], kernel)
             plgpu.wgmma_wait(parts)
 
             @pl.when(step > 0)
@@ -508,14 +597,17 @@ def multiply_tile(
     return pl.run_scoped(accumulate, *[acc] * parts)
 
 
-def check(x: Array, kernel: Array, bias: Array, activation: str) -> None:
+def check(x: Array, kernel: Kernel, bias: Array, activation: str) -> None:
     """Raises ValueError for operands that `dense` does not take."""
-    if str(x.dtype) not in DTYPES or x.dtype != kernel.dtype:
+    if isinstance(kernel, Float8Kernel):
+        if str(x.dtype) not in (*DTYPES, FLOAT8):
+            raise ValueError(f"x is {x.dtype}, the kernel {FLOAT8}: that, bfloat16 or float16")
+    elif str(x.dtype) not in DTYPES or x.dtype != kernel.dtype:
         raise ValueError(f"x is {x.dtype}, kernel {kernel.dtype}: both bfloat16 or both float16")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     inputs, outputs = kernel.shape
-    if not inputs - PADDED_TO < x.shape[1] <= inputs:
+    if not inputs - inputs_step(kernel) < x.shape[1] <= inputs:
         raise ValueError(f"x has {x.shape[1]} inputs, the kernel {inputs}")
     if not outputs - PADDED_TO < len(bias) <= outputs:
         raise ValueError(f"the bias has {len(bias)} outputs, the kernel {outputs}")

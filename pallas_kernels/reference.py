@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.float8 import Kernel, product
+from pallas_kernels.float8 import FLOAT8, Float8Kernel, Kernel, product, rounded
 from pallas_kernels.slots import Run, Slot, offsets_of, runs, width
 from pallas_kernels.tables import Table, take
 
@@ -37,6 +37,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "identity": identity,
 }
+
+
+def finished(sums: Array, activation: str, out_scale: float | None) -> Array:
+    """activation(sums), float32; rounded by out_scale to e4m3 unless that is None."""
+    out = ACTIVATIONS[activation](sums)
+    return out if out_scale is None else rounded(out, out_scale)
 
 
 def pooled_gather(
@@ -137,11 +143,23 @@ def dense(
     bias: Float[Array, " outputs"],
     *,
     activation: str,
+    out_scale: float | None = None,
     precision: lax.Precision | None = None,
 ) -> Float[Array, "samples outputs"]:
-    """activation(x @ kernel + bias), accumulated in float32, in x's dtype."""
+    """activation(x @ kernel + bias), accumulated in float32, in `out_dtype`.
+
+    out_scale: what the output is rounded by to e4m3 (see float8), as a float8 layer behind it takes
+    it; None: it stays a float.
+    """
     sums = product(x, kernel, precision) + bias.astype(jnp.float32)
-    return ACTIVATIONS[activation](sums).astype(x.dtype)
+    return finished(sums, activation, out_scale).astype(out_dtype(x, out_scale))
+
+
+def out_dtype(x: Array, out_scale: float | None) -> jnp.dtype:
+    """e4m3 where the output is rounded by a scale; else x's dtype, bfloat16 for e4m3."""
+    if out_scale is not None:
+        return jnp.dtype(FLOAT8)
+    return jnp.dtype(jnp.bfloat16) if x.dtype == FLOAT8 else x.dtype
 
 
 def dense_with_gather(
@@ -153,6 +171,7 @@ def dense_with_gather(
     slots: tuple[Slot, ...],
     left: int,
     span: tuple[int, int] | None = None,
+    out_scale: float | None = None,
     config: Any = None,
     precision: lax.Precision | None = None,
 ) -> tuple[Float[Array, "samples outputs"], Float[Array, "most columns"]]:
@@ -160,7 +179,8 @@ def dense_with_gather(
 
     config: how a kernel runs the two together; nothing to this one.
     """
-    out = dense(x, kernel, bias, activation=activation, precision=precision)
+    layer = {"activation": activation, "out_scale": out_scale, "precision": precision}
+    out = dense(x, kernel, bias, **layer)
     return out, gather_into(*gather, slots=slots, left=left, span=span)
 
 
@@ -168,7 +188,7 @@ def widen(
     x0: Float[Array, "samples width"],
     x: Float[Array, "samples width"],
     low: Float[Array, "samples rank"],
-    up: Kernel,
+    up: Float[Array, "rank width"],
     bias: Float[Array, " width"],
     *,
     precision: lax.Precision | None = None,
@@ -181,6 +201,25 @@ def widen(
     """
     high = product(low, up, precision, x.dtype).astype(jnp.float32)
     return (x0 * (high + bias) + x).astype(x.dtype)
+
+
+def gate(
+    x0: Float[Array, "samples width"],
+    lows: Sequence[Float[Array, "samples _"]],
+    up: Float8Kernel,
+    bias: Float[Array, " width"],
+    *,
+    out_scale: float | None = None,
+) -> Float[Array, "samples width"]:
+    """x0 * (lows @ up + bias): what comes out of low-rank cross layers, of all their low ones.
+
+    `widen` adds x0 * (low @ up + bias) to x in each layer, from x0 on: what it has added up to some
+    layer is x0 times 1 + the sum of all (low @ up + bias), which is one matmul of the low ones side
+    by side. It reads no x, of which float8 layers have but the rounded one. lows are e4m3, `up` has
+    the inputs of all of them; out_scale as in `dense`.
+    """
+    sums = x0 * (product(jnp.concatenate(lows, axis=1), up) + bias)
+    return finished(sums, "identity", out_scale).astype(out_dtype(x0, out_scale))
 
 
 def dot(

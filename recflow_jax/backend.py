@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import corun, cross, embedding, interaction, mlp, reference
-from pallas_kernels.float8 import Float8Kernel
+from pallas_kernels.float8 import FLOAT8, Float8Kernel
 from recflow_jax.config import DLRMConfig
 from recflow_jax.lowered import lowered_once
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_compute_dtype
@@ -76,7 +76,7 @@ class Backend:
     def prepare(self, params: Params, config: DLRMConfig) -> Params:
         """The parameters as the kernels want them: layers in the compute dtype, padded once."""
         params = with_compute_dtype(params, config)
-        if self.name != "mosaic" or config.compute_dtype not in mlp.DTYPES:
+        if self.name != "mosaic" or config.compute_dtype not in (*mlp.DTYPES, FLOAT8):
             return params
         *hidden, last = params.top
         return dataclasses.replace(
@@ -103,6 +103,7 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         dense=lowered_once(_mosaic_dense),
         dense_with_gather=lowered_once(_mosaic_dense_with_gather),
         widen=lowered_once(_mosaic_widen),
+        gate=lowered_once(_mosaic_gate),
         dot=lowered_once(_mosaic_dot),
         dense_columns=mlp.PADDED_TO,
         corun_configs=tuple(corun.CONFIGS),
@@ -126,21 +127,22 @@ def _padded(layers: tuple[DenseLayer, ...]) -> tuple[DenseLayer, ...]:
     )
 
 
-def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, activation: str, precision: Any) -> Any:
+def _mosaic_dense(x: Any, kernel: Any, bias: Any, *, precision: Any, **options: Any) -> Any:
     """The kernel with the tiles measured as fastest, or XLA: where that is faster, and for the
     dtypes that the kernel does not take.
     """
-    if isinstance(kernel, Float8Kernel):
-        return reference.dense(x, kernel, bias, activation=activation, precision=precision)
+    is_float8 = isinstance(kernel, Float8Kernel)
     config = None
-    if str(x.dtype) in mlp.DTYPES:
+    if is_float8 or str(x.dtype) in mlp.DTYPES:
         (samples, _), (inputs, outputs) = x.shape, kernel.shape
-        config = _tiles().choose(DenseShape(m=max(1, samples), k=inputs, n=outputs))
-    if config is not None:
-        return mlp.dense(x, kernel, bias, activation=activation, config=config)
+        # A step has twice as many float8 inputs: tiles are as fast as with half of them in 16 bits.
+        k = inputs // 2 if is_float8 else inputs
+        config = _tiles().choose(DenseShape(m=max(1, samples), k=k, n=outputs))
+    if is_float8 or config is not None:
+        return mlp.dense(x, kernel, bias, config=config, **options)
     inputs = min(x.shape[1], len(kernel))  # either may have zeros behind
     x, kernel = x[:, :inputs], kernel[:inputs, : len(bias)]
-    return reference.dense(x, kernel, bias, activation=activation, precision=precision)
+    return reference.dense(x, kernel, bias, precision=precision, **options)
 
 
 def _mosaic_dense_with_gather(*operands: Any, config: str, precision: Any, **options: Any) -> Any:
@@ -155,9 +157,18 @@ def _tiles() -> TileTable:
 def _mosaic_widen(x0: Any, x: Any, low: Any, up: Any, bias: Any, *, precision: Any) -> Any:
     """The kernel where it has tiles, else XLA."""
     rank, width = up.shape
-    if isinstance(up, Float8Kernel) or not cross.CONFIG.takes(width, rank, x.dtype):
+    if not cross.CONFIG.takes(width, rank, x.dtype):
         return reference.widen(x0, x, low, up, bias, precision=precision)
     return cross.widen(x0, x, low, up, bias)
+
+
+def _mosaic_gate(x0: Any, lows: Any, up: Any, bias: Any, *, out_scale: Any) -> Any:
+    """The kernel where it has tiles and the result is e4m3, else XLA."""
+    ranks = [low.shape[1] for low in lows]
+    fits = all(cross.GATE_CONFIG.takes(x0.shape[1], rank, FLOAT8) for rank in ranks)
+    if out_scale is None or not fits:
+        return reference.gate(x0, lows, up, bias, out_scale=out_scale)
+    return cross.gate(x0, lows, up, bias, out_scale=out_scale)
 
 
 def _mosaic_dot(x: Any, *, vectors: int, keep: int, precision: Any) -> Any:

@@ -20,9 +20,10 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
     """`config` with float8 layers for these parameters, which stay float32 until an engine or
     `forward` rounds them.
 
-    Each matmul's input scale is the largest magnitude that its input has over the samples of
-    `batch`, in float32, over e4m3's largest. Larger ones are cut at run time, so take samples like
-    those to be served: a few hundred or more. Raises ValueError for an empty batch.
+    The input scale of each matmul that is computed in float8 (see DLRMConfig) is the largest
+    magnitude that its input has over the samples of `batch`, in float32, over e4m3's largest.
+    Larger ones are cut at run time, so take samples like those to be served: a few hundred or more.
+    Raises ValueError for an empty batch.
     """
     if not batch.samples:
         raise ValueError("calibrate: no samples")
@@ -31,9 +32,9 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
     def see(x: Array) -> None:
         largest.append(float(jnp.abs(x).max()))
 
-    def dense(x, kernel, bias, *, activation, precision):
+    def dense(x, kernel, bias, **options):
         see(x)
-        return reference.dense(x, kernel, bias, activation=activation, precision=precision)
+        return reference.dense(x, kernel, bias, **options)
 
     def widen(x0, x, low, up, bias, *, precision):
         see(low)
@@ -49,7 +50,9 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
         precision=lax.Precision.HIGHEST,
         ops=Ops(dense=dense, widen=widen),
     )
-    scales = tuple(value / LARGEST if value else 1.0 for value in largest)
+    seen = enumerate(largest)
+    of_float8 = [value for place, value in seen if place not in config.wide_matmuls]
+    scales = tuple(value / LARGEST if value else 1.0 for value in of_float8)
     return config.with_dtypes(compute=FLOAT8).with_input_scales(scales)
 
 

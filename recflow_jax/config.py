@@ -174,9 +174,11 @@ class DLRMConfig:
     interaction: `concat` of both; `dot`: pairwise dots of all vectors, beside the bottom output;
     `dcn`: `cross_layers` low-rank cross layers (DCN v2, arXiv 2008.13535) over the concatenation.
     The top MLP's last width is the number of scores per sample, without activation (logits).
-    compute_dtype float8_e4m3fn: matmuls of float8 operands (pallas_kernels.float8), the last layer
-    apart, bfloat16 between them; `input_scales` are those of the matmuls' inputs, in the order in
-    which they run, as `recflow_jax.calibrate` finds them.
+    compute_dtype float8_e4m3fn: matmuls of float8 operands (pallas_kernels.float8), but for the
+    last layer and those whose inputs are bfloat16, the first one of the bottom MLP and the first
+    one behind the pooled rows: a pass that rounds these costs what float8 saves.
+    `input_scales` are those of the float8 matmuls' inputs, in the order in which they run, as
+    `recflow_jax.calibrate` finds them.
     """
 
     name: str
@@ -262,10 +264,31 @@ class DLRMConfig:
 
     @property
     def float8_matmuls(self) -> int:
-        """Matmuls with float8 operands: all but the last layer's; none with another dtype."""
+        """How many matmuls have float8 operands; none with another compute dtype."""
         if self.compute_dtype != "float8_e4m3fn":
             return 0
-        return len(self.bottom_mlp) + 2 * self.cross_layers + len(self.top_mlp) - 1
+        return self.matmuls - len(self.wide_matmuls)
+
+    @property
+    def matmuls(self) -> int:
+        """How many there are."""
+        return len(self.bottom_mlp) + 2 * self.cross_layers + len(self.top_mlp)
+
+    @property
+    def wide_matmuls(self) -> frozenset[int]:
+        """Those that float8 models compute in bfloat16, by their places in the order in which they
+        run.
+        """
+        return frozenset({0, len(self.bottom_mlp), self.matmuls - 1})
+
+    @property
+    def matmul_scales(self) -> tuple[float | None, ...]:
+        """The input scale of each matmul; None where it has no float8 operands, or no scale yet."""
+        scales = iter(self.input_scales)
+        return tuple(
+            None if place in self.wide_matmuls else next(scales, None)
+            for place in range(self.matmuls)
+        )
 
     @property
     def carried_dtype(self) -> DType:

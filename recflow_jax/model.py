@@ -3,7 +3,7 @@ flax.nnx module over the same parameters for training with optax.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import reference
-from pallas_kernels.float8 import Float8Kernel, Kernel, quantise_kernel
+from pallas_kernels.float8 import FLOAT8, Float8Kernel, Kernel, input_scale_of, quantise_kernel
 from pallas_kernels.tables import QuantisedTable
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import QUANTISED, DLRMConfig
@@ -34,7 +34,11 @@ class DenseLayer:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class CrossLayer:
-    """Low-rank cross layer: x0 * ((x @ down) @ up + bias) + x; down [width, rank]."""
+    """Low-rank cross layer: x0 * ((x @ down) @ up + bias) + x; down [width, rank].
+
+    As a float8 layer, for `reference.gate`: `up` is a Float8Kernel of this layer's inputs behind
+    those of the layers before, bias 1 + the sum of all of theirs.
+    """
 
     down: Any
     up: Any
@@ -91,6 +95,7 @@ class Ops:
     dense: Callable[..., Any] = reference.dense
     dense_with_gather: Callable[..., Any] = reference.dense_with_gather
     widen: Callable[..., Any] = reference.widen
+    gate: Callable[..., Any] = reference.gate
     dot: Callable[..., Any] = reference.dot
     dense_columns: int = 1
     corun_configs: tuple[str, ...] = ()
@@ -143,10 +148,10 @@ def with_compute_dtype(params: Params, config: DLRMConfig) -> Params:
             f"model {config.name!r}: its float8 layers have no input scales "
             "(recflow_jax.calibrate finds them)"
         )
-    scales = iter(config.input_scales)
+    scales = iter(config.matmul_scales)
 
     def cast(kernel: Kernel) -> Kernel:
-        scale = next(scales, None)
+        scale = next(scales)
         if isinstance(kernel, Float8Kernel):
             return kernel
         return (
@@ -157,17 +162,41 @@ def with_compute_dtype(params: Params, config: DLRMConfig) -> Params:
         return dataclasses.replace(layer, kernel=cast(layer.kernel))
 
     # In the order in which they run.
-    return Params(
-        groups=params.groups,
-        bottom=tuple([dense(layer) for layer in params.bottom]),
-        cross=tuple(
-            [
-                dataclasses.replace(layer, down=cast(layer.down), up=cast(layer.up))
-                for layer in params.cross
-            ]
-        ),
-        top=tuple([dense(layer) for layer in params.top]),
-    )
+    bottom = tuple([dense(layer) for layer in params.bottom])
+    downs, low_scales = [], []
+    for layer in params.cross:
+        downs.append(cast(layer.down))
+        low_scales.append(next(scales))
+    top = tuple([dense(layer) for layer in params.top])
+    ups = params.cross
+    if config.compute_dtype == FLOAT8:
+        ups = _gates(params.cross, low_scales)
+    cross = [
+        dataclasses.replace(layer, down=down, up=_carried(layer.up, config))
+        for layer, down in zip(ups, downs, strict=True)
+    ]
+    return Params(groups=params.groups, bottom=bottom, cross=tuple(cross), top=top)
+
+
+def _carried(kernel: Kernel, config: DLRMConfig) -> Kernel:
+    return kernel if isinstance(kernel, Float8Kernel) else kernel.astype(config.carried_dtype)
+
+
+def _gates(layers: tuple[CrossLayer, ...], low_scales: Sequence[float]) -> tuple[CrossLayer, ...]:
+    """The layers with what `reference.gate` takes. All have the scales of the products of the last
+    one, which adds up those of all: each low scale is part of its layer's weights.
+    """
+    if not layers or isinstance(layers[0].up, Float8Kernel):
+        return layers
+    scaled = [layer.up * scale for layer, scale in zip(layers, low_scales, strict=True)]
+    of_all = quantise_kernel(jnp.concatenate(scaled), 1.0)
+    gates, bias, inputs = [], jnp.float32(1), 0
+    for layer, scale in zip(layers, low_scales, strict=True):
+        bias, inputs = bias + layer.bias, inputs + len(layer.up)
+        values = of_all.values[:, :inputs]
+        up = dataclasses.replace(of_all, values=values, input_scale=scale)
+        gates.append(dataclasses.replace(layer, up=up, bias=bias))
+    return tuple(gates)
 
 
 def forward(
@@ -186,10 +215,12 @@ def forward(
     """
     params = with_compute_dtype(params, config)
     dense = batch.dense.astype(config.carried_dtype)
-    bottom = mlp(params.bottom, dense, config.activation, precision=precision, ops=ops)
+    options: dict[str, Any] = {"precision": precision, "ops": ops}
+    bottom = mlp(params.bottom, dense, config.activation, **options)
     vectors = pool(params.groups, batch, config=config, layout=layout, left=bottom, ops=ops)
-    x = interact(params.cross, vectors, config=config, precision=precision, ops=ops)
-    hidden = mlp(params.top[:-1], x, config.activation, precision=precision, ops=ops)
+    scale = input_scale_of(params.top[0].kernel)
+    x = interact(params.cross, vectors, config=config, out_scale=scale, **options)
+    hidden = mlp(params.top[:-1], x, config.activation, **options)
     return scores(params.top[-1], hidden, precision)
 
 
@@ -227,12 +258,17 @@ def mlp(
     x: Float[Array, "samples inputs"],
     activation: str,
     *,
+    out_scale: float | None = None,
     precision: lax.Precision | None = None,
     ops: Ops = REFERENCE,
 ) -> Float[Array, "samples outputs"]:
-    """Dense layers, each followed by the activation."""
-    for layer in layers:
-        x = ops.dense(x, layer.kernel, layer.bias, activation=activation, precision=precision)
+    """Dense layers, each followed by the activation. out_scale: the input scale of a float8 layer
+    behind them.
+    """
+    out_scales = [*(input_scale_of(layer.kernel) for layer in layers[1:]), out_scale]
+    for layer, scale in zip(layers, out_scales, strict=False):
+        options = {"activation": activation, "out_scale": scale, "precision": precision}
+        x = ops.dense(x, layer.kernel, layer.bias, **options)
     return x
 
 
@@ -252,21 +288,29 @@ def interact(
     vectors: Float[Array, "samples bottom_and_pooled"],
     *,
     config: DLRMConfig,
+    out_scale: float | None = None,
     precision: lax.Precision | None = None,
     ops: Ops = REFERENCE,
 ) -> Float[Array, "samples width"]:
     """The interaction of config: `concat`, `dot` or `dcn` (see DLRMConfig). `vectors` are the
-    bottom MLP's output and the pooled rows.
+    bottom MLP's output and the pooled rows; out_scale as in `mlp`, for `dcn`.
     """
     if config.interaction == "dot":
         return ops.dot(
             vectors, vectors=config.dot_vectors, keep=config.bottom_width, precision=precision
         )
-    x = vectors
-    for layer in cross:
+    x, lows = vectors, []
+    out_scales = [*(input_scale_of(layer.down) for layer in cross[1:]), out_scale]
+    for layer, scale in zip(cross, out_scales, strict=False):
         no_bias = jnp.zeros(layer.down.shape[1], jnp.float32)
-        low = ops.dense(x, layer.down, no_bias, activation="identity", precision=precision)
-        x = ops.widen(vectors, x, low, layer.up, layer.bias, precision=precision)
+        low_scale = input_scale_of(layer.up)
+        options = {"activation": "identity", "out_scale": low_scale, "precision": precision}
+        low = ops.dense(x, layer.down, no_bias, **options)
+        if low_scale is None:
+            x = ops.widen(vectors, x, low, layer.up, layer.bias, precision=precision)
+        else:
+            lows.append(low)
+            x = ops.gate(vectors, tuple(lows), layer.up, layer.bias, out_scale=scale)
     return x
 
 

@@ -89,6 +89,11 @@ FP8 = dataclasses.replace(
     DCN.with_dtypes(tables="float8_e4m3fn", compute="bfloat16"), name="float8"
 )
 
+DEEP_DOT = dataclasses.replace(
+    DOT, name="deep_dot", bottom_mlp=(12, 8), top_mlp=(16, 8, 1), activation="relu"
+)
+DEEP_DCN = dataclasses.replace(DCN, name="deep_dcn", bottom_mlp=(12, 8))
+
 FLOAT32_MODELS = (CONCAT, DOT, DCN, NO_DENSE, NO_SPARSE)
 
 SMALL = EngineOptions(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import recflow_jax as rf
-from pallas_kernels.float8 import LARGEST
+from pallas_kernels.float8 import LARGEST, input_scale_of
 from recflow_jax.calibration import calibrate, ready
 from recflow_jax.config import ConfigError, DLRMConfig
 from recflow_jax.data.workloads import generate
@@ -16,15 +16,17 @@ from recflow_jax.model import DLRM, with_compute_dtype
 from small_models import (
     CONCAT,
     DCN,
-    DOT,
+    DEEP_DCN,
+    DEEP_DOT,
     NO_SPARSE,
     SMALL,
     params_of,
     reference_scores,
 )
 
-MODELS = (CONCAT, DOT, DCN, NO_SPARSE)
-BATCH = {config.name: generate(config, 300, seed=3) for config in MODELS}
+MODELS = (CONCAT, DEEP_DOT, DCN, DEEP_DCN)
+BATCH = {config.name: generate(config, 300, seed=3) for config in (*MODELS, NO_SPARSE)}
+DOT = DEEP_DOT
 
 
 @pytest.fixture(params=MODELS, ids=lambda config: config.name)
@@ -32,28 +34,34 @@ def config(request: pytest.FixtureRequest) -> DLRMConfig:
     return request.param
 
 
-def test_every_matmul_but_the_last_has_a_scale(config: DLRMConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "scales"), [(CONCAT, 2), (DEEP_DOT, 2), (DCN, 6), (DEEP_DCN, 7), (NO_SPARSE, 0)]
+)
+def test_a_matmul_has_a_scale_if_another_makes_its_input(config: DLRMConfig, scales: int) -> None:
+    """All but the last one, the first one, and the first one behind the pooled rows."""
     calibrated = calibrate(config, params_of(config), BATCH[config.name])
-    layers = len(config.bottom_mlp) + 2 * config.cross_layers + len(config.top_mlp) - 1
-    assert len(calibrated.input_scales) == calibrated.float8_matmuls == layers
+    assert len(calibrated.input_scales) == calibrated.float8_matmuls == scales
     assert (calibrated.compute_dtype, calibrated.carried_dtype) == ("float8_e4m3fn", "bfloat16")
 
 
-def test_the_first_scale_is_that_of_the_dense_features() -> None:
+def test_a_scale_is_the_largest_input_over_the_largest_float8() -> None:
     calibrated = calibrate(CONCAT, params_of(CONCAT), BATCH["concat"])
-    largest = np.abs(BATCH["concat"].dense).max()
-    assert calibrated.input_scales[0] == pytest.approx(largest / LARGEST)
+    first, hidden = params_of(CONCAT).bottom[0], BATCH["concat"].dense
+    hidden = np.maximum(hidden @ np.asarray(first.kernel) + np.asarray(first.bias), 0)
+    assert calibrated.input_scales[0] == pytest.approx(hidden.max() / LARGEST, rel=1e-5)
 
 
 def test_kernels_take_the_scales_in_the_order_in_which_they_run() -> None:
-    calibrated = calibrate(DCN, params_of(DCN), BATCH["dcn"])
-    params = with_compute_dtype(params_of(DCN), calibrated)
+    calibrated = calibrate(DEEP_DCN, params_of(DEEP_DCN), BATCH["deep_dcn"])
+    params = with_compute_dtype(params_of(DEEP_DCN), calibrated)
     kernels = [layer.kernel for layer in params.bottom]
     kernels += [kernel for layer in params.cross for kernel in (layer.down, layer.up)]
-    kernels += [layer.kernel for layer in params.top[:-1]]
-    found = [float(kernel.input_scale) for kernel in kernels]
-    np.testing.assert_allclose(found, calibrated.input_scales, rtol=1e-6)
-    assert params.top[-1].kernel.dtype == "bfloat16"
+    kernels += [layer.kernel for layer in params.top]
+    found = [input_scale_of(kernel) for kernel in kernels]
+    assert tuple(found) == calibrated.matmul_scales
+    wide = [place for place, scale in enumerate(found) if scale is None]
+    assert wide == [0, 2, len(found) - 1]
+    assert {str(kernels[place].dtype) for place in wide} == {"bfloat16"}
     again = with_compute_dtype(params, calibrated)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))
 
@@ -67,17 +75,21 @@ def test_float8_scores_are_near_those_in_float32(config: DLRMConfig) -> None:
     assert 1e-4 < error < 0.2
 
 
-def test_an_engine_serves_float8_layers() -> None:
-    params, samples = params_of(DCN), generate(DCN, 20, seed=0)
-    calibrated = calibrate(DCN, params, BATCH["dcn"])
-    with rf.Engine(calibrated, params, options=SMALL) as engine:
+@pytest.mark.parametrize("config", [DEEP_DOT, DEEP_DCN], ids=lambda config: config.name)
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_an_engine_serves_float8_layers(config: DLRMConfig, segments: int) -> None:
+    """Each segment rounds for the first layer of the next."""
+    params, samples = params_of(config), generate(config, 20, seed=0)
+    calibrated = calibrate(config, params, BATCH[config.name])
+    options = dataclasses.replace(SMALL, segments=segments)
+    with rf.Engine(calibrated, params, options=options) as engine:
         found = engine.predict(samples)
     expected = reference_scores(calibrated, params, samples)
     np.testing.assert_allclose(found, expected, atol=2**-6 * np.abs(expected).mean(), rtol=2**-6)
 
 
 def test_a_calibrated_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    calibrated = calibrate(DOT, params_of(DOT), BATCH["dot"])
+    calibrated = calibrate(DOT, params_of(DOT), BATCH["deep_dot"])
     rf.save_params(tmp_path / "m.safetensors", calibrated, params_of(DOT))
     config, params = rf.load_params(tmp_path / "m.safetensors")
     assert config == calibrated
@@ -86,7 +98,7 @@ def test_a_calibrated_model_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_layers_that_were_not_calibrated_are_refused() -> None:
     config = DOT.with_dtypes(compute="float8_e4m3fn")
-    with pytest.raises(ValueError, match="'dot': its float8 layers have no input scales"):
+    with pytest.raises(ValueError, match="'deep_dot': its float8 layers have no input scales"):
         rf.Engine(config, params_of(DOT), options=SMALL)
     with pytest.raises(ValueError, match="cannot be trained"):
         DLRM(config, params_of(DOT))
@@ -101,7 +113,7 @@ def test_random_input_calibrates_what_is_not() -> None:
 
 
 def test_no_samples_are_refused() -> None:
-    empty = BATCH["dot"].part(0, 0)
+    empty = BATCH["deep_dot"].part(0, 0)
     with pytest.raises(ValueError, match="calibrate: no samples"):
         calibrate(DOT, params_of(DOT), empty)
 
@@ -114,7 +126,7 @@ def test_impossible_scales_are_refused(scales: tuple[float, ...]) -> None:
 
 
 def test_another_dtype_has_no_scales() -> None:
-    calibrated = calibrate(DOT, params_of(DOT), BATCH["dot"])
+    calibrated = calibrate(DOT, params_of(DOT), BATCH["deep_dot"])
     assert calibrated.with_dtypes(compute="float32") == DOT
     with pytest.raises(ConfigError, match="2 input scales for 0 float8 matmuls"):
         dataclasses.replace(calibrated, compute_dtype="bfloat16")

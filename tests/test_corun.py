@@ -23,7 +23,7 @@ from pallas_kernels.gather_shape import GatherConfig
 from pallas_kernels.mlp import MlpConfig, dense
 from pallas_kernels.slots import width
 from test_embedding import MIXES, Case, make_case, make_mix, make_slots
-from test_mlp import RELATIVE_ERROR, operands, relative_error
+from test_mlp import RELATIVE_ERROR, float8_operands, operands, relative_error
 
 WITHOUT_HELP = dataclasses.replace(CONFIG, helps=False)
 SMALL_TILES = CorunConfig(
@@ -123,6 +123,15 @@ def test_a_traced_launch_records_its_regions_and_has_room_for_them(
     ]
 
 
+@pytest.mark.parametrize("name", ["deep", "narrow", "bags"])
+def test_float8_layers_beside_a_gather_lower_to_cuda(name: str) -> None:
+    case = make_mix("floats", samples=9, longest=3)
+    arrays = (*float8_operands(99, 200, 130), *room_for(case), *on_device(case))
+    run = beside(case, CONFIGS[name], out_scale=0.01)
+    lowered = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 def test_claims_are_counted_in_memory_that_xla_knows_to_change() -> None:
     """A constant that the kernel counts in would still have the counts of the call before."""
     case = make_mix("floats", samples=9, longest=3)
@@ -207,6 +216,26 @@ def test_gpu_bits_are_those_of_the_serial_kernels(
             np.testing.assert_array_equal(
                 np.asarray(ours, np.float32), np.asarray(serial, np.float32)
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gpu_float8_bits_are_those_of_the_serial_kernels(name: str) -> None:
+    case, config = make_mix("floats", samples=700, longest=40), CONFIGS[name]
+    layer = {"activation": "relu", "out_scale": 0.01}
+    arrays = float8_operands(4096, 480, 320)
+    gather = functools.partial(
+        pooled_gather, slots=case.slots, out_dtype=jnp.bfloat16, config=config.gather
+    )
+    vectors, first = room_for(case)
+    co_run = jax.jit(beside(case, config, out_scale=0.01))
+    out, found = co_run(*arrays, vectors, first, *on_device(case))
+    serial = jax.jit(functools.partial(dense, config=config.mlp, **layer))(*arrays)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(serial, np.float32))
+    pooled = jax.jit(gather)(*on_device(case))
+    np.testing.assert_array_equal(
+        np.asarray(found[:, LEFT:-4], np.float32), np.asarray(pooled, np.float32)
+    )
 
 
 @pytest.mark.gpu

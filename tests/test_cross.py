@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.cross import CONFIG, CrossConfig, widen
+from pallas_kernels import reference
+from pallas_kernels.cross import CONFIG, CrossConfig, gate, widen
+from pallas_kernels.float8 import Float8Kernel, quantise_kernel, rounded
 from pallas_kernels.mlp import MlpConfig
 
 # Rounding of the 16-bit output; all else is float32.
 RELATIVE_ERROR = {"bfloat16": 4e-3, "float16": 5e-4}
+INPUT_SCALE, OUT_SCALE = 4 / 448, 6 / 448
 SMALL = CrossConfig(tile=MlpConfig(block_m=64, block_n=128, warpgroups=1, stages=2, blocks=2))
 
 
@@ -25,6 +28,19 @@ def operands(samples: int, width: int, rank: int, dtype: str = "bfloat16") -> tu
     x0, x, low, up = (rng.standard_normal(shape) for shape in shapes)
     arrays = [jnp.asarray(a, dtype) for a in (x0, x, low, up / np.sqrt(rank))]
     return (*arrays, jnp.asarray(rng.standard_normal(width), jnp.float32))
+
+
+def gate_operands(
+    samples: int, width: int, rank: int, layers: int
+) -> tuple[jax.Array, list[jax.Array], Float8Kernel, jax.Array]:
+    """x0, lows, up, bias of as many layers."""
+    rng = np.random.default_rng(0)
+    shapes = [(samples, width), *[(samples, rank)] * layers, (layers * rank, width)]
+    x0, *lows, up = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    kernel = quantise_kernel(up / np.sqrt(layers * rank), INPUT_SCALE)
+    lows = [rounded(low, INPUT_SCALE) for low in lows]
+    bias = jnp.asarray(rng.standard_normal(width), jnp.float32)
+    return x0.astype(jnp.bfloat16), lows, kernel, bias
 
 
 def relative_error(out: jax.Array, *arrays: jax.Array) -> float:
@@ -54,6 +70,35 @@ def test_interpreted_kernel_is_exact(
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("samples", "width", "rank", "layers"),
+    [(300, 256, 128, 2), (1, 128, 128, 1), (70, 128, 256, 3)],
+)
+def test_interpreted_gate_equals_the_reference(
+    samples: int, width: int, rank: int, layers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Some results are beyond OUT_SCALE and are cut."""
+    arrays = gate_operands(samples, width, rank, layers)
+    out = gate(*arrays, out_scale=OUT_SCALE, config=SMALL)
+    expected = reference.gate(*arrays, out_scale=OUT_SCALE)
+    assert out.dtype == expected.dtype == "float8_e4m3fn"
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=2**-3, atol=2**-6
+    )
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_gate_lowers_to_cuda(layers: int) -> None:
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), gate_operands(2, 3456, 512, layers)
+    )
+    run = functools.partial(gate, out_scale=OUT_SCALE)
+    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lowers_to_cuda(dtype: str, same: bool) -> None:
@@ -67,6 +112,7 @@ def test_lowers_to_cuda(dtype: str, same: bool) -> None:
 
 def test_no_samples() -> None:
     assert widen(*operands(0, 128, 64)).shape == (0, 128)
+    assert gate(*gate_operands(0, 128, 128, 2), out_scale=OUT_SCALE).shape == (0, 128)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +137,21 @@ def test_shapes_that_do_not_match_are_refused() -> None:
         unchecked(x0[:2], x, low, up, bias)
 
 
+def test_gates_that_no_tile_takes_are_refused() -> None:
+    unchecked = functools.partial(inspect.unwrap(gate), out_scale=OUT_SCALE)
+    with pytest.raises(ValueError, match=r"no tiles for width 128 and ranks \[64, 64\]"):
+        unchecked(*gate_operands(3, 128, 64, 2))
+    x0, lows, up, bias = gate_operands(3, 128, 128, 2)
+    with pytest.raises(ValueError, match=r"x0 is float32, lows are .*float8_e4m3fn"):
+        unchecked(x0.astype(jnp.float32), lows, up, bias)
+    with pytest.raises(ValueError, match=r"lows are \['bfloat16'\]"):
+        unchecked(x0, [low.astype(jnp.bfloat16) for low in lows], up, bias)
+    with pytest.raises(ValueError, match=r"lows are \[\(3, 128\)\], up \(256, 128\)"):
+        unchecked(x0, lows[:1], up, bias)
+    with pytest.raises(ValueError, match=r"bias \(64,\)"):
+        unchecked(x0, lows, up, bias[:64])
+
+
 @pytest.mark.parametrize(
     ("tile", "slots", "message"),
     [
@@ -110,6 +171,20 @@ def test_impossible_configs_are_refused(tile: MlpConfig, slots: int, message: st
 def test_gpu_widens_as_float64_does(samples: int, dtype: str) -> None:
     arrays = operands(samples, 3456, 512, dtype)
     assert relative_error(jax.jit(widen)(*arrays), *arrays) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 255, 2048])
+def test_gpu_gate_agrees_with_the_reference(samples: int, layers: int) -> None:
+    arrays = gate_operands(samples, 3456, 512, layers)
+    run = jax.jit(functools.partial(gate, out_scale=OUT_SCALE))
+    out, expected = (
+        np.asarray(f(*arrays), np.float32)
+        for f in (run, functools.partial(reference.gate, out_scale=OUT_SCALE))
+    )
+    assert np.linalg.norm(out - expected) < 2e-3 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(out, np.asarray(run(*arrays), np.float32))
 
 
 @pytest.mark.gpu

@@ -11,10 +11,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mlp, reference
+from pallas_kernels.float8 import Float8Kernel, quantise_kernel, rounded
 from pallas_kernels.mlp import CONFIGS, MlpConfig, choose_config, dense, pad_kernel
 
 # Rounding of the 16-bit output; sums are float32.
 RELATIVE_ERROR = {"bfloat16": 4e-3, "float16": 5e-4}
+INPUT_SCALE = 4 / 448
 SMALL = MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=2, blocks=2)
 WITH_SPLITS = [
     dataclasses.replace(CONFIGS[1], splits=4),
@@ -31,6 +33,15 @@ def operands(
     kernel = rng.standard_normal((k, n)) / np.sqrt(k)
     bias = rng.standard_normal(n)
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(bias, jnp.float32)
+
+
+def float8_operands(
+    m: int, k: int, n: int, seed: int = 0
+) -> tuple[jax.Array, Float8Kernel, jax.Array]:
+    """The same, x and kernel e4m3; inputs beyond four are cut."""
+    x, kernel, bias = operands(m, k, n, "float32", seed)
+    quantised = quantise_kernel(kernel, INPUT_SCALE)
+    return rounded(x, INPUT_SCALE), quantised, bias
 
 
 def relative_error(out: jax.Array, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> float:
@@ -64,6 +75,49 @@ def test_interpreted_kernel_equals_the_reference(
     )
     assert relative_error(out, x, kernel, bias) < RELATIVE_ERROR["bfloat16"]
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("out_scale", [None, 0.005])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "splits"), [(70, 100, 70, 1), (129, 128, 200, 1), (70, 700, 70, 3)]
+)
+def test_interpreted_float8_kernel_equals_the_reference(
+    m: int, k: int, n: int, splits: int, out_scale: float | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An out_scale of 0.005 cuts outputs beyond 2.24."""
+    x, kernel, bias = float8_operands(m, k, n)
+    config = dataclasses.replace(SMALL, splits=splits)
+    options = {"activation": "gelu", "out_scale": out_scale}
+    out = dense(x, pad_kernel(kernel), bias, config=config, **options)
+    expected = reference.dense(x, kernel, bias, **options)
+    assert out.dtype == expected.dtype
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=2**-3, atol=2**-6
+    )
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_layer_of_floats_rounds_for_a_float8_layer_behind_it() -> None:
+    x, kernel, bias = operands(70, 100, 70)
+    options = {"activation": "relu", "out_scale": 0.005}
+    out = dense(x, kernel, bias, config=SMALL, **options)
+    expected = reference.dense(x, kernel, bias, **options)
+    assert out.dtype == "float8_e4m3fn"
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=2**-3, atol=2**-6
+    )
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_floats_are_rounded_for_a_float8_kernel() -> None:
+    x, kernel, bias = operands(70, 100, 70, "float32")[0], *float8_operands(70, 100, 70)[1:]
+    out = dense(x.astype(jnp.bfloat16), kernel, bias, activation="relu", config=SMALL)
+    expected = reference.dense(x.astype(jnp.bfloat16), kernel, bias, activation="relu")
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=2**-7, atol=1e-3
+    )
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -101,9 +155,31 @@ def test_every_config_lowers_to_cuda(config: MlpConfig, dtype: str, activation: 
     assert "mosaic_gpu" in lowered.as_text()
 
 
+@pytest.mark.parametrize("out_scale", [None, 0.01])
+@pytest.mark.parametrize("config", [*CONFIGS, *WITH_SPLITS], ids=str)
+def test_every_config_lowers_float8_to_cuda(config: MlpConfig, out_scale: float | None) -> None:
+    layer = functools.partial(dense, activation="relu", out_scale=out_scale, config=config)
+    for given in (float8_operands(99, 1000, 130), operands(99, 1000, 130)):
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), given)
+        lowered = jax.jit(layer).trace(*shapes).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_float8_weights_are_padded_to_longer_steps() -> None:
+    _, kernel, _ = float8_operands(1, 13, 70)
+    padded = pad_kernel(kernel)
+    assert isinstance(padded, Float8Kernel)
+    assert (padded.shape, padded.values.shape, padded.scales.shape) == (
+        (128, 128),
+        (128, 128),
+        (128,),
+    )
+    np.testing.assert_array_equal(padded.values[:70, :13], kernel.values)
+
+
 def test_padding_changes_no_output() -> None:
     _, kernel, _ = operands(1, 13, 70)
-    padded = pad_kernel(kernel)
+    padded = np.asarray(pad_kernel(kernel))
     assert padded.shape == (64, 128)
     np.testing.assert_array_equal(padded[:13, :70], kernel)
     assert not padded[13:].any() and not padded[:, 70:].any()
@@ -145,6 +221,13 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         dense(jnp.zeros((4, 200), x.dtype), kernel, bias, activation="relu")
     with pytest.raises(ValueError, match="the bias has 200 outputs"):
         dense(x, kernel, jnp.zeros(200), activation="relu")
+    rounded_x, float8_kernel, _ = float8_operands(4, 64, 64)
+    with pytest.raises(ValueError, match=r"x is float8_e4m3fn, kernel bfloat16"):
+        dense(rounded_x, kernel, bias, activation="relu")
+    with pytest.raises(ValueError, match="x is float32, the kernel float8_e4m3fn"):
+        dense(x.astype(jnp.float32), float8_kernel, bias, activation="relu")
+    with pytest.raises(ValueError, match="x has 200 inputs, the kernel 64"):
+        dense(jnp.zeros((4, 200), x.dtype), float8_kernel, bias, activation="relu")
 
 
 @pytest.mark.gpu
@@ -160,6 +243,26 @@ def test_gpu_layer(m: int, k: int, n: int, config: MlpConfig | None, dtype: str)
     out = layer(x, pad_kernel(kernel), bias)
     assert out.shape == (m, n)
     assert relative_error(out, x, kernel, bias) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, *CONFIGS, *WITH_SPLITS], ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(7, 64, 256), (99, 479, 130), (1000, 3456, 1024)])
+def test_gpu_float8_layer(m: int, k: int, n: int, config: MlpConfig | None) -> None:
+    """Against float64 of the same e4m3 operands: tensor cores add up with fewer bits."""
+    x, kernel, bias = float8_operands(m, k, n)
+    layer = jax.jit(functools.partial(dense, activation="relu", config=config))
+    wide = np.asarray(kernel.values, np.float64).T * np.asarray(kernel.scales, np.float64)
+    out = layer(x, pad_kernel(kernel), bias)
+    assert out.shape == (m, n)
+    exact = np.maximum(np.asarray(x, np.float64) @ wide + np.asarray(bias), 0)
+    error = np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact)
+    assert error < RELATIVE_ERROR["bfloat16"]
+    scale = 0.01
+    codes = jax.jit(functools.partial(layer, out_scale=scale))(x, pad_kernel(kernel), bias)
+    expected = rounded(out, scale)
+    difference = np.asarray(codes, np.float32) - np.asarray(expected, np.float32)
+    assert np.linalg.norm(difference) < 0.02 * np.linalg.norm(np.asarray(expected, np.float32))
 
 
 @pytest.mark.gpu

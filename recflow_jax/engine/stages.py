@@ -6,7 +6,7 @@ segment with a slice of another batch in its dense layers' launches (see `rides`
 its own batch in one slice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.float8 import Kernel, input_scale_of
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job
@@ -74,7 +75,7 @@ class Stages:
         self._ops = backend.ops
         self._rows = rows
         self._layout = Layout.of(config)
-        self._arithmetic = _Arithmetic(config, rows)
+        self._arithmetic = _Arithmetic(config, rows, [layer.kernel for layer in params.top])
         self._top = {cut: _runs(config, cut) for cut in cuts}
         places = [(cut, index) for cut in cuts for index in range(cut)]
         self._bound = {place: self._bind(backend, params, *place) for place in places}
@@ -131,12 +132,12 @@ class Stages:
     def _bind(
         self, backend: Backend, params: Params, cut: int, index: int
     ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        top = params.top[self._top[cut][index]]
-        last = index == cut - 1
+        run = self._top[cut][index]
+        top = params.top[run]
         if index == 0:
             weights = (params.bottom, params.cross, top)
-            return backend.bind(partial(self._arithmetic.first, last), weights)
-        return backend.bind(partial(self._arithmetic.later, last), top)
+            return backend.bind(partial(self._arithmetic.first, run), weights)
+        return backend.bind(partial(self._arithmetic.later, run), top)
 
     def _fed(
         self, segments: int, batch: int
@@ -208,13 +209,14 @@ class Stages:
 
 class _Arithmetic:
     """What segments compute of their weights; no owner of any, so that a model goes with its last
-    user, and not when garbage is collected.
+    user, and not when garbage is collected. `top` are the top layers' kernels, `run` a segment's.
     """
 
-    def __init__(self, config: DLRMConfig, rows: int) -> None:
+    def __init__(self, config: DLRMConfig, rows: int, top: Sequence[Kernel]) -> None:
         self._config = config
         self._layout = Layout.of(config)
         self._rows = rows
+        self._top_scales = [input_scale_of(kernel) for kernel in top]
 
     def whole(self, weights: Any, groups: Any, batch: DeviceBatch, *, ops: Ops) -> Array:
         bottom, cross, top = weights
@@ -229,24 +231,37 @@ class _Arithmetic:
         )
 
     def first(
-        self, last: bool, weights: Any, vectors: Array, dense: Array, *, batch: int, ops: Ops
+        self, run: slice, weights: Any, vectors: Array, dense: Array, *, batch: int, ops: Ops
     ) -> tuple[Array, Array]:
         bottom_layers, cross, top = weights
         bottom = self._mlp(bottom_layers, dense[:batch], ops)
         complete = lax.dynamic_update_slice(vectors[:batch], bottom, (0, 0))
-        x = interact(cross, complete, config=self._config, precision=self._precision, ops=ops)
-        (x,) = self.later(last, top, x, batch=batch, ops=ops)
+        x = interact(
+            *(cross, complete),
+            config=self._config,
+            out_scale=self._top_scales[0],
+            precision=self._precision,
+            ops=ops,
+        )
+        (x,) = self.later(run, top, x, batch=batch, ops=ops)
         return x, complete if batch == self._rows else vectors
 
     def later(
-        self, last: bool, layers: tuple[DenseLayer, ...], x: Array, *, batch: int, ops: Ops
+        self, run: slice, layers: tuple[DenseLayer, ...], x: Array, *, batch: int, ops: Ops
     ) -> tuple[Array]:
-        if not last:
-            return (self._mlp(layers, x, ops),)
+        if run.stop < len(self._top_scales):
+            return (self._mlp(layers, x, ops, self._top_scales[run.stop]),)
         return (scores(layers[-1], self._mlp(layers[:-1], x, ops), self._precision),)
 
-    def _mlp(self, layers: tuple[DenseLayer, ...], x: Array, ops: Ops) -> Array:
-        return mlp(layers, x, self._config.activation, precision=self._precision, ops=ops)
+    def _mlp(
+        self,
+        layers: tuple[DenseLayer, ...],
+        x: Array,
+        ops: Ops,
+        out_scale: float | None = None,
+    ) -> Array:
+        options: dict[str, Any] = {"precision": self._precision, "ops": ops}
+        return mlp(layers, x, self._config.activation, out_scale=out_scale, **options)
 
     @property
     def _precision(self) -> lax.Precision | None:
