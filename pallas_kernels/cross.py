@@ -77,7 +77,6 @@ class CrossConfig:
 
 
 CONFIG = CrossConfig()
-GATE_CONFIG = CONFIG
 
 
 def widen(
@@ -113,7 +112,7 @@ def gate(
     bias: Float[Array, " width"],
     *,
     out_scale: float,
-    config: CrossConfig = GATE_CONFIG,
+    config: CrossConfig = CONFIG,
 ) -> Float[Array, "samples width"]:
     """x0 * (lows side by side @ up + bias), rounded by out_scale to e4m3, as lows are.
 

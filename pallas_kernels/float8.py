@@ -47,11 +47,17 @@ Kernel = Float[Array, "_ _"] | Float8Kernel
 
 def quantise_kernel(kernel: Float[Array, "inputs outputs"], input_scale: float) -> Float8Kernel:
     """`kernel` in e4m3 for inputs up to input_scale * 448. A column of zeros has scale 1."""
+    values, scales = _scaled(kernel)
+    return Float8Kernel(values=values, scales=scales * input_scale, input_scale=input_scale)
+
+
+@jax.jit
+def _scaled(kernel: Array) -> tuple[Array, Array]:
+    """The values of a Float8Kernel, and its scales for inputs of scale 1."""
     wide = kernel.astype(jnp.float32)
     scales = jnp.abs(wide).max(axis=0) / LARGEST
     scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1, scales)
-    values = (wide / scales).astype(FLOAT8).T
-    return Float8Kernel(values=values, scales=scales * input_scale, input_scale=input_scale)
+    return (wide / scales).astype(FLOAT8).T, scales
 
 
 def input_scale_of(kernel: Kernel) -> float | None:

@@ -165,7 +165,7 @@ def _mosaic_widen(x0: Any, x: Any, low: Any, up: Any, bias: Any, *, precision: A
 def _mosaic_gate(x0: Any, lows: Any, up: Any, bias: Any, *, out_scale: Any) -> Any:
     """The kernel where it has tiles and the result is e4m3, else XLA."""
     ranks = [low.shape[1] for low in lows]
-    fits = all(cross.GATE_CONFIG.takes(x0.shape[1], rank, FLOAT8) for rank in ranks)
+    fits = all(cross.CONFIG.takes(x0.shape[1], rank, FLOAT8) for rank in ranks)
     if out_scale is None or not fits:
         return reference.gate(x0, lows, up, bias, out_scale=out_scale)
     return cross.gate(x0, lows, up, bias, out_scale=out_scale)

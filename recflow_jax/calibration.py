@@ -1,5 +1,7 @@
 """Float8 layers for a float model: what its matmuls' inputs reach, on samples of its own."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +13,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
-from recflow_jax.model import Ops, Params, forward, to_device
+from recflow_jax.model import DeviceBatch, Ops, Params, forward, to_device
 
 RANDOM_SAMPLES = 256
 
@@ -27,33 +29,40 @@ def calibrate(config: DLRMConfig, params: Params, batch: JaggedBatch) -> DLRMCon
     """
     if not batch.samples:
         raise ValueError("calibrate: no samples")
-    largest: list[float] = []
+    exact = config.with_dtypes(compute="float32")
+    layout = Layout.of(exact)
+    inputs = jax.device_put(to_device(layout, batch, ids=max(1, len(batch.values))))
+    seen = enumerate(_largest_inputs(params, inputs, exact, layout))
+    of_float8 = [float(value) for place, value in seen if place not in config.wide_matmuls]
+    scales = tuple(value / LARGEST if value else 1.0 for value in of_float8)
+    return config.with_dtypes(compute=FLOAT8).with_input_scales(scales)
 
-    def see(x: Array) -> None:
-        largest.append(float(jnp.abs(x).max()))
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _largest_inputs(
+    params: Params, batch: DeviceBatch, config: DLRMConfig, layout: Layout
+) -> list[Array]:
+    """The largest magnitude of each matmul's input, in the order in which they run, the last one's
+    apart.
+    """
+    largest: list[Array] = []
 
     def dense(x, kernel, bias, **options):
-        see(x)
+        largest.append(jnp.abs(x).max())
         return reference.dense(x, kernel, bias, **options)
 
     def widen(x0, x, low, up, bias, *, precision):
-        see(low)
+        largest.append(jnp.abs(low).max())
         return reference.widen(x0, x, low, up, bias, precision=precision)
 
-    exact = config.with_dtypes(compute="float32")
-    layout = Layout.of(exact)
-    inputs = to_device(layout, batch, ids=max(1, len(batch.values)))
     forward(
-        *(params, jax.device_put(inputs)),
-        config=exact,
+        *(params, batch),
+        config=config,
         layout=layout,
         precision=lax.Precision.HIGHEST,
         ops=Ops(dense=dense, widen=widen),
     )
-    seen = enumerate(largest)
-    of_float8 = [value for place, value in seen if place not in config.wide_matmuls]
-    scales = tuple(value / LARGEST if value else 1.0 for value in of_float8)
-    return config.with_dtypes(compute=FLOAT8).with_input_scales(scales)
+    return largest
 
 
 def ready(config: DLRMConfig, params: Params, *, ids: str, seed: int) -> DLRMConfig:

@@ -90,7 +90,7 @@ FP8 = dataclasses.replace(
 )
 
 DEEP_DOT = dataclasses.replace(
-    DOT, name="deep_dot", bottom_mlp=(12, 8), top_mlp=(16, 8, 1), activation="relu"
+    DOT, name="deep_dot", bottom_mlp=(12, 8), top_mlp=(32, 16, 1), activation="relu"
 )
 DEEP_DCN = dataclasses.replace(DCN, name="deep_dcn", bottom_mlp=(12, 8))
 
