@@ -8,7 +8,7 @@ over x's piece in SMEM and stores it from there, `gate`, whose result is smaller
 own. Nothing else of the layer's width is read or written. Tiles go by rows, from the last row up:
 what the matmul before has read last is met in L2.
 
-Grid: `blocks` (one per SM). `widen`: 2 * samples * rank * width FLOP; 6 * samples * width bytes, a
+Grid: `blocks` (one per SM), in clusters. `widen`: 2 * samples * rank * width FLOP; 6 * samples * width bytes, a
 third less where x is x0. `gate`, in layer n: n times the FLOP, of e4m3; 3 * samples * width bytes.
 """
 
@@ -41,22 +41,29 @@ from pallas_kernels.mlp import (
 from pallas_kernels.reference import finished
 
 PIECE = 64
+CLUSTER, MEMBER = "cluster", "member"
 TURNS = 2  # warpgroups that multiply, tile by tile in turn
 OUT_SLOTS = 2  # of each, for pieces of what `gate` gives
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossConfig:
-    """tile: what one warpgroup multiplies. piece_slots: pieces of x0, and of x, in flight."""
+    """tile: what one warpgroup multiplies. piece_slots: pieces of x0, and of x, in flight.
+    cluster: blocks whose tiles are one below the other, so that each loads a part of `up`'s for all
+    of them (TMA multicast).
+    """
 
     tile: MlpConfig = MlpConfig(block_m=128, block_n=128, warpgroups=1)
     piece_slots: int = 3
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         if self.tile.warpgroups != 1:
             raise ValueError(f"cross config {self}: a tile is one warpgroup's")
         if self.piece_slots < 2:
             raise ValueError(f"cross config {self}: needs two piece slots at least")
+        if self.cluster < 1 or self.tile.blocks % self.cluster:
+            raise ValueError(f"cross config {self}: no whole clusters")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(
                 f"cross config {self}: {self.shared_bytes} bytes of SMEM, above {SHARED_BYTES}"
@@ -69,6 +76,24 @@ class CrossConfig:
         operands = tile.stages * tile.block_k * (tile.block_m + tile.block_n)
         return 2 * (operands + 2 * self.piece_slots * tile.block_m * PIECE)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a cluster's tiles."""
+        return self.cluster * self.tile.block_m
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of the card."""
+        return self.tile.blocks // self.cluster
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """What `plgpu.kernel` launches: axis CLUSTER and, where a cluster has several, MEMBER."""
+        grid: dict[str, Any] = {"grid": (self.clusters,), "grid_names": (CLUSTER,)}
+        if self.cluster > 1:
+            grid |= {"cluster": (self.cluster,), "cluster_names": (MEMBER,)}
+        return grid
+
     def takes(self, width: int, rank: int, dtype: Any) -> bool:
         """Whether there are whole tiles for these widths and operands."""
         step = self.tile.block_k * (2 if dtype == FLOAT8 else 1)
@@ -77,6 +102,7 @@ class CrossConfig:
 
 
 CONFIG = CrossConfig()
+PAIRED = CrossConfig(cluster=2)
 
 
 def widen(
@@ -98,7 +124,7 @@ def widen(
     if samples == 0:
         return x
     same = x0 is x
-    rows = ((0, -samples % config.tile.block_m), (0, 0))
+    rows = ((0, -samples % config.rows), (0, 0))
     x, low = jnp.pad(x, rows), jnp.pad(low, rows)
     x0 = x if same else jnp.pad(x0, rows)
     columns = bias.astype(jnp.float32)[None]
@@ -112,18 +138,19 @@ def gate(
     bias: Float[Array, " width"],
     *,
     out_scale: float,
-    config: CrossConfig = CONFIG,
+    config: CrossConfig | None = None,
 ) -> Float[Array, "samples width"]:
     """x0 * (lows side by side @ up + bias), rounded by out_scale to e4m3, as lows are.
 
     Any number of samples. Raises ValueError for shapes that do not match, dtypes other than these,
-    and widths that the config does not take.
+    and widths that the config does not take. config: None takes PAIRED where there are rows for it.
     """
+    config = config or (PAIRED if len(x0) > CONFIG.rows else CONFIG)
     _check_gate(x0, lows, up, bias, config)
     samples = len(x0)
     if samples == 0:
         return x0.astype(FLOAT8)
-    rows = ((0, -samples % config.tile.block_m), (0, 0))
+    rows = ((0, -samples % config.rows), (0, 0))
     x0, *lows = (jnp.pad(array, rows) for array in (x0, *lows))
     columns = jnp.stack([bias.astype(jnp.float32), up.scales])
     return _launch(tuple(lows), up.values, columns, (x0,), out_scale, config)[:samples]
@@ -150,6 +177,9 @@ def _launch(
         shape = (*slots, tile.block_m, PIECE)
         return plgpu.SMEM(shape, dtype, transforms=swizzled(PIECE, dtype))
 
+    used = plgpu.Barrier
+    if config.cluster > 1:
+        used = functools.partial(plgpu.ClusterBarrier, collective_axes=(MEMBER,))
     barriers, piece_barriers = TURNS * tile.stages, TURNS * config.piece_slots
     launch = plgpu.kernel(
         functools.partial(_body, out_scale=out_scale, config=config),
@@ -160,12 +190,11 @@ def _launch(
             "wide_smem": [pieces(config.piece_slots, dtype=x.dtype) for _ in wide],
             "out_smem": [pieces(TURNS, OUT_SLOTS, dtype=out_dtype)] if gating else [],
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=barriers),
-            "consumed": plgpu.Barrier(num_barriers=barriers),
+            "consumed": used(num_barriers=barriers),
             "piece_loaded": plgpu.Barrier(num_arrivals=len(wide), num_barriers=piece_barriers),
             "piece_free": plgpu.Barrier(num_barriers=piece_barriers),
         },
-        grid=(tile.blocks,),
-        grid_names=("block",),
+        **config.grid,
         num_threads=TURNS + 1,
         thread_name="warpgroup",
         kernel_name="cross_gate" if gating else "cross_widen",
@@ -191,15 +220,17 @@ def _body(
     """Warpgroup `TURNS` loads; warpgroup w of the others takes every `TURNS`-th tile from w."""
     tile = config.tile
     warpgroup = lax.axis_index("warpgroup")
-    block = lax.axis_index("block")
+    cluster = lax.axis_index(CLUSTER)
+    shared_by = MEMBER if config.cluster > 1 else None
+    member = lax.axis_index(MEMBER) if config.cluster > 1 else 0
     *inputs, out_gmem = gmem
     wide_gmem, lows_gmem = inputs[: len(wide_smem)], inputs[len(wide_smem) :]
     tile_columns = out_gmem.shape[1] // tile.block_n
-    tiles = tile.tiles(out_gmem.shape)
+    units = tile.tiles(out_gmem.shape) // config.cluster
     low_steps = [low.shape[1] // low_smem.shape[-1] for low in lows_gmem]
     steps = sum(low_steps)
     pieces = tile.block_n // PIECE
-    own_tiles = lax.div(tiles - block + tile.blocks - 1, tile.blocks)
+    own_tiles = lax.div(units - cluster + config.clusters - 1, config.clusters)
     ring = Ring(loaded=loaded, consumed=consumed, slots=tile.stages, steps=steps, turns=TURNS)
     piece_ring = Ring(
         loaded=piece_loaded,
@@ -210,9 +241,9 @@ def _body(
     )
 
     def place(index: Array) -> tuple[Array, Array]:
-        from_last = tiles - 1 - (block + index * tile.blocks)
+        from_last = units - 1 - (cluster + index * config.clusters)
         row, column = lax.div(from_last, tile_columns), lax.rem(from_last, tile_columns)
-        return row * tile.block_m, column * tile.block_n
+        return row * config.rows + member * tile.block_m, column * tile.block_n
 
     def columns_of(column: Array, piece: int) -> Any:
         return pl.ds(column + piece * PIECE, PIECE)
@@ -227,7 +258,9 @@ def _body(
             before = 0
             for low_gmem, count in zip(lows_gmem, low_steps, strict=True):
                 refs = (low_gmem, up_gmem, low_smem, up_smem, ring)
-                load_tile(*refs, row, column, index * steps + before, count, tile, 0, before)
+                step = index * steps + before
+                options = {"first_kernel_k": before, "shared_by": shared_by}
+                load_tile(*refs, row, column, step, count, tile, **options)
                 before += count
             rows = pl.ds(row, tile.block_m)
             for piece in range(pieces):

@@ -540,9 +540,11 @@ def load_tile(
     config: MlpConfig,
     first_k: Array | int = 0,
     first_kernel_k: Array | int = 0,
+    shared_by: str | None = None,
 ) -> None:
     """Copies the operands of one output tile, step by step, into ring slots that are free; k starts
-    at step `first_k`, of the kernel `first_kernel_k` steps later.
+    at step `first_k`, of the kernel `first_kernel_k` steps later. shared_by: the axis of a cluster
+    whose blocks all need the same tile of the kernel: each loads a part of it for all.
     """
 
     @pl.loop(0, steps)
@@ -554,7 +556,8 @@ def load_tile(
         outputs = pl.ds(column, config.block_n)
         kernel_tile = kernel_gmem.at[(outputs, k) if x_smem.dtype == FLOAT8 else (k, outputs)]
         plgpu.copy_gmem_to_smem(x_tile, x_smem.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(kernel_tile, kernel_smem.at[slot], barrier)
+        into = kernel_smem.at[slot]
+        plgpu.copy_gmem_to_smem(kernel_tile, into, barrier, collective_axes=shared_by)
 
 
 def multiply_tile(

@@ -1,5 +1,6 @@
 """The cross layer's widening kernel: interpreted, lowered for CUDA, held to float64 on a GPU."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
@@ -71,16 +72,23 @@ def test_interpreted_kernel_is_exact(
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize(
     ("samples", "width", "rank", "layers"),
     [(300, 256, 128, 2), (1, 128, 128, 1), (70, 128, 256, 3)],
 )
 def test_interpreted_gate_equals_the_reference(
-    samples: int, width: int, rank: int, layers: int, capfd: pytest.CaptureFixture[str]
+    samples: int,
+    width: int,
+    rank: int,
+    layers: int,
+    cluster: int,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Some results are beyond OUT_SCALE and are cut."""
     arrays = gate_operands(samples, width, rank, layers)
-    out = gate(*arrays, out_scale=OUT_SCALE, config=SMALL)
+    config = dataclasses.replace(SMALL, cluster=cluster)
+    out = gate(*arrays, out_scale=OUT_SCALE, config=config)
     expected = reference.gate(*arrays, out_scale=OUT_SCALE)
     assert out.dtype == expected.dtype == "float8_e4m3fn"
     np.testing.assert_allclose(
@@ -90,9 +98,11 @@ def test_interpreted_gate_equals_the_reference(
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_gate_lowers_to_cuda(layers: int) -> None:
+@pytest.mark.parametrize("samples", [128, 129])
+def test_gate_lowers_to_cuda(samples: int, layers: int) -> None:
+    """In clusters where there are rows for them."""
     shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), gate_operands(2, 3456, 512, layers)
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), gate_operands(samples, 3456, 512, layers)
     )
     run = functools.partial(gate, out_scale=OUT_SCALE)
     lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
@@ -165,6 +175,11 @@ def test_impossible_configs_are_refused(tile: MlpConfig, slots: int, message: st
         CrossConfig(tile=tile, piece_slots=slots)
 
 
+def test_clusters_that_are_not_whole_are_refused() -> None:
+    with pytest.raises(ValueError, match="no whole clusters"):
+        CrossConfig(cluster=5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("samples", [1, 255, 2048])
@@ -175,7 +190,7 @@ def test_gpu_widens_as_float64_does(samples: int, dtype: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("samples", [1, 255, 2048])
+@pytest.mark.parametrize("samples", [1, 255, 2048, 8191])
 def test_gpu_gate_agrees_with_the_reference(samples: int, layers: int) -> None:
     arrays = gate_operands(samples, 3456, 512, layers)
     run = jax.jit(functools.partial(gate, out_scale=OUT_SCALE))
