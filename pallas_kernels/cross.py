@@ -8,8 +8,9 @@ over x's piece in SMEM and stores it from there, `gate`, whose result is smaller
 own. Nothing else of the layer's width is read or written. Tiles go by rows, from the last row up:
 what the matmul before has read last is met in L2.
 
-Grid: `blocks` (one per SM), in clusters. `widen`: 2 * samples * rank * width FLOP; 6 * samples * width bytes, a
-third less where x is x0. `gate`, in layer n: n times the FLOP, of e4m3; 3 * samples * width bytes.
+Grid: `blocks` (one per SM), in clusters. `widen`: 2 * samples * rank * width FLOP; 6 * samples *
+width bytes, a third less where x is x0. `gate`, in layer n: n times the FLOP, of e4m3; 3 * samples
+* width bytes.
 """
 
 import functools

@@ -163,6 +163,10 @@ def train(
     compute_dtype: Annotated[
         ComputeDType, typer.Option(help="To serve in; it is trained in float32.")
     ] = "float32",
+    interaction: Annotated[
+        Literal["dot", "dcn"],
+        typer.Option(help="How vectors meet: pairwise, or in three cross layers."),
+    ] = "dot",
     report: Out = None,
 ) -> None:
     """Train a click model on MovieLens-100K.
@@ -180,6 +184,7 @@ def train(
         seed=seed,
         epochs=epochs,
         compute_dtype=compute_dtype,
+        interaction=interaction,
         report=report,
     )
 

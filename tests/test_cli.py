@@ -163,6 +163,7 @@ def test_train_options(monkeypatch: pytest.MonkeyPatch) -> None:
         "seed": 3,
         "epochs": 2,
         "compute_dtype": "float32",
+        "interaction": "dot",
         "report": None,
     }
 

@@ -162,6 +162,12 @@ def test_ages_start_where_their_group_does(tmp_path: Path):
     assert traits["age"].rows == 7
 
 
+def test_vectors_meet_in_cross_layers_if_asked_to(data: RatingData):
+    crossed = movielens.click_model(data, "dcn")
+    assert (crossed.interaction, crossed.cross_layers, crossed.cross_rank) == ("dcn", 3, 64)
+    assert crossed.features == movielens.click_model(data).features
+
+
 def test_config_shares_the_item_table(data: RatingData):
     config = movielens.click_model(data)
     tables = {feature.name: feature.table for feature in config.features}

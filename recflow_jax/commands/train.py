@@ -33,22 +33,25 @@ def train(
     epochs: int = TrainOptions.epochs,
     seed: int = TrainOptions.seed,
     compute_dtype: ComputeDType = "float32",
+    interaction: movielens.ClickInteraction = "dot",
     report: str | Path | None = None,
 ) -> TrainResult:
     """Trains on `dataset`, prints the test AUC and saves the model to `out`.
 
     `data` is the folder of the data set's files (default: recbole's copy). The model is trained in
     float32; for another compute dtype it is converted afterwards, float8 layers are calibrated on
-    the last CALIBRATION_SAMPLES training samples, and it is tested in both. `report`: where the
-    figures go, as JSON. Raises ValueError for an unknown data set or bad options, DataError for
-    missing data and OutputError for files that cannot be written, all before training.
+    the last CALIBRATION_SAMPLES training samples, and it is tested in both. `interaction`: how its
+    vectors meet. `report`: where the figures go, as JSON.
+
+    Raises ValueError for an unknown data set or bad options, DataError for missing data and
+    OutputError for files that cannot be written, all before training.
     """
     if dataset not in DATASETS:
         raise ValueError(f"data set {dataset!r} is not one of {', '.join(DATASETS)}")
     options = TrainOptions(epochs=epochs, seed=seed)
     for path in (out, *([report] if report else [])):
         check_writable(Path(path))
-    samples = movielens.load(data)
+    samples = movielens.load(data, interaction=interaction)
     console.print(_data_line(samples), soft_wrap=True)
     result = train_movielens(samples, options=options)
     console.print(_result_line(result), soft_wrap=True)
@@ -111,6 +114,7 @@ def _as_report(trained: TrainResult, converted: TrainResult, seed: int) -> dict[
         "versions": versions(),
         "seed": seed,
         "epochs": trained.epochs,
+        "interaction": converted.config.interaction,
         "compute_dtype": converted.config.compute_dtype,
         "auc": converted.auc,
         "logloss": converted.logloss,

@@ -14,6 +14,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,8 @@ ZIP_ROWS = 11  # the first digit, or none
 FIRST_YEAR, YEAR_ROWS = 1920, 80
 YEARS_PER_ERA = 5
 DIM = 16
+CROSS_LAYERS, CROSS_RANK = 3, 64
+ClickInteraction = Literal["dot", "dcn"]
 LIKED_BAG = BagConfig(kind="normal", mean=32, sd=18, max=HISTORY)
 GENRES_BAG = BagConfig(kind="normal", mean=2, sd=1, max=6)
 
@@ -105,13 +108,15 @@ def take(batch: JaggedBatch, samples: Int[np.ndarray, " taken"]) -> JaggedBatch:
     )
 
 
-def load(directory: str | Path | None = None) -> MovieLens:
+def load(
+    directory: str | Path | None = None, *, interaction: ClickInteraction = "dot"
+) -> MovieLens:
     """Reads ml-100k.{inter,item,user} from `directory` (default: recbole's copy).
 
     Raises DataError if a file is missing or is not what its header says.
     """
     data = read(Path(directory) if directory else find())
-    config = click_model(data)
+    config = click_model(data, interaction)
     samples = make_samples(config, data)
     cut = samples.until(TRAIN_SHARE)
     return MovieLens(
@@ -241,9 +246,9 @@ def _genres(texts: Sequence[str]) -> np.ndarray:
     return np.array([[name in text.split() for name in names] for text in texts], bool)
 
 
-def click_model(data: RatingData) -> DLRMConfig:
-    """The model: ten vectors of DIM that meet in pairwise dots, so that an item's row meets the
-    mean row of the items its user liked.
+def click_model(data: RatingData, interaction: ClickInteraction = "dot") -> DLRMConfig:
+    """The model: ten vectors of DIM that meet in pairwise dots, or in cross layers, so that an
+    item's row meets the mean row of the items its user liked.
     """
     rows = {
         "user": len(data.traits["age"].ids),
@@ -267,7 +272,9 @@ def click_model(data: RatingData) -> DLRMConfig:
         ),
         dense_width=len(DENSE),
         bottom_mlp=(64, DIM),
-        interaction="dot",
+        interaction=interaction,
+        cross_layers=CROSS_LAYERS if interaction == "dcn" else 0,
+        cross_rank=CROSS_RANK if interaction == "dcn" else 0,
         top_mlp=(64, 32, 1),
     )
 

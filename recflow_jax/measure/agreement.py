@@ -17,13 +17,17 @@ from recflow_jax.model import DeviceBatch, Params
 
 CHECKED_SAMPLES = 64
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1, "float8_e4m3fn": 6e-1}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1, "float8_e4m3fn": 9e-1}
 """Largest difference from the float32 reference, as a share of the standard deviation of its
 scores. float32: sums in another order. 16 bit: every layer rounds to 11 bits (float16) or
 8 (bfloat16), and a contender may round in other places than the next one: eager torch, which
 rounds after every operation, was 0.11 off on one of 256 samples of dlrm-v2. float8: operands of
-4 bits. Scores of another sample are 1.4 off in the mean.
+4 bits; dlrm-v2's scores are 0.12 off in the root mean square, 0.6 on the worst of a thousand
+samples. Scores of another sample are 1.4 off in the mean.
 """
+
+MEAN_SHARE = 1 / 3
+"""Of the tolerance, what the root mean square of the differences may be."""
 
 Scores = Float[np.ndarray, "samples outputs"]
 
@@ -60,8 +64,10 @@ def check_answers(
     """The largest error of each contender: over the samples that `reference` has from it, over
     the others from the first contender; as a share of the reference's standard deviation.
 
-    Raises WrongAnswers beyond TOLERANCES[dtype], and for scores that are not finite.
+    Raises WrongAnswers beyond TOLERANCES[dtype], for a root mean square beyond MEAN_SHARE of it,
+    and for scores that are not finite.
     """
+    tolerance = TOLERANCES[dtype]
     scale = float(reference.std()) or 1.0
     first = next(iter(answers.values()))
     expected = np.concatenate([reference, first[len(reference) :]])
@@ -70,10 +76,16 @@ def check_answers(
         off = np.abs(scores - expected).max(axis=1) / scale
         worst = int(np.argmax(np.where(np.isfinite(off), off, np.inf)))
         errors[name] = float(off[worst])
-        if not errors[name] <= TOLERANCES[dtype]:
+        if not errors[name] <= tolerance:
             raise WrongAnswers(
                 f"{name} gives {scores[worst]} for sample {worst}, expected {expected[worst]}: "
-                f"{errors[name]:.2g} standard deviations off, more than {TOLERANCES[dtype]:g}"
+                f"{errors[name]:.2g} standard deviations off, more than {tolerance:g}"
+            )
+        mean = float(np.sqrt(np.mean(off**2)))
+        if mean > MEAN_SHARE * tolerance:
+            raise WrongAnswers(
+                f"{name}'s scores are {mean:.2g} standard deviations off in the root mean square, "
+                f"more than {MEAN_SHARE * tolerance:.2g}"
             )
     return errors
 

@@ -1,12 +1,14 @@
 """Streams of fresh numpy batches: packing, copies and answers on the host all count.
 
-The engine gets batches by `submit`; plain JAX packs, `device_put`s and calls. Both keep a few
+The engine gets batches by `submit`, in arrays that it has to copy, as the caller may write to them,
+and in read-only ones, as servers' are; plain JAX packs, `device_put`s and calls. All keep a few
 batches in flight, so that the host's work hides behind the device's where it can.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from recflow_jax.measure.timing import Timed, TimingOptions, measure_side_by_sid
 from recflow_jax.model import Params
 
 IN_FLIGHT = 4
+READ_ONLY = "read-only"
 
 Scores = Float[np.ndarray, "samples outputs"]
 
@@ -88,7 +91,7 @@ class PlainRunner:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamResult:
-    """Engine and plain JAX on streams of batches of one size."""
+    """Engine, also with READ_ONLY arrays, and plain JAX on streams of batches of one size."""
 
     batch: int
     in_flight: int
@@ -96,7 +99,7 @@ class StreamResult:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """How many times as long plain JAX takes per batch."""
+        """How many times as long the others take per batch as the engine with arrays to copy."""
         return ratios({name: m.timing.median_us for name, m in self.contenders.items()})
 
 
@@ -109,7 +112,7 @@ def bench_stream(
     options: TimingOptions,
     advance: Callable[[], None] = lambda: None,
 ) -> list[StreamResult]:
-    """Times both at each batch size of `sets`, after their answers have been checked.
+    """Times all at each batch size of `sets`, after their answers have been checked.
 
     `advance` is called after each batch size. Raises WrongAnswers.
     """
@@ -133,19 +136,24 @@ def _measure(
     def launch_plain(index: int) -> Any:
         return runner.launch(runner.plain.pack(sets[index % len(sets)]))
 
-    def submit(index: int) -> Any:
-        return engine.submit(sets[index % len(sets)])
+    frozen = [batch.frozen() for batch in sets]
 
-    answers = {RECFLOW: submit(0).result(), "jax": np.asarray(launch_plain(0))}
+    def submit(batches: Sequence[JaggedBatch], index: int) -> Any:
+        return engine.submit(batches[index % len(batches)])
+
+    engines = {RECFLOW: partial(submit, sets), READ_ONLY: partial(submit, frozen)}
+    answers = {name: send(0).result() for name, send in engines.items()}
+    answers["jax"] = np.asarray(launch_plain(0))
     reference = reference_scores(engine.config, params, sets[0])
     errors = check_answers(reference, answers, dtype=engine.config.compute_dtype)
     streams = {
-        RECFLOW: InFlight(submit, lambda answer: answer.result()).timed,
-        "jax": InFlight(launch_plain, np.asarray).timed,
+        name: InFlight(send, lambda answer: answer.result()).timed for name, send in engines.items()
     }
+    streams["jax"] = InFlight(launch_plain, np.asarray).timed
     timings = measure_side_by_side(streams, options)
-    notes = {RECFLOW: engine.backend.name, "jax": runner.plain.pooler.replace("_", " ")}
-    compile_s = {RECFLOW: 0.0, "jax": runner.compile_s}
+    notes = dict.fromkeys(engines, engine.backend.name)
+    notes["jax"] = runner.plain.pooler.replace("_", " ")
+    compile_s = dict.fromkeys(engines, 0.0) | {"jax": runner.compile_s}
     return StreamResult(
         batch=sets[0].samples,
         in_flight=IN_FLIGHT,
