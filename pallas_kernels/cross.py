@@ -97,8 +97,7 @@ class CrossConfig:
 
     def takes(self, width: int, rank: int, dtype: Any) -> bool:
         """Whether there are whole tiles for these widths and operands."""
-        step = self.tile.block_k * (2 if dtype == FLOAT8 else 1)
-        whole = width % self.tile.block_n == 0 and rank % step == 0
+        whole = width % self.tile.block_n == 0 and rank % step_items(self.tile, dtype) == 0
         return whole and str(dtype) in (*DTYPES, FLOAT8)
 
 

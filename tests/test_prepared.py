@@ -42,11 +42,14 @@ def assert_is(config: DLRMConfig, found: Prepared, batch: JaggedBatch) -> None:
         np.testing.assert_array_equal(found.weights, plain.weights)
 
 
-@pytest.fixture(params=[1, 25, fixed_bags.BLOCK_IDS])
+@pytest.fixture(params=[1, 25, prepared.BLOCK_IDS])
 def block_ids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Ids of a block: less than a sample has, those of two samples and some, all of a test."""
-    for module in (fixed_bags, prepared):
-        monkeypatch.setattr(module, "BLOCK_IDS", request.param)
+    """Ids, or bags, of a block: less than a sample has, those of two samples and some, all of a
+    test.
+    """
+    monkeypatch.setattr(prepared, "BLOCK_IDS", request.param)
+    for name in ("COPIED_IDS", "KEPT_BAGS"):
+        monkeypatch.setattr(fixed_bags, name, request.param)
     return request.param
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from recflow_jax.batch import MAX_IDS, JaggedBatch
 
-BLOCK_IDS = 2**16  # checked at a time, so that the arrays in between stay in the cache
+COPIED_IDS = 2**18  # at a time, checked while they are in the cache
+KEPT_BAGS = 2**18  # whose offsets are known beforehand
 WIDE_IDS = 2**10  # looked at side by side: numpy goes through short rows slowly
 KEPT_STEPS = 2**13
 INT32 = np.dtype(np.int32)
@@ -23,8 +24,9 @@ class FixedBags:
         self._lengths = tuple(lengths.items())
         per_sample = [*lengths.values()]
         self.ids = sum(per_sample)
-        self._samples = max(1, BLOCK_IDS // max(self.ids, 1))
-        self._offset_bytes = bag_offsets(per_sample, self._samples).tobytes()
+        self._block = max(1, COPIED_IDS // max(self.ids, 1)) * self.ids
+        self._kept_samples = max(1, KEPT_BAGS // max(len(per_sample), 1))
+        self._offset_bytes = bag_offsets(per_sample, self._kept_samples).tobytes()
         self._limits = np.repeat(limits, per_sample)
         self._wide_limits = np.tile(self._limits, max(1, WIDE_IDS // max(self.ids, 1)))
         self._kept_steps = {n: n * np.arange(KEPT_STEPS) for n in {*per_sample, self.ids}}
@@ -37,9 +39,9 @@ class FixedBags:
         """Whether all bags of `batch` are as long as these."""
         if len(batch.values) != batch.samples * self.ids:
             return False
-        for start in range(0, batch.samples, self._samples):
+        for start in range(0, batch.samples, self._kept_samples):
             first = start * len(self._lengths)
-            found = batch.offsets[first : first + self._samples * len(self._lengths) + 1]
+            found = batch.offsets[first : first + self._kept_samples * len(self._lengths) + 1]
             found = found - start * self.ids if start else found
             if not self._offset_bytes.startswith(np.ascontiguousarray(found)):
                 return False
@@ -77,9 +79,8 @@ class FixedBags:
         if is_shared(values):
             return values if self.are_of_tables(values) else None
         copied = np.empty(len(values), np.int32)
-        step = max(self._samples * self.ids, 1)
-        for start in range(0, len(values), step):
-            block = slice(start, start + step)
+        for start in range(0, len(values), max(self._block, 1)):
+            block = slice(start, start + self._block)
             if not copy_ids(values[block], out=copied[block]):
                 return None
             if not self.are_of_tables(copied[block]):

@@ -20,8 +20,10 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.fixed_bags import BLOCK_IDS, FixedBags, are_below, copy_ids, is_shared
+from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids, is_shared
 from recflow_jax.layout import Layout
+
+BLOCK_IDS = 2**16  # made rows at a time, so that the arrays in between stay in the cache
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
