@@ -307,7 +307,7 @@ class Ring:
 
     `loaded` and `consumed` are `slots` barriers per turn. Every `steps` steps the next of `turns`
     warpgroups is the one that uses them: each waits at barriers of its own, as a warpgroup that
-    misses a phase of a barrier cannot wait for the next one.
+    misses a phase of a barrier cannot wait for the next one. first: of the slots and barriers.
     """
 
     loaded: Any
@@ -315,10 +315,11 @@ class Ring:
     slots: int
     steps: int = 1
     turns: int = 1
+    first: Array | int = 0
 
     def slot(self, step: Array) -> Array:
         """Where `step` lies."""
-        return lax.rem(step, self.slots)
+        return self.first + lax.rem(step, self.slots)
 
     def _barrier(self, barriers: Any, step: Array) -> Any:
         turn = lax.rem(lax.div(step, self.steps), self.turns) if self.turns > 1 else 0

@@ -155,6 +155,26 @@ def dense(
     return finished(sums, activation, out_scale).astype(out_dtype(x, out_scale))
 
 
+def chain(
+    x: Float[Array, "samples inputs"],
+    kernels: Sequence[Float[Array, "_ _"]],
+    biases: Sequence[Float[Array, " _"]],
+    scores: tuple[Float[Array, "_ _"], Float[Array, " _"]] | None = None,
+    *,
+    activation: str,
+    precision: lax.Precision | None = None,
+) -> Float[Array, "samples _"]:
+    """The samples through `dense` layers, one after the other. scores: weights and bias of a last
+    layer without activation, whose sums are given in float32.
+    """
+    for kernel, bias in zip(kernels, biases, strict=True):
+        x = dense(x, kernel, bias, activation=activation, precision=precision)
+    if scores is None:
+        return x
+    kernel, bias = scores
+    return product(x, kernel, precision) + bias
+
+
 def out_dtype(x: Array, out_scale: float | None) -> jnp.dtype:
     """e4m3 where the output is rounded by a scale; else x's dtype, bfloat16 for e4m3."""
     if out_scale is not None:

@@ -7,7 +7,7 @@ runs.
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from pallas_kernels import corun, cross, embedding, interaction, mlp, reference
+from pallas_kernels import corun, cross, embedding, interaction, mlp, mlp_chain, reference
 from pallas_kernels.float8 import FLOAT8, Float8Kernel
 from recflow_jax.config import DLRMConfig
 from recflow_jax.lowered import lowered_once
@@ -105,6 +105,8 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         widen=lowered_once(_mosaic_widen),
         gate=lowered_once(_mosaic_gate),
         dot=lowered_once(_mosaic_dot),
+        chain=lowered_once(_mosaic_chain),
+        chain_from=_mosaic_chain_from,
         dense_columns=mlp.PADDED_TO,
         corun_configs=tuple(corun.CONFIGS),
     )
@@ -169,6 +171,18 @@ def _mosaic_gate(x0: Any, lows: Any, up: Any, bias: Any, *, out_scale: Any) -> A
     if out_scale is None or not fits:
         return reference.gate(x0, lows, up, bias, out_scale=out_scale)
     return cross.gate(x0, lows, up, bias, out_scale=out_scale)
+
+
+def _mosaic_chain(*operands: Any, precision: Any, **options: Any) -> Any:
+    return mlp_chain.chain(*operands, **options)
+
+
+def _mosaic_chain_from(samples: int, kernels: Sequence[Any], scores: int) -> int:
+    """Where the tile table has a chain of 16-bit layers."""
+    dtypes = {FLOAT8 if isinstance(own, Float8Kernel) else str(own.dtype) for own in kernels}
+    if not dtypes <= {*mlp.DTYPES}:
+        return len(kernels)
+    return _tiles().chain_from(samples, [own.shape for own in kernels], scores)
 
 
 def _mosaic_dot(x: Any, *, vectors: int, keep: int, precision: Any) -> Any:

@@ -86,6 +86,8 @@ class Ops:
     """The operations that back ends replace, signatures as in pallas_kernels.reference.
 
     What `dot` gives may be wider than the reference's, by zero columns that `dense` takes.
+    chain_from: of (samples, kernels, scores behind them), the place of the first layer from which
+    on they run as one `chain`; how many layers there are if none do.
     dense_columns: `dense` is fastest if its input has a multiple of so many columns.
     corun_configs: what `dense_with_gather` may be told to use, by name; none where it is no kernel.
     """
@@ -97,6 +99,8 @@ class Ops:
     widen: Callable[..., Any] = reference.widen
     gate: Callable[..., Any] = reference.gate
     dot: Callable[..., Any] = reference.dot
+    chain: Callable[..., Any] = reference.chain
+    chain_from: Callable[[int, Sequence[Kernel], int], int] = lambda _, kernels, __: len(kernels)
     dense_columns: int = 1
     corun_configs: tuple[str, ...] = ()
 
@@ -220,8 +224,7 @@ def forward(
     vectors = pool(params.groups, batch, config=config, layout=layout, left=bottom, ops=ops)
     scale = input_scale_of(params.top[0].kernel)
     x = interact(params.cross, vectors, config=config, out_scale=scale, **options)
-    hidden = mlp(params.top[:-1], x, config.activation, **options)
-    return scores(params.top[-1], hidden, precision)
+    return scores(params.top, x, config.activation, **options)
 
 
 def pool(
@@ -265,6 +268,27 @@ def mlp(
     """Dense layers, each followed by the activation. out_scale: the input scale of a float8 layer
     behind them.
     """
+    first = ops.chain_from(len(x), [layer.kernel for layer in layers], 0)
+    if first < len(layers) and out_scale is None:
+        x = _one_by_one(layers[:first], x, activation, precision=precision, ops=ops)
+        options = {"activation": activation, "precision": precision}
+        return ops.chain(x, *_parts(layers[first:]), None, **options)
+    return _one_by_one(layers, x, activation, out_scale=out_scale, precision=precision, ops=ops)
+
+
+def _parts(layers: tuple[DenseLayer, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return tuple(layer.kernel for layer in layers), tuple(layer.bias for layer in layers)
+
+
+def _one_by_one(
+    layers: tuple[DenseLayer, ...],
+    x: Array,
+    activation: str,
+    *,
+    out_scale: float | None = None,
+    precision: lax.Precision | None,
+    ops: Ops,
+) -> Array:
     out_scales = [*(input_scale_of(layer.kernel) for layer in layers[1:]), out_scale]
     for layer, scale in zip(layers, out_scales, strict=False):
         options = {"activation": activation, "out_scale": scale, "precision": precision}
@@ -273,14 +297,25 @@ def mlp(
 
 
 def scores(
-    layer: DenseLayer,
+    layers: tuple[DenseLayer, ...],
     x: Float[Array, "samples inputs"],
+    activation: str,
+    *,
     precision: lax.Precision | None = None,
+    ops: Ops = REFERENCE,
 ) -> Float[Array, "samples outputs"]:
-    """The last layer: float32 logits, whatever the dtype that feeds it."""
-    x = x[:, : len(layer.kernel)]
-    product = jnp.dot(x, layer.kernel, precision=precision, preferred_element_type=jnp.float32)
-    return product + layer.bias
+    """`mlp`, but the last layer gives float32 logits, whatever the dtype that feeds it."""
+    *hidden, last = layers
+    options: dict[str, Any] = {"precision": precision, "ops": ops}
+    outputs = last.kernel.shape[1]
+    first = ops.chain_from(len(x), [layer.kernel for layer in hidden], outputs)
+    if first < len(hidden):
+        x = _one_by_one(tuple(hidden[:first]), x, activation, **options)
+        operands = (x, *_parts(tuple(hidden[first:])), (last.kernel, last.bias))
+        return ops.chain(*operands, activation=activation, precision=precision)
+    x = _one_by_one(tuple(hidden), x, activation, **options)[:, : len(last.kernel)]
+    product = jnp.dot(x, last.kernel, precision=precision, preferred_element_type=jnp.float32)
+    return product + last.bias
 
 
 def interact(

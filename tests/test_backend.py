@@ -1,6 +1,7 @@
 """Which back end a device gets, and how the mosaic one falls back to XLA for single layers."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,12 @@ import pytest
 
 from pallas_kernels import embedding, reference
 from recflow_jax.backend import BackendError, choose_backend
+from recflow_jax.calibration import calibrate
 from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.data.workloads import generate
+from recflow_jax.layout import Layout
+from recflow_jax.model import Params, forward, to_device
+from recflow_jax.tiles import Chain, TileTable
 from small_models import params_of
 
 CONFIG = DLRMConfig(
@@ -110,3 +116,39 @@ def test_large_weights_stay_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = choose_backend("auto", gpu("9.0"))
     weights = jnp.zeros(6)
     assert backend.bind(lambda w: w, weights)[1] == (weights,)
+
+
+def launches(config: DLRMConfig, params: Params) -> int:
+    """Different kernels of a whole forward pass, lowered for CUDA."""
+    backend, layout = choose_backend("auto", gpu("9.0")), Layout.of(config)
+    batch = generate(config, 300, seed=0)
+    inputs = to_device(layout, batch, ids=len(batch.values))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        (backend.prepare(params, config), inputs),
+    )
+    run = partial(forward, config=config, layout=layout, ops=backend.ops)
+    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("mosaic_gpu_v2(")
+
+
+KAGGLE = DLRMConfig.shipped("dlrm-kaggle").with_max_rows(100)
+V2 = DLRMConfig.shipped("dlrm-v2").with_max_rows(100)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_whole_models_become_kernels(chained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers, gather, dot, two layers, of which one is like one before; or two chains."""
+    widths = [((64, 512, 256, 64), 0), ((448, 512, 256), 1)]
+    chains = {Chain(m=300, widths=own, scores=scores): True for own, scores in widths}
+    table = TileTable(device="", choices={}, chains=chains if chained else {})
+    monkeypatch.setattr("recflow_jax.backend._tiles", lambda: table)
+    assert launches(KAGGLE, params_of(KAGGLE)) == (4 if chained else 6)
+
+
+def test_whole_float8_models_become_kernels() -> None:
+    """Three layers, gather, three cross layers of two kernels each, four layers; XLA has the first
+    narrowing, as 300 samples are few for its depth.
+    """
+    config = calibrate(V2, params_of(V2), generate(V2, 8, seed=0))
+    assert launches(config, params_of(V2)) == 3 + 1 + 5 + 4

@@ -24,6 +24,7 @@ from small_models import (
     BF16,
     CONCAT,
     DCN,
+    DEEP_DCN,
     DOT,
     FLOAT32_MODELS,
     FP8,
@@ -109,11 +110,13 @@ def test_any_number_of_segments_gives_the_same_scores(count: int):
 
 
 @pytest.mark.parametrize(
-    ("config", "count"), [(CONCAT, 1), (DOT, 1), (BF16, 3), (INT8, 1)], ids=lambda c: str(c)[:20]
+    ("config", "count", "chained"),
+    [(CONCAT, 1, 0), (DOT, 1, 0), (BF16, 3, 0), (INT8, 1, 0), (CONCAT, 1, 2), (BF16, 3, 2)],
+    ids=lambda c: str(c)[:20],
 )
-def test_a_co_run_is_a_segment_and_a_slice(config: DLRMConfig, count: int):
+def test_a_co_run_is_a_segment_and_a_slice(config: DLRMConfig, count: int, chained: int):
     """Batch 0 runs while batch 1 comes in, beside each of its segments in turn, by every ride."""
-    segments = riding(config, dataclasses.replace(SMALL, segments=count))
+    segments = riding(config, dataclasses.replace(SMALL, segments=count), chained)
     bucket = segments.slice_buckets[-1]
     batches = [generate(config, 8, seed=seed) for seed in range(2)]
     samples = [segments.preparer.prepare(batch) for batch in batches]
@@ -144,10 +147,16 @@ def test_a_co_run_is_a_segment_and_a_slice(config: DLRMConfig, count: int):
 
 
 @functools.cache
-def riding(config: DLRMConfig, options: EngineOptions) -> Segments:
-    """Segments with all co-runs of the largest sizes, by a kernel that is none."""
+def riding(config: DLRMConfig, options: EngineOptions, chained: int = 0) -> Segments:
+    """Segments with all co-runs of the largest sizes, by a kernel that is none; the last `chained`
+    layers of each MLP in one launch.
+    """
     backend = choose_backend("xla")
-    ops = dataclasses.replace(backend.ops, corun_configs=("plain",))
+    ops = dataclasses.replace(
+        backend.ops,
+        corun_configs=("plain",),
+        chain_from=lambda _, kernels, __: max(0, len(kernels) - chained),
+    )
     options = dataclasses.replace(options, smallest_batch=16, smallest_slice=8)
     backend = dataclasses.replace(backend, ops=ops)
     segments = Segments(config, params_of(config), backend, options)
@@ -160,6 +169,30 @@ def riding(config: DLRMConfig, options: EngineOptions) -> Segments:
     ]
     segments.compile_all(progress=False, co_runs=cells)
     return segments
+
+
+@pytest.mark.parametrize("chained", [0, 1, 2, 9])
+@pytest.mark.parametrize("count", [1, 3])
+def test_layers_with_launches_of_their_own_are_known(count: int, chained: int):
+    """As many as are traced: rides count them."""
+    launched: list[Any] = []
+
+    def dense(*operands: Any, **options: Any) -> Any:
+        launched.append(operands[1].shape)
+        return REFERENCE.dense(*operands, **options)
+
+    backend = choose_backend("xla")
+    ops = dataclasses.replace(
+        backend.ops,
+        dense=dense,
+        chain_from=lambda _, kernels, __: max(0, len(kernels) - chained),
+    )
+    options = dataclasses.replace(SMALL, segments=count)
+    backend = dataclasses.replace(backend, ops=ops)
+    segments = Segments(DEEP_DCN, params_of(DEEP_DCN), backend, options)
+    shapes = [job.key for job in segments.stages.segment_jobs(count, 16)]
+    assert launched == [own for shape in shapes for own in segments.stages.dense_layers(shape)]
+    assert len(launched) == {0: 7, 1: 5, 2: 3, 9: 2}[chained] or count > 1
 
 
 def test_what_has_no_embeddings_takes_no_riders():

@@ -8,7 +8,15 @@ import pytest
 from pallas_kernels.mlp import CONFIGS, MlpConfig, choose_config
 from recflow_jax.config import DLRMConfig
 from recflow_jax.measure.tiles import candidates, layer_shapes, name_of
-from recflow_jax.tiles import DenseShape, TileTable, TileTableError, entry_of, path_of
+from recflow_jax.tiles import (
+    Chain,
+    DenseShape,
+    TileTable,
+    TileTableError,
+    chain_entry_of,
+    entry_of,
+    path_of,
+)
 
 H100 = "NVIDIA H100 80GB HBM3"
 SMALL_TILES = MlpConfig(block_m=64, block_n=64, warpgroups=1, stages=6)
@@ -61,6 +69,27 @@ def test_a_device_without_a_table_gets_the_rule() -> None:
     assert table.choices == {}
     assert table.choose(DenseShape(m=256, k=23936, n=1024)) is None  # XLA splits k
     assert table.choose(MEASURED) == choose_config(1024, 256, 512)
+
+
+LAYERS = [(1024, 512), (512, 250), (250, 64)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "chain_us", "first"),
+    [(1024, 9.0, 1), (1400, 9.0, 1), (2048, 9.0, 3), (1024, 12.0, 3)],
+)
+def test_layers_run_in_one_launch_where_that_was_faster(
+    tmp_path: Path, samples: int, chain_us: float, first: int
+) -> None:
+    """Two layers and a score: 10 us, and 2 between them; as many samples, by a factor of 1.41."""
+    chain = Chain.of(1024, LAYERS[1:], 1)
+    assert (chain.widths, chain.launches) == ((512, 256, 64), 3)
+    entry = chain_entry_of(chain, chain_us, 10.0)
+    path = path_of(tmp_path, H100)
+    path.write_text(json.dumps({"schema": 1, "device": H100, "shapes": [], "chains": [entry]}))
+    table = TileTable.read(path)
+    assert table.chain_from(samples, LAYERS, 1) == first
+    assert table.chain_from(samples, LAYERS, 2) == table.chain_from(samples, LAYERS, 0) == 3
 
 
 def test_shipped_tables_can_be_read() -> None:

@@ -76,6 +76,8 @@ class Stages:
         self._rows = rows
         self._layout = Layout.of(config)
         self._arithmetic = _Arithmetic(config, rows, [layer.kernel for layer in params.top])
+        shapes = jax.eval_shape(lambda: (params.bottom, params.top))
+        self._kernels = [[layer.kernel for layer in part] for part in shapes]
         self._top = {cut: _runs(config, cut) for cut in cuts}
         places = [(cut, index) for cut in cuts for index in range(cut)]
         self._bound = {place: self._bind(backend, params, *place) for place in places}
@@ -87,14 +89,22 @@ class Stages:
         return self._of(shape)[1]
 
     def dense_layers(self, shape: SegmentShape) -> list[tuple[int, int]]:
-        """(inputs, outputs) of a segment's dense layers, in the order of their launch."""
-        config = self._config
+        """(inputs, outputs) of a segment's dense layers that have launches of their own, in the
+        order of these.
+        """
+        config, run = self._config, self._top[shape.segments][shape.index]
         bottom, top = dense_shapes(config)
+        bottom_kernels, top_kernels = self._kernels
         width = config.bottom_width + config.pooled_width
         narrowing = [(width, config.cross_rank)] * config.cross_layers
-        own = top[self._top[shape.segments][shape.index]]
-        own = own[:-1] if shape.last else own
-        return own if shape.index else [*bottom, *narrowing, *own]
+        own, kernels, outputs = top[run], top_kernels[run], 0
+        if shape.last:
+            own, kernels, outputs = own[:-1], kernels[:-1], config.outputs
+        own = own[: self._ops.chain_from(shape.batch, kernels, outputs)]
+        if shape.index:
+            return own
+        bottom = bottom[: self._ops.chain_from(shape.batch, bottom_kernels, 0)]
+        return [*bottom, *narrowing, *own]
 
     def state_job(self) -> Job:
         """A batch's buffers, all zero."""
@@ -251,7 +261,8 @@ class _Arithmetic:
     ) -> tuple[Array]:
         if run.stop < len(self._top_scales):
             return (self._mlp(layers, x, ops, self._top_scales[run.stop]),)
-        return (scores(layers[-1], self._mlp(layers[:-1], x, ops), self._precision),)
+        options: dict[str, Any] = {"precision": self._precision, "ops": ops}
+        return (scores(layers, x, self._config.activation, **options),)
 
     def _mlp(
         self,

@@ -1,20 +1,24 @@
-"""Dense layers with every tile configuration that could be fastest, and with XLA's matmul."""
+"""Dense layers with every tile configuration that could be fastest, and with XLA's matmul; and
+layers in one launch beside one launch for each.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mlp, reference
+from pallas_kernels import mlp, mlp_chain, reference
 from pallas_kernels.mlp import CONFIGS, PADDED_TO, MlpConfig, estimated_cost
 from recflow_jax.config import DLRMConfig
 from recflow_jax.measure.timing import device_us
-from recflow_jax.model import dense_shapes
-from recflow_jax.tiles import XLA, DenseShape
+from recflow_jax.model import REFERENCE, DenseLayer, Ops, dense_shapes, scores
+from recflow_jax.model import mlp as layers_of
+from recflow_jax.tiles import XLA, Chain, DenseShape
 
 SPLITS = (1, 2, 4, 8)
 LEAST_STEPS = 4  # of k for each split
@@ -43,6 +47,65 @@ def layer_shapes(configs: Iterable[DLRMConfig], batches: Sequence[int]) -> list[
 
 def _narrowing(config: DLRMConfig) -> set[tuple[int, int]]:
     return {(config.interaction_width, config.cross_rank)} if config.cross_layers else set()
+
+
+def chains_of(configs: Iterable[DLRMConfig], batches: Sequence[int]) -> list[Chain]:
+    """What could run in one launch of these models at these batch sizes: the bottom MLP and the end
+    of the top MLP with its scores, or as much of their ends as there is room for.
+    """
+    found: set[Chain] = set()
+    for config in configs:
+        bottom, top = dense_shapes(config)
+        for layers, outputs in ((bottom, 0), (top[:-1], config.outputs)):
+            chain = _longest(layers, outputs)
+            if chain is not None and chain.launches > 1:
+                found |= {replace(chain, m=samples) for samples in batches}
+    return sorted(found)
+
+
+def _longest(layers: Sequence[tuple[int, int]], scores: int) -> Chain | None:
+    for first in range(len(layers)):
+        chain = Chain.of(1, layers[first:], scores)
+        if mlp_chain.takes(chain.widths, scores):
+            return chain
+    return None
+
+
+def try_chains(
+    chains: Sequence[Chain], ops: Ops, advance: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Chain, float, float]]:
+    """Device microseconds of each in one launch, and in one for each layer, in bfloat16 with relu;
+    nothing where no kernels are seen.
+    """
+    apart = replace(ops, chain_from=REFERENCE.chain_from)
+    together = replace(ops, chain_from=lambda *_: 0)
+    for chain in chains:
+        layers, x = _chain_operands(chain)
+        one_us, each_us = (
+            device_us(_compile_chain(chain, layers, x, how), [(layers, x)])
+            for how in (together, apart)
+        )
+        if one_us is not None and each_us is not None:
+            yield chain, one_us, each_us
+        advance()
+
+
+def _compile_chain(chain: Chain, layers: tuple[DenseLayer, ...], x: Any, ops: Ops) -> Any:
+    run = partial(scores if chain.scores else layers_of, activation="relu", ops=ops)
+    return jax.jit(run).lower(layers, x).compile()
+
+
+def _chain_operands(chain: Chain) -> tuple[tuple[DenseLayer, ...], Any]:
+    widths = [*chain.widths, *([chain.scores] if chain.scores else [])]
+    keys = jax.random.split(jax.random.key(0), len(widths))
+    layers = tuple(
+        DenseLayer(
+            kernel=jax.random.normal(key, shape, jnp.bfloat16),
+            bias=jax.random.normal(key, shape[1:]),
+        )
+        for key, shape in zip(keys, pairwise(widths), strict=False)
+    )
+    return layers, jax.random.normal(keys[-1], (chain.m, widths[0]), jnp.bfloat16)
 
 
 def candidates(shape: DenseShape) -> list[MlpConfig]:
