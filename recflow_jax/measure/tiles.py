@@ -75,24 +75,25 @@ def try_chains(
     chains: Sequence[Chain], ops: Ops, advance: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Chain, float, float]]:
     """Device microseconds of each in one launch, and in one for each layer, in bfloat16 with relu;
-    nothing where no kernels are seen.
+    nothing where no kernels are seen. Compiled as in `try_shapes`.
     """
     apart = replace(ops, chain_from=REFERENCE.chain_from)
     together = replace(ops, chain_from=lambda *_: 0)
-    for chain in chains:
-        layers, x = _chain_operands(chain)
-        one_us, each_us = (
-            device_us(_compile_chain(chain, layers, x, how), [(layers, x)])
-            for how in (together, apart)
-        )
-        if one_us is not None and each_us is not None:
-            yield chain, one_us, each_us
-        advance()
+    with ThreadPoolExecutor(COMPILE_THREADS) as threads:
+        compiled = threads.map(partial(_compile_chain, together), chains)
+        for chain, in_one in zip(chains, compiled, strict=True):
+            operands = _chain_operands(chain)
+            one_us = device_us(in_one, [operands])
+            each_us = device_us(_compile_chain(apart, chain), [operands])
+            if one_us is not None and each_us is not None:
+                yield chain, one_us, each_us
+            advance()
 
 
-def _compile_chain(chain: Chain, layers: tuple[DenseLayer, ...], x: Any, ops: Ops) -> Any:
+def _compile_chain(ops: Ops, chain: Chain) -> Any:
     run = partial(scores if chain.scores else layers_of, activation="relu", ops=ops)
-    return jax.jit(run).lower(layers, x).compile()
+    shapes = jax.eval_shape(partial(_chain_operands, chain))
+    return jax.jit(run).lower(*shapes).compile()
 
 
 def _chain_operands(chain: Chain) -> tuple[tuple[DenseLayer, ...], Any]:
