@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import embedding, reference
+from pallas_kernels.float8 import quantise_kernel
 from recflow_jax.backend import BackendError, choose_backend
 from recflow_jax.calibration import calibrate
 from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
 from recflow_jax.model import Params, forward, to_device
-from recflow_jax.tiles import Chain, TileTable
+from recflow_jax.tiles import Chain, DenseShape, TileTable
 from small_models import params_of
 
 CONFIG = DLRMConfig(
@@ -152,3 +154,24 @@ def test_whole_float8_models_become_kernels() -> None:
     """
     config = calibrate(V2, params_of(V2), generate(V2, 8, seed=0))
     assert launches(config, params_of(V2)) == 3 + 1 + 5 + 4
+
+
+def test_float8_layers_get_the_tiles_of_half_as_many_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[DenseShape] = []
+
+    def choose(shape: DenseShape) -> None:
+        asked.append(shape)
+
+    monkeypatch.setattr("recflow_jax.backend._tiles", lambda: SimpleNamespace(choose=choose))
+    monkeypatch.setattr("pallas_kernels.mlp.dense", reference_dense)
+    dense = choose_backend("auto", gpu("9.0")).ops.dense
+    kernel = quantise_kernel(jnp.ones((256, 64)), 0.1)
+    x = jnp.ones((5, 256), jnp.bfloat16)
+    dense(x, kernel, jnp.zeros(64), activation="relu", precision=None)
+    assert asked == [DenseShape(m=5, k=128, n=64)]
+
+
+def reference_dense(*operands: Any, config: None, **options: Any) -> Any:
+    return reference.dense(*operands, **options)

@@ -9,9 +9,11 @@ import pytest
 
 import recflow_jax as rf
 from pallas_kernels.float8 import LARGEST, input_scale_of
+from recflow_jax.backend import choose_backend
 from recflow_jax.calibration import calibrate, ready
 from recflow_jax.config import ConfigError, DLRMConfig
 from recflow_jax.data.workloads import generate
+from recflow_jax.engine.segments import Segments
 from recflow_jax.model import DLRM, with_compute_dtype
 from small_models import (
     CONCAT,
@@ -86,6 +88,17 @@ def test_an_engine_serves_float8_layers(config: DLRMConfig, segments: int) -> No
         found = engine.predict(samples)
     expected = reference_scores(calibrated, params, samples)
     np.testing.assert_allclose(found, expected, atol=2**-6 * np.abs(expected).mean(), rtol=2**-6)
+
+
+def test_segments_hand_on_what_they_have_rounded() -> None:
+    params = params_of(DEEP_DCN)
+    calibrated = calibrate(DEEP_DCN, params, BATCH["deep_dcn"])
+    options = dataclasses.replace(SMALL, segments=4)
+    segments = Segments(calibrated, params, choose_backend("xla"), options)
+    first, *later = segments.stages.segment_jobs(4, 16)
+    handed_on = [str(job.arguments[-1].dtype) for job in later]
+    assert handed_on == ["float8_e4m3fn", "float8_e4m3fn", "float8_e4m3fn"]
+    assert {str(leaf.dtype) for leaf in first.arguments[-2:]} == {"bfloat16"}
 
 
 def test_a_calibrated_model_is_saved_and_loaded(tmp_path: Path) -> None:
