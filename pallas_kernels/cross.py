@@ -29,7 +29,6 @@ from pallas_kernels.float8 import FLOAT8, Float8Kernel
 from pallas_kernels.mlp import (
     DTYPES,
     SHARED_BYTES,
-    SWIZZLE,
     MlpConfig,
     Ring,
     kernel_tile,
@@ -167,15 +166,12 @@ def _launch(
     """wide: x, and x0 where that is another array; of `gate`, which has an out_scale, x0."""
     tile, x = config.tile, wide[0]
     gating = out_scale is not None
-    columns_in_row = SWIZZLE // up.dtype.itemsize
-    operand = functools.partial(
-        plgpu.SMEM, dtype=up.dtype, transforms=swizzled(columns_in_row, up.dtype)
-    )
+    operand = functools.partial(plgpu.SMEM, dtype=up.dtype, transforms=swizzled(up.dtype))
     out_dtype = jnp.dtype(FLOAT8) if gating else x.dtype
 
     def pieces(*slots: int, dtype: Any) -> Any:
         shape = (*slots, tile.block_m, PIECE)
-        return plgpu.SMEM(shape, dtype, transforms=swizzled(PIECE, dtype))
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, PIECE))
 
     used = plgpu.Barrier
     if config.cluster > 1:

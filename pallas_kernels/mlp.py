@@ -14,7 +14,7 @@ Grid: `blocks` (one per SM). Per layer: 2 * m * n * k FLOP; (m * k + k * n + m *
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,7 +273,7 @@ class Layer:
     @property
     def transforms(self) -> tuple[Any, ...]:
         """How operands lie in SMEM."""
-        return swizzled(SWIZZLE // self.x.dtype.itemsize, self.x.dtype)
+        return swizzled(self.x.dtype)
 
     @property
     def scratch_types(self) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class Layer:
         return {
             "x_smem": tile((config.stages, config.block_m, step_items(config, self.x.dtype))),
             "kernel_smem": tile((config.stages, *kernel_tile(config, self.x.dtype))),
-            "out_smem": plgpu.SMEM(out_tile, out.dtype, transforms=swizzled(columns, out.dtype)),
+            "out_smem": plgpu.SMEM(out_tile, out.dtype, transforms=swizzled(out.dtype, columns)),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             "consumed": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         }
@@ -294,10 +294,8 @@ class Layer:
         """The layer's output from what the kernel wrote."""
         if self.split:
             sums = out.reshape(self.config.splits, *self.x.shape[:1], -1).sum(axis=0)
-            bias, *scales = self.columns
-            for scale in scales:
-                sums = sums * scale
-            out = finished(sums + bias, self.activation, self.out_scale).astype(self.dtype)
+            sums = _scaled(sums, *self.columns)
+            out = finished(sums, self.activation, self.out_scale).astype(self.dtype)
         return out[: self.samples, : self.outputs]
 
 
@@ -379,13 +377,13 @@ def kernel_tile(config: MlpConfig, dtype: DTypeLike) -> tuple[int, int]:
     return (columns, step) if dtype == FLOAT8 else (step, columns)
 
 
-def swizzled(columns: int, dtype: DTypeLike) -> tuple[Any, ...]:
-    """Tiles of 8 rows of so many columns, of SWIZZLE bytes at most."""
+def swizzled(dtype: DTypeLike, columns: int | None = None) -> tuple[Any, ...]:
+    """Tiles of 8 rows of so many columns, of SWIZZLE bytes at most and if not told."""
+    item = jnp.dtype(dtype).itemsize
+    columns = columns or SWIZZLE // item
     # Abstract to the type checker alone: JAX fills in what is missing.
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(  # pyright: ignore[reportAbstractUsage]
-        columns * jnp.dtype(dtype).itemsize
-    )
+    swizzle = plgpu.SwizzleTransform(columns * item)  # pyright: ignore[reportAbstractUsage]
     return tiling, swizzle
 
 
@@ -514,16 +512,19 @@ def with_columns(sums: Array, columns_gmem: Any, columns: Any) -> Array:
     """Sums [rows, columns], in the accumulator's layout, times the scales that Layer.columns has
     for them, if it has, plus the bias.
     """
-    bias, *scales = (
-        _for_every_row(columns_gmem.at[row, columns], sums.shape)
+    own = [
+        for_every_row(columns_gmem.at[row, columns], sums.shape)
         for row in range(columns_gmem.shape[0])
-    )
-    for scale in scales:
-        sums = sums * scale
-    return sums + bias
+    ]
+    return _scaled(sums, *own)
 
 
-def _for_every_row(gmem: Any, shape: tuple[int, ...]) -> Array:
+def _scaled(sums: Array, bias: Array, scales: Array | None = None) -> Array:
+    return (sums if scales is None else sums * scales) + bias
+
+
+def for_every_row(gmem: Any, shape: tuple[int, ...]) -> Array:
+    """What GMEM has for the columns of an accumulator of this shape, in its layout."""
     values = plgpu.load(gmem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     return lax.broadcast_in_dim(values, shape, (1,))
 
@@ -573,21 +574,37 @@ def multiply_tile(
     """`config.rows` rows of one output tile, float32, in parts of `config.wgmma_n` columns; frees
     each slot one step later.
     """
-    parts = config.block_n // config.wgmma_n
+
+    def issue(sums: Sequence[Any], _: Array, slot: Array) -> None:
+        rows = pl.ds(first_row, config.rows)
+        for part, acc in enumerate(sums):
+            columns = pl.ds(part * config.wgmma_n, config.wgmma_n)
+            if x_smem.dtype == FLOAT8:
+                kernel = kernel_smem.at[slot, columns].transpose((1, 0))
+            else:
+                kernel = kernel_smem.at[slot, :, columns]
+            plgpu.wgmma(acc, x_smem.at[slot, rows], kernel)
+
+    shapes = [(config.rows, config.wgmma_n)] * (config.block_n // config.wgmma_n)
+    return accumulated(issue, shapes, ring, first_step, steps)
+
+
+def accumulated(
+    issue: Callable[[Sequence[Any], Array, Array], None],
+    shapes: Sequence[tuple[int, int]],
+    ring: Ring,
+    first_step: Array,
+    steps: Array | int,
+) -> tuple[Array, ...]:
+    """Sums, float32, of the wgmmas that `issue` issues for each step: one into each accumulator. It
+    gets these, the step, and the ring's slot, which is freed one step later.
+    """
 
     def accumulate(*sums: Any) -> tuple[Array, ...]:
         @pl.loop(0, steps)
         def _step(step: Array) -> None:
-            slot = ring.filled(first_step + step)
-            rows = pl.ds(first_row, config.rows)
-            for part, acc in enumerate(sums):
-                columns = pl.ds(part * config.wgmma_n, config.wgmma_n)
-                if x_smem.dtype == FLOAT8:
-                    kernel = kernel_smem.at[slot, columns].transpose((1, 0))
-                else:
-                    kernel = kernel_smem.at[slot, :, columns]
-                plgpu.wgmma(acc, x_smem.at[slot, rows], kernel)
-            plgpu.wgmma_wait(parts)
+            issue(sums, step, ring.filled(first_step + step))
+            plgpu.wgmma_wait(len(sums))
 
             @pl.when(step > 0)
             def _free_previous() -> None:
@@ -597,8 +614,7 @@ def multiply_tile(
         ring.free(first_step + steps - 1)
         return tuple([acc[...] for acc in sums])
 
-    acc = plgpu.WGMMAAccumulatorRef((config.rows, config.wgmma_n))
-    return pl.run_scoped(accumulate, *[acc] * parts)
+    return pl.run_scoped(accumulate, *map(plgpu.WGMMAAccumulatorRef, shapes))
 
 
 def check(x: Array, kernel: Kernel, bias: Array, activation: str) -> None:

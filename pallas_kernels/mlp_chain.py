@@ -30,6 +30,8 @@ from pallas_kernels.mlp import (
     PADDED_TO,
     SHARED_BYTES,
     Ring,
+    accumulated,
+    for_every_row,
     swizzled,
     with_columns,
 )
@@ -143,12 +145,10 @@ def _launch(
     outputs: int,
     shape: ChainShape,
 ) -> Array:
-    config, tile = shape.config, functools.partial(swizzled, PIECE, x.dtype)
-    buffers = [
-        plgpu.SMEM((shape.buffer_pieces(which), ROWS, PIECE), x.dtype, transforms=tile())
-        for which in (0, 1)
-    ]
-    ring = plgpu.SMEM((CONSUMERS * config.stages, PIECE, CHUNK), x.dtype, transforms=tile())
+    config = shape.config
+    tile = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=swizzled(x.dtype, PIECE))
+    buffers = [tile((shape.buffer_pieces(which), ROWS, PIECE)) for which in (0, 1)]
+    ring = tile((CONSUMERS * config.stages, PIECE, CHUNK))
     last: tuple[Array, ...] = ()
     out_type = jax.ShapeDtypeStruct((len(x), outputs + -outputs % PIECE), x.dtype)
     if scores is not None:
@@ -264,24 +264,11 @@ def _body(
             plgpu.barrier_wait(tile_done)
 
     def multiply(source: Any, steps: int, first_step: Array) -> Array:
-        ring = ring_of(warpgroup)
+        def issue(sums: Sequence[Any], step: Array, slot: Array) -> None:
+            plgpu.wgmma(sums[0], source.at[step], ring_smem.at[slot])
 
-        def accumulate(acc: Any) -> Array:
-            @pl.loop(0, steps)
-            def _step(step: Array) -> None:
-                slot = ring.filled(first_step + step)
-                plgpu.wgmma(acc, source.at[step], ring_smem.at[slot])
-                plgpu.wgmma_wait(1)
-
-                @pl.when(step > 0)
-                def _free_previous() -> None:
-                    ring.free(first_step + step - 1)
-
-            plgpu.wgmma_wait(0)
-            ring.free(first_step + steps - 1)
-            return acc[...]
-
-        return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((ROWS, CHUNK)))
+        (sums,) = accumulated(issue, [(ROWS, CHUNK)], ring_of(warpgroup), first_step, steps)
+        return sums
 
     def run_layer(layer: int, index: Array) -> None:
         source, target = buffers[layer % 2], buffers[(layer + 1) % 2]
@@ -314,13 +301,11 @@ def _body(
     def run_scores(index: Array) -> None:
         weights_gmem, bias_gmem = last_gmem
         source, (slots,) = buffers[len(layers) % 2], scores_smem
-        layout = plgpu.Layout.WGMMA.reduce(0)
         for output in range(shape.scores):
             total = jnp.zeros((ROWS, PIECE), jnp.float32)
             for piece in range(shape.widths[-1] // PIECE):
-                weights = weights_gmem.at[output, pl.ds(piece * PIECE, PIECE)]
-                weights = plgpu.load(weights, layout=layout, optimized=False)
-                weights = lax.broadcast_in_dim(weights, (ROWS, PIECE), (1,))
+                own = weights_gmem.at[output, pl.ds(piece * PIECE, PIECE)]
+                weights = for_every_row(own, total.shape)
                 total = total + source[piece].astype(jnp.float32) * weights
             slots[output] = total.sum(axis=1) + bias_gmem[output]
             plgpu.commit_smem()

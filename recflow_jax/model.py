@@ -268,12 +268,15 @@ def mlp(
     """Dense layers, each followed by the activation. out_scale: the input scale of a float8 layer
     behind them.
     """
-    first = ops.chain_from(len(x), [layer.kernel for layer in layers], 0)
-    if first < len(layers) and out_scale is None:
-        x = _one_by_one(layers[:first], x, activation, precision=precision, ops=ops)
-        options = {"activation": activation, "precision": precision}
-        return ops.chain(x, *_parts(layers[first:]), None, **options)
-    return _one_by_one(layers, x, activation, out_scale=out_scale, precision=precision, ops=ops)
+    first = len(layers)
+    if out_scale is None:
+        first = ops.chain_from(len(x), [layer.kernel for layer in layers], 0)
+    options: dict[str, Any] = {"precision": precision, "ops": ops}
+    x = _one_by_one(layers[:first], x, activation, out_scale=out_scale, **options)
+    if first == len(layers):
+        return x
+    operands = (x, *_parts(layers[first:]), None)
+    return ops.chain(*operands, activation=activation, precision=precision)
 
 
 def _parts(layers: tuple[DenseLayer, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -305,15 +308,14 @@ def scores(
     ops: Ops = REFERENCE,
 ) -> Float[Array, "samples outputs"]:
     """`mlp`, but the last layer gives float32 logits, whatever the dtype that feeds it."""
-    *hidden, last = layers
-    options: dict[str, Any] = {"precision": precision, "ops": ops}
+    hidden, last = layers[:-1], layers[-1]
     outputs = last.kernel.shape[1]
     first = ops.chain_from(len(x), [layer.kernel for layer in hidden], outputs)
+    x = _one_by_one(hidden[:first], x, activation, precision=precision, ops=ops)
     if first < len(hidden):
-        x = _one_by_one(tuple(hidden[:first]), x, activation, **options)
-        operands = (x, *_parts(tuple(hidden[first:])), (last.kernel, last.bias))
+        operands = (x, *_parts(hidden[first:]), (last.kernel, last.bias))
         return ops.chain(*operands, activation=activation, precision=precision)
-    x = _one_by_one(tuple(hidden), x, activation, **options)[:, : len(last.kernel)]
+    x = x[:, : len(last.kernel)]
     product = jnp.dot(x, last.kernel, precision=precision, preferred_element_type=jnp.float32)
     return product + last.bias
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 
 import hypothesis
 import jaxtyping
@@ -20,6 +21,15 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Before the first import of either package, so that every function in them is checked.
 jaxtyping.install_import_hook(["recflow_jax", "pallas_kernels"], "typecheck.checked")
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Runs Mosaic kernels on the CPU and watches for races, which print or raise."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

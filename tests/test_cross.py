@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
 from pallas_kernels.cross import CONFIG, CrossConfig, gate, widen
@@ -49,13 +47,6 @@ def relative_error(out: jax.Array, *arrays: jax.Array) -> float:
     x0, x, low, up, bias = (np.asarray(array, np.float64) for array in arrays)
     exact = x0 * (low @ up + bias) + x
     return float(np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact))
-
-
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    """Runs Mosaic kernels on the CPU and watches for races, which print or raise."""
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mlp, reference
 from pallas_kernels.float8 import Float8Kernel, quantise_kernel, rounded
@@ -49,13 +47,6 @@ def relative_error(out: jax.Array, x: jax.Array, kernel: jax.Array, bias: jax.Ar
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
     exact = np.maximum(exact, 0)
     return float(np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact))
-
-
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    """Runs Mosaic kernels on the CPU and watches for races, which print or raise."""
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
 from pallas_kernels.mlp import pad_kernel
@@ -40,13 +38,6 @@ def operands(
 def run(function: Any, *given: Any, **options: Any) -> np.ndarray:
     out = function(*given, activation="relu", **options)
     return np.asarray(out, np.float32)
-
-
-@pytest.fixture
-def interpreted() -> Iterator[None]:
-    """Runs Mosaic kernels on the CPU and watches for races, which print or raise."""
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -6,7 +6,7 @@ segment with a slice of another batch in its dense layers' launches (see `rides`
 its own batch in one slice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.float8 import Kernel, input_scale_of
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job
@@ -75,7 +74,7 @@ class Stages:
         self._ops = backend.ops
         self._rows = rows
         self._layout = Layout.of(config)
-        self._arithmetic = _Arithmetic(config, rows, [layer.kernel for layer in params.top])
+        self._arithmetic = _Arithmetic(config, rows)
         shapes = jax.eval_shape(lambda: (params.bottom, params.top))
         self._kernels = [[layer.kernel for layer in part] for part in shapes]
         self._top = {cut: _runs(config, cut) for cut in cuts}
@@ -219,14 +218,14 @@ class Stages:
 
 class _Arithmetic:
     """What segments compute of their weights; no owner of any, so that a model goes with its last
-    user, and not when garbage is collected. `top` are the top layers' kernels, `run` a segment's.
+    user, and not when garbage is collected. `run`: which top layers a segment has.
     """
 
-    def __init__(self, config: DLRMConfig, rows: int, top: Sequence[Kernel]) -> None:
+    def __init__(self, config: DLRMConfig, rows: int) -> None:
         self._config = config
         self._layout = Layout.of(config)
         self._rows = rows
-        self._top_scales = [input_scale_of(kernel) for kernel in top]
+        self._top_scales = config.matmul_scales[-len(config.top_mlp) :]
 
     def whole(self, weights: Any, groups: Any, batch: DeviceBatch, *, ops: Ops) -> Array:
         bottom, cross, top = weights
