@@ -12,6 +12,10 @@ something comes in each step of this time. Else each request would be launched a
 holds the callers up, so that their requests come one by one. A device that is the bottleneck does
 not wait for that: then the launcher sleeps for longer than it launches."""
 
+LARGE_IDS = 2**18
+"""A request of so many ids keeps its caller busy with copies, which leave the interpreter free:
+its caller and the launcher do not wait for each other."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostCosts:

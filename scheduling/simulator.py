@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scheduling.costs import StepTimes
-from scheduling.host_costs import REST_STEP_US, RESTS, HostCosts
+from scheduling.host_costs import LARGE_IDS, REST_STEP_US, RESTS, HostCosts
 from scheduling.pipeline import Action, Arrive, Event, Launch, StepDone
 from scheduling.policy import Policy
 from scheduling.request import Part, Request, Step, StepShape
@@ -162,8 +162,9 @@ class _Engine:
             self._mailed += self._mail()
 
     def _is_called(self) -> bool:
-        """Whether a caller is letting a request in."""
-        return self._next is not None and self._called_us <= self._now_us
+        """Whether a caller is letting in a request that is not large."""
+        is_small = self._next is not None and self._next.ids < LARGE_IDS
+        return is_small and self._called_us <= self._now_us
 
     def _mail(self) -> list[Event]:
         """What came since it was asked before."""
@@ -183,11 +184,14 @@ class _Engine:
             self._let_in(max(self._entered_us, self._next.arrived_us + self._host.wake_us))
 
     def _let_in(self, called_us: float) -> None:
-        """Begins with the next request at `called_us`, or when the launcher has launched."""
+        """Begins with the next request at `called_us`, or when the launcher has launched; with a
+        large one at once.
+        """
         if self._next is None:
             return
         started_us, ended_us = self._launching_us
-        self._called_us = ended_us if started_us <= called_us < ended_us else called_us
+        waits = started_us <= called_us < ended_us and self._next.ids < LARGE_IDS
+        self._called_us = ended_us if waits else called_us
         self._entered_us = self._called_us + self._host.submitting_us(self._next)
 
     def _take_next(self, request: Request) -> None:

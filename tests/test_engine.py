@@ -14,7 +14,9 @@ import pytest
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
+from recflow_jax.engine import intake
 from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.messages import Inbox
 from recflow_jax.measure.host import by_name
 from small_models import (
     BF16,
@@ -274,3 +276,15 @@ def test_what_it_runs_on_is_told():
     with engine_of(DOT) as engine:
         assert (engine.config, engine.options) == (DOT, SMALL)
         assert (engine.backend.name, engine.backend.reason) == ("xla", "asked for")
+
+
+@pytest.mark.parametrize(("large_ids", "enters"), [(1, []), (2**20, [True])])
+def test_only_callers_of_small_requests_take_turns_with_the_launcher(
+    large_ids: int, enters: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[bool] = []
+    monkeypatch.setattr(intake, "LARGE_IDS", large_ids)
+    monkeypatch.setattr(Inbox, "caller_enters", lambda _: seen.append(True))
+    with engine_of(FIXED) as engine:
+        engine.submit(generate(FIXED, 3, seed=0)).result(SOON_S)
+    assert seen == enters

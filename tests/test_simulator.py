@@ -21,6 +21,7 @@ from scheduling import (
     SimulatedRun,
     SliceBucket,
     simulate,
+    simulator,
 )
 
 TIMES = FlatTimes(slice_us=10, segment_us=20)
@@ -132,6 +133,22 @@ def test_callers_begin_with_no_request_while_the_launcher_launches(arrived_us: i
     # The first is launched from 450 to 1450, the second let in until 1900 and seen at 1950;
     # nothing more has come at 2050.
     assert both.launched_us.tolist() == [950, 2050 + 500]
+
+
+def test_a_large_request_is_let_in_while_the_launcher_launches(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(simulator, "LARGE_IDS", 5)
+    host = replace(FREE, launch_us=500, submit_us=450)
+    both = run(request(0, 0), request(1, 600, ids=5), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1050 and seen at 1450; the end
+    # of the first is seen at 1550, and nothing more has come at 1650.
+    assert both.launched_us.tolist() == [950, 1650 + 500]
+
+
+def test_a_launcher_does_not_rest_while_a_large_request_is_let_in(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(simulator, "LARGE_IDS", 5)
+    host = replace(FREE, launch_us=500, submit_us=450)
+    both = run(request(0, 0), request(1, 1440, ids=5), host=host, segments=1)
+    assert both.launched_us.tolist() == [950, 1890 + 500]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():

@@ -25,7 +25,7 @@ from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
-from recflow_jax.engine.intake import Sparse, Terms, new_request, prepare
+from recflow_jax.engine.intake import Sparse, Terms, is_large, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, Written, now_us
@@ -169,7 +169,8 @@ class Engine:
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
         try:
-            self._inbox.caller_enters()
+            if not is_large(dense):
+                self._inbox.caller_enters()
             most = self._options.max_queued_samples
             samples = self._prepared(dense, sparse, most=most, checks_later=True)
             return self._enter(samples, terms)

@@ -9,6 +9,7 @@ from typing import Any
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.engine.messages import Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
+from scheduling.host_costs import LARGE_IDS
 from scheduling.request import Request
 
 Sparse = Mapping[str, Any]
@@ -33,6 +34,11 @@ class Terms:
         return cls(
             arrived_us=arrived_us, deadline_us=deadline_us, priority=operator.index(priority)
         )
+
+
+def is_large(dense: Any) -> bool:
+    """Whether the caller of this request and the launcher need not wait for each other."""
+    return isinstance(dense, JaggedBatch) and len(dense.values) >= LARGE_IDS
 
 
 def prepare(
