@@ -138,19 +138,20 @@ def dot_warp(
     lane: Value,
 ) -> None:
     """What one warp does: its samples, from `first_sample` on."""
-    warp = _DotWarp(simt, shape, pairs, lane)
+    warp = DotWarp(simt, shape, pairs, lane)
     warp.zero_pairs()
 
     def body(sample: Value) -> list[Value]:
         source = x + simt.wide(sample) * (shape.vectors * shape.dim * ITEM_BYTES)
         target = out + simt.wide(sample) * (shape.columns * ITEM_BYTES)
-        warp.sample(source, target)
+        words = [warp.load(source, block) for block in range(warp.blocks)]
+        warp.write(words, source, target)
         return [sample + shape.warps * shape.blocks]
 
     simt.while_(lambda sample: sample < shape.samples, body, [first_sample])
 
 
-class _DotWarp:
+class DotWarp:
     """One warp's work on a sample. Lane 4 * g + t holds row g of a block, columns 2t and 2t + 1."""
 
     def __init__(self, simt: WarpSimt, shape: DotShape, pairs: Value, lane: Value):
@@ -165,11 +166,12 @@ class _DotWarp:
             self.simt.store_shared(self.pairs + offset, zeros, mine)
         self.simt.sync_warp()
 
-    def sample(self, source: Value, target: Value) -> None:
-        """From the sample's vectors at `source` to its columns at `target`."""
-        words = [self._load(source, block) for block in range(self.blocks)]
+    def write(self, words: list[list[Value]], kept_at: Value, target: Value) -> None:
+        """A sample's columns at `target`: those at `kept_at`, and the pairs of its vectors, whose
+        `words` are as `load` gives them, block by block.
+        """
         kept = [
-            (offset, mine, self._load_piece(source, offset, self.shape.keep * ITEM_BYTES))
+            (offset, mine, self._load_piece(kept_at, offset, self.shape.keep * ITEM_BYTES))
             for offset, mine in self._pieces(self.shape.keep * ITEM_BYTES)
         ]
         for row_block in range(0, self.blocks, 2):
@@ -196,18 +198,23 @@ class _DotWarp:
         inside = minimum(self.simt, offset, self.simt.constant(size - VECTOR_BYTES))
         return self.simt.load_words(source + self.simt.wide(inside), 4)
 
-    def _load(self, source: Value, block: int) -> list[Value]:
-        """This lane's words of its row of a block, four for every chunk. Rows behind the last
-        vector repeat it: their products are not put anywhere.
+    def load(self, source: Value, block: int) -> list[Value]:
+        """This lane's words of its row of a block, of vectors side by side at `source`."""
+        start = self.vector(block) * (self.shape.dim * ITEM_BYTES)
+        places = [source + self.simt.wide(start + place) for place in self.places()]
+        return [word for place in places for word in self.simt.load_words(place, 4)]
+
+    def vector(self, block: int) -> Value:
+        """Which vector this lane's row of a block is. Rows behind the last one repeat it: their
+        products are not put anywhere.
         """
         last = self.simt.constant(self.shape.vectors - 1)
-        vector = minimum(self.simt, self.row + block * BLOCK, last)
-        start = (vector * self.shape.dim + self.quad * (CHUNK // 4)) * ITEM_BYTES
-        return [
-            word
-            for chunk in range(0, self.shape.dim, CHUNK)
-            for word in self.simt.load_words(source + self.simt.wide(start + chunk * ITEM_BYTES), 4)
-        ]
+        return minimum(self.simt, self.row + block * BLOCK, last)
+
+    def places(self) -> list[Value]:
+        """Where in a vector this lane's words lie, in bytes: four for every chunk."""
+        first = self.quad * VECTOR_BYTES
+        return [first + chunk * ITEM_BYTES for chunk in range(0, self.shape.dim, CHUNK)]
 
     def _put_pairs(self, row_block: int, column_block: int, words: list[list[Value]]) -> None:
         """The dots of 16 vectors with 8, where they are pairs, into their places in SMEM."""

@@ -257,3 +257,24 @@ def dot(
     products = jnp.einsum("nid,njd->nij", apart, apart, precision=precision)
     upper = jnp.triu_indices(vectors, k=1)
     return jnp.concatenate([x[:, :keep], products[:, *upper]], axis=1)
+
+
+def pooled_dot(
+    left: Float[Array, "samples left"],
+    groups: Sequence[Table],
+    rows: Int32[Array, " ids"],
+    offsets: Int32[Array, " bags_and_one"],
+    weights: Float[Array, " ids"] | None,
+    *,
+    slots: tuple[Slot, ...],
+    precision: lax.Precision | None = None,
+) -> Float[Array, "samples left_and_pairs"]:
+    """`dot` of `left`, which is kept, and of what `pooled_gather` gives behind it."""
+    options: dict[str, Any] = {"slots": slots, "out_dtype": left.dtype, "left": left}
+    x = pooled_gather(groups, rows, offsets, weights, **options)
+    return dot(x, vectors=vectors_of(left, slots), keep=left.shape[1], precision=precision)
+
+
+def vectors_of(left: Array, slots: Sequence[Slot]) -> int:
+    """How many vectors of the slots' dim there are in `left` and behind it."""
+    return left.shape[1] // slots[0].dim + len(slots)

@@ -15,7 +15,16 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from pallas_kernels import corun, cross, embedding, interaction, mlp, mlp_chain, reference
+from pallas_kernels import (
+    corun,
+    cross,
+    embedding,
+    interaction,
+    mlp,
+    mlp_chain,
+    pooled_dot,
+    reference,
+)
 from pallas_kernels.float8 import FLOAT8, Float8Kernel
 from recflow_jax.config import DLRMConfig
 from recflow_jax.lowered import lowered_once
@@ -105,6 +114,7 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         widen=lowered_once(_mosaic_widen),
         gate=lowered_once(_mosaic_gate),
         dot=lowered_once(_mosaic_dot),
+        pooled_dot=_mosaic_pooled_dot,
         chain=lowered_once(_mosaic_chain),
         chain_from=_mosaic_chain_from,
         dense_columns=mlp.PADDED_TO,
@@ -190,6 +200,18 @@ def _mosaic_dot(x: Any, *, vectors: int, keep: int, precision: Any) -> Any:
     fits = interaction.takes(x.dtype, vectors, x.shape[1] // vectors, keep)
     dot = interaction.dot if fits else reference.dot
     return dot(x, vectors=vectors, keep=keep, precision=precision)
+
+
+def _mosaic_pooled_dot(
+    left: Any, groups: Any, rows: Any, offsets: Any, weights: Any, *, slots: Any, precision: Any
+) -> Any:
+    """One kernel for the bags that it is made for, else two."""
+    if pooled_dot.takes(left, groups, weights, slots):
+        return pooled_dot.pooled_dot(left, groups, rows, offsets, slots=slots)
+    options = {"slots": slots, "out_dtype": left.dtype, "left": left}
+    x = embedding.pooled_gather(groups, rows, offsets, weights, **options)
+    vectors = reference.vectors_of(left, slots)
+    return _mosaic_dot(x, vectors=vectors, keep=left.shape[1], precision=precision)
 
 
 def _mosaic_runs_on(device: Any) -> tuple[bool, str]:

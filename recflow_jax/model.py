@@ -85,7 +85,8 @@ def to_device(layout: Layout, batch: JaggedBatch, *, ids: int) -> DeviceBatch:
 class Ops:
     """The operations that back ends replace, signatures as in pallas_kernels.reference.
 
-    What `dot` gives may be wider than the reference's, by zero columns that `dense` takes.
+    What `dot` and `pooled_dot` give may be wider than the reference's, by zero columns that `dense`
+    takes.
     chain_from: of (samples, kernels, scores behind them), the place of the first layer from which
     on they run as one `chain`; how many layers there are if none do.
     dense_columns: `dense` is fastest if its input has a multiple of so many columns.
@@ -99,6 +100,7 @@ class Ops:
     widen: Callable[..., Any] = reference.widen
     gate: Callable[..., Any] = reference.gate
     dot: Callable[..., Any] = reference.dot
+    pooled_dot: Callable[..., Any] = reference.pooled_dot
     chain: Callable[..., Any] = reference.chain
     chain_from: Callable[[int, Sequence[Kernel], int], int] = lambda _, kernels, __: len(kernels)
     dense_columns: int = 1
@@ -221,6 +223,10 @@ def forward(
     dense = batch.dense.astype(config.carried_dtype)
     options: dict[str, Any] = {"precision": precision, "ops": ops}
     bottom = mlp(params.bottom, dense, config.activation, **options)
+    if config.interaction == "dot" and layout.slots:
+        bags = (params.groups, batch.rows, batch.offsets, batch.weights)
+        x = ops.pooled_dot(bottom, *bags, slots=layout.slots, precision=precision)
+        return scores(params.top, x, config.activation, **options)
     vectors = pool(params.groups, batch, config=config, layout=layout, left=bottom, ops=ops)
     scale = input_scale_of(params.top[0].kernel)
     x = interact(params.cross, vectors, config=config, out_scale=scale, **options)

@@ -14,7 +14,7 @@ from pallas_kernels import embedding, reference
 from pallas_kernels.float8 import quantise_kernel
 from recflow_jax.backend import BackendError, choose_backend
 from recflow_jax.calibration import calibrate
-from recflow_jax.config import DLRMConfig, FeatureConfig, TableConfig
+from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
 from recflow_jax.model import Params, forward, to_device
@@ -140,12 +140,18 @@ V2 = DLRMConfig.shipped("dlrm-v2").with_max_rows(100)
 
 @pytest.mark.parametrize("chained", [False, True])
 def test_whole_models_become_kernels(chained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three layers, gather, dot, two layers, of which one is like one before; or two chains."""
+    """Three layers, bags and dot, two layers, of which one is like one before; or two chains."""
     widths = [((64, 512, 256, 64), 0), ((448, 512, 256), 1)]
     chains = {Chain(m=300, widths=own, scores=scores): True for own, scores in widths}
     table = TileTable(device="", choices={}, chains=chains if chained else {})
     monkeypatch.setattr("recflow_jax.backend._tiles", lambda: table)
-    assert launches(KAGGLE, params_of(KAGGLE)) == (4 if chained else 6)
+    assert launches(KAGGLE, params_of(KAGGLE)) == (3 if chained else 5)
+
+
+def test_longer_bags_are_pooled_before_their_dots() -> None:
+    longer = dataclasses.replace(KAGGLE.features[0], bag=BagConfig(mean=3))
+    config = dataclasses.replace(KAGGLE, features=(longer, *KAGGLE.features[1:]))
+    assert launches(config, params_of(config)) == 1 + launches(KAGGLE, params_of(KAGGLE))
 
 
 def test_whole_float8_models_become_kernels() -> None:
