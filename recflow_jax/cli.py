@@ -345,8 +345,8 @@ def bench_kernels(
     kernel: Annotated[
         str,
         typer.Option(
-            help="Of gather, dense, interaction, corun.  [default: the first three, if the model "
-            "has them]"
+            help="Of gather, dense, interaction, pooled-dot, corun.  [default: the first four, if "
+            "the model has them]"
         ),
     ] = "",
     batch: Batches = "256,1024,4096",

@@ -24,12 +24,12 @@ from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference
 from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
 from recflow_jax.measure.contenders import Lineup
 from recflow_jax.measure.corun import CorunResult
-from recflow_jax.measure.kernels import (
-    WrongKernel,
-    bench_gather,
+from recflow_jax.measure.interactions import (
     bench_interaction,
+    bench_pooled_dot,
     interaction_work,
 )
+from recflow_jax.measure.kernels import WrongKernel, bench_gather
 from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.online import OnlineOptions, request_pool
 from recflow_jax.measure.report import corun_table, show
@@ -165,6 +165,33 @@ def test_interactions_alone(config: DLRMConfig, tmp_path: Path) -> None:
     time = found["timings"]["xla"]["median_us"]
     assert found["share_of_floor"]["xla"] == pytest.approx(found["floor_us"] / time)
     assert (found["interaction"], found["batch"]) == (config.interaction, 4)
+
+
+def test_bags_and_dots_together(tmp_path: Path) -> None:
+    out, figure = tmp_path / "dots.json", tmp_path / "dots.png"
+    result = bench_kernels(
+        models.DOT, kernels=["pooled-dot"], batches=(4, 8), timing=FAST, out=out, figure=figure
+    )
+    assert figure.stat().st_size > 0
+    assert json.loads(out.read_text())["pooled-dot"] == json.loads(json.dumps(result["pooled-dot"]))
+    assert [found["batch"] for found in result["pooled-dot"]] == [4, 8]
+    for found in result["pooled-dot"]:
+        assert found["floor_us"] > 0
+        assert {"apart", "xla"} == found["timings"].keys()
+
+
+def test_wrong_dots_of_bags_are_not_timed() -> None:
+    ops = Ops(pooled_dot=lambda *given, **how: 2 * reference.pooled_dot(*given, **how))
+    broken = Backend(name="mosaic", reason="a test", ops=ops)
+    params = models.params_of(models.DOT)
+    with pytest.raises(WrongKernel, match="mosaic is"):
+        bench_pooled_dot(models.DOT, params, broken, (4,), ids="uniform", seed=0)
+
+
+@pytest.mark.parametrize("config", [models.CONCAT, models.DCN], ids=lambda c: c.name)
+def test_models_without_dots_of_bags_have_none_to_time(config: DLRMConfig) -> None:
+    with pytest.raises(ValueError, match=f"model '{config.name}' has no bags whose dots"):
+        bench_kernels(config, kernels=["pooled-dot"], batches=(4,))
 
 
 def test_the_floor_of_an_interaction() -> None:
@@ -370,7 +397,8 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(
-        ValueError, match="kernel 'softmax' is not one of gather, dense, interaction, corun"
+        ValueError,
+        match="kernel 'softmax' is not one of gather, dense, interaction, pooled-dot, corun",
     ):
         bench_kernels(PAIR, kernels=["softmax"], batches=(4,))
 

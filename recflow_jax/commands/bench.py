@@ -23,7 +23,8 @@ from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
 from recflow_jax.measure.contest import CONTENDERS, bench_online, measurements
 from recflow_jax.measure.corun import bench_corun
-from recflow_jax.measure.kernels import bench_dense, bench_gather, bench_interaction
+from recflow_jax.measure.interactions import bench_interaction, bench_pooled_dot
+from recflow_jax.measure.kernels import bench_dense, bench_gather
 from recflow_jax.measure.offline import bench_offline, input_sets
 from recflow_jax.measure.online import LOWEST, OnlineOptions, request_pool
 from recflow_jax.measure.overlap import bench_overlap
@@ -36,7 +37,7 @@ from scheduling import ProfileTable
 
 Mode = Literal["offline", "overlap", "numpy", "online"]
 ONLINE_WINDOW = 1 << 18  # requests: all of one load
-Kernel = Literal["gather", "dense", "interaction", "corun"]
+Kernel = Literal["gather", "dense", "interaction", "pooled-dot", "corun"]
 
 
 def bench_model(
@@ -104,9 +105,10 @@ def bench_kernels(
     out: str | Path | None = None,
     figure: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures kinds of kernels alone, of `gather`, `dense` and `interaction` (none named: those
-    that the model has), or `corun`, layers with a gather in their launch; prints, writes and
-    returns as `bench_model` does. Raises ValueError, WrongKernel.
+    """Measures kinds of kernels alone, of `gather`, `dense`, `interaction` and `pooled-dot`, bags
+    and interaction together (none named: those that the model has), or `corun`, layers with a
+    gather in their launch; prints, writes and returns as `bench_model` does. Raises ValueError,
+    WrongKernel.
     """
     for kernel in kernels:
         if kernel not in get_args(Kernel):
@@ -157,6 +159,7 @@ def _kernels_of(config: DLRMConfig) -> list[str]:
     has = {
         "gather": config.features,
         "interaction": config.interaction != "concat",
+        "pooled-dot": config.interaction == "dot" and config.features,
         "corun": False,  # for GPUs alone, and not one kernel alone
     }
     return [kernel for kernel in get_args(Kernel) if has.get(kernel, True)]
@@ -229,6 +232,7 @@ _MEASURE_KERNEL = {
     "gather": partial(_of_bags, bench=bench_gather, table=report.gather_table),
     "dense": _dense,
     "interaction": _interaction,
+    "pooled-dot": partial(_of_bags, bench=bench_pooled_dot, table=report.interaction_table),
     "corun": partial(_of_bags, bench=bench_corun, table=report.corun_table),
 }
 

@@ -30,6 +30,10 @@ class Ceilings:
     matmul_flop_per_s: float
     matmul_dtype: str
 
+    def floor_us(self, moved_bytes: float, flop: float) -> float:
+        """Microseconds for so many bytes or so many operations, whichever take longer."""
+        return 1e6 * max(moved_bytes / self.copy_bytes_per_s, flop / self.matmul_flop_per_s)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:

@@ -1,6 +1,4 @@
-"""One kind of work alone: the pooled gather beside the copy rate, dense layers beside jnp.dot, the
-interaction beside its floor.
-"""
+"""One kind of work alone: the pooled gather beside the copy rate, dense layers beside jnp.dot."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,6 @@ from recflow_jax.layout import Layout
 from recflow_jax.measure.ceilings import (
     copy_bytes_per_s,
     matmul_flop_per_s,
-    measure_ceilings,
     work_of,
 )
 from recflow_jax.measure.contenders import (
@@ -30,7 +27,7 @@ from recflow_jax.measure.contenders import (
     launches,
     precision_of,
 )
-from recflow_jax.measure.offline import ROTATED_BYTES, input_sets
+from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.timing import (
     Timed,
     Timing,
@@ -40,12 +37,10 @@ from recflow_jax.measure.timing import (
 )
 from recflow_jax.model import (
     REFERENCE,
-    CrossLayer,
     DenseLayer,
     Ops,
     Params,
     dense_shapes,
-    interact,
     pool,
 )
 
@@ -124,43 +119,43 @@ def bench_gather(
     copy_rate = copy_bytes_per_s(options)
     gathers = {
         name: partial(pool, config=config, layout=layout, ops=ops)
-        for name, ops in _contestants(backend).items()
+        for name, ops in contestants(backend).items()
     }
     results = []
     for samples in batches:
         sets = input_sets(config, samples, ids=ids, seed=seed)
         inputs = device_batches(layout, sets)
-        compiled = _compiled(gathers, dict.fromkeys(gathers, params.groups), inputs)
-        _check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
-        measured = _measured(compiled, options)
+        compiled = compile_for(gathers, dict.fromkeys(gathers, params.groups), inputs)
+        check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
+        measured = times_of(compiled, options)
         results.append(_gather_result(config, layout, sets, copy_rate, measured))
         advance()
     return results
 
 
-def _contestants(backend: Backend) -> dict[str, Ops]:
+def contestants(backend: Backend) -> dict[str, Ops]:
     """The back end's operations and, where they are others, the reference's, as wide."""
     reference = dataclasses.replace(REFERENCE, dense_columns=backend.ops.dense_columns)
     ops = {backend.name: backend.ops}
     return ops if backend.ops == reference else {**ops, "reference": reference}
 
 
-def _compiled(
+def compile_for(
     functions: Mapping[str, Callable[..., Any]],
     weights: Mapping[str, Any],
     inputs: Sequence[Any],
-) -> dict[str, "_Compiled"]:
+) -> dict[str, "Contestant"]:
     """Each function with its own weights."""
     jobs = {name: Job(function, (weights[name], inputs[0])) for name, function in functions.items()}
     executables = compile_all(jobs)
     return {
-        name: _Compiled(executable=executable, weights=weights[name], inputs=inputs)
+        name: Contestant(executable=executable, weights=weights[name], inputs=inputs)
         for name, (executable, _) in executables.items()
     }
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Compiled:
+class Contestant:
     """A contestant: an executable of weights and an input, its weights, inputs to rotate among."""
 
     executable: Any
@@ -182,8 +177,8 @@ class _Compiled:
         return device_us(self.executable, [(self.weights, x) for x in self.inputs[:MOST_PROFILED]])
 
 
-def _measured(
-    compiled: Mapping[str, _Compiled], options: TimingOptions | None
+def times_of(
+    compiled: Mapping[str, Contestant], options: TimingOptions | None
 ) -> dict[str, dict[str, Any]]:
     """Both kinds of time of all contestants, as fields of a result."""
     timed = {name: contestant.timed for name, contestant in compiled.items()}
@@ -191,8 +186,10 @@ def _measured(
     return {"timings": measure_side_by_side(timed, options), "device_us": on_device}
 
 
-def _check_equal(outputs: dict[str, Array], dtype: str, rounded: int = 1) -> None:
-    """rounded: how many times in a row the outputs were rounded to `dtype`."""
+def check_equal(outputs: dict[str, Array], dtype: str, rounded: int = 1) -> None:
+    """Raises WrongKernel unless all are within KERNEL_TOLERANCES of the last. rounded: how many
+    times in a row the outputs were rounded to `dtype`.
+    """
     reference = np.asarray([*outputs.values()][-1].astype(jnp.float32))
     scale = float(np.abs(reference).max()) or 1.0
     for name, output in outputs.items():
@@ -221,11 +218,16 @@ def _gather_result(
     )
 
 
-def gather_bytes(config: DLRMConfig, layout: Layout, batch: JaggedBatch) -> int:
-    """What a gather moves at least: rows in whole sectors, ids, offsets, weights, the output."""
+def gather_bytes(
+    config: DLRMConfig, layout: Layout, batch: JaggedBatch, width: int | None = None
+) -> int:
+    """What a gather moves at least: rows in whole sectors, ids, offsets, weights, and for each
+    sample `width` items: the pooled ones, if not given.
+    """
     work = work_of(config, layout, batch)
-    output_bytes = batch.samples * config.pooled_width * ITEM_BYTES[config.carried_dtype]
-    return work.row_bytes + work.input_bytes - batch.dense.nbytes + output_bytes
+    width = config.pooled_width if width is None else width
+    items_bytes = batch.samples * width * ITEM_BYTES[config.carried_dtype]
+    return work.row_bytes + work.input_bytes - batch.dense.nbytes + items_bytes
 
 
 def _useful_bytes(config: DLRMConfig, layout: Layout, batch: Any) -> int:
@@ -268,7 +270,7 @@ def bench_dense(
     rate = matmul_flop_per_s(config.compute_dtype, options)
     prepared = {
         name: Backend(name=backend.name, reason="", ops=ops).prepare(params, config)
-        for name, ops in _contestants(backend).items()
+        for name, ops in contestants(backend).items()
     }
     results = []
     for samples in batches:
@@ -324,12 +326,12 @@ def _time_layer(
     x = jax.random.normal(jax.random.key(0), (samples, layer.shape[0]), jnp.float32)
     x = x.astype(config.carried_dtype)
     functions = {
-        name: partial(_run_layer, config, ops) for name, ops in _contestants(backend).items()
+        name: partial(_run_layer, config, ops) for name, ops in contestants(backend).items()
     }
     weights = {name: layer.of(params) for name, params in prepared.items()}
-    compiled = _compiled(functions, weights, [x])
-    _check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
-    return _measured(compiled, options)
+    compiled = compile_for(functions, weights, [x])
+    check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
+    return times_of(compiled, options)
 
 
 def _run_layer(config: DLRMConfig, ops: Ops, layer: DenseLayer, x: Array) -> Array:
@@ -340,92 +342,3 @@ def _run_layer(config: DLRMConfig, ops: Ops, layer: DenseLayer, x: Array) -> Arr
         activation=config.activation,
         precision=precision_of(config),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InteractionResult:
-    """A model's interaction at one batch size. `floor_us`: what its first input, last output and
-    weights take at the copy rate, or its FLOP at the matmul rate, whichever is longer.
-    """
-
-    interaction: str
-    batch: int
-    input_sets: int
-    floor_us: float
-    timings: dict[str, Timing]
-    device_us: dict[str, float | None]
-
-    @property
-    def share_of_floor(self) -> dict[str, float]:
-        """The floor as a share of each time."""
-        return {name: self.floor_us / t.median_us for name, t in self.timings.items()}
-
-
-def bench_interaction(
-    config: DLRMConfig,
-    params: Params,
-    backend: Backend,
-    batches: Sequence[int],
-    *,
-    seed: int,
-    options: TimingOptions | None = None,
-    advance: Callable[[], None] = lambda: None,
-) -> list[InteractionResult]:
-    """Times the dot interaction or the cross layers on random vectors with the back end's
-    operations and the reference's, after comparing what they give.
-
-    Raises WrongKernel; ValueError for a model that concatenates: nothing is computed there.
-    """
-    if config.interaction == "concat":
-        raise ValueError(f"model {config.name!r} concatenates: it has no interaction to time")
-    ceilings = measure_ceilings(config.compute_dtype, options)
-    cross = backend.prepare(params, config).cross
-    functions = {
-        name: partial(_interact, config, ops) for name, ops in _contestants(backend).items()
-    }
-    results = []
-    for samples in batches:
-        inputs = _vector_sets(config, samples, seed)
-        compiled = _compiled(functions, dict.fromkeys(functions, cross), inputs)
-        rounded = max(1, config.cross_layers)  # each layer rounds what the one before has rounded
-        _check_equal(
-            {name: c.first() for name, c in compiled.items()}, config.carried_dtype, rounded
-        )
-        moved, flop = interaction_work(config, samples)
-        results.append(
-            InteractionResult(
-                interaction=config.interaction,
-                batch=samples,
-                input_sets=len(inputs),
-                floor_us=1e6
-                * max(moved / ceilings.copy_bytes_per_s, flop / ceilings.matmul_flop_per_s),
-                **_measured(compiled, options),
-            )
-        )
-        advance()
-    return results
-
-
-def _interact(config: DLRMConfig, ops: Ops, cross: tuple[CrossLayer, ...], vectors: Array) -> Array:
-    out = interact(cross, vectors, config=config, precision=precision_of(config), ops=ops)
-    return out[:, : config.interaction_width]
-
-
-def _vector_sets(config: DLRMConfig, samples: int, seed: int) -> list[Array]:
-    """Random [bottom | pooled] vectors, as many sets as outgrow every cache."""
-    width = config.bottom_width + config.pooled_width
-    set_bytes = samples * width * ITEM_BYTES[config.carried_dtype]
-    keys = jax.random.split(jax.random.key(seed), min(32, max(4, ROTATED_BYTES // set_bytes)))
-    return [jax.random.normal(key, (samples, width), config.carried_dtype) for key in keys]
-
-
-def interaction_work(config: DLRMConfig, samples: int) -> tuple[int, int]:
-    """Bytes that must move (the first input, the last output, the weights), and FLOP."""
-    width = config.bottom_width + config.pooled_width
-    weights = 2 * config.cross_layers * width * config.cross_rank
-    items = samples * (width + config.interaction_width) + weights
-    if config.interaction == "dot":
-        flop = samples * (config.dot_vectors - 1) * width
-    else:
-        flop = 2 * samples * weights
-    return items * ITEM_BYTES[config.carried_dtype], flop

@@ -47,6 +47,7 @@ def bench(report: Mapping[str, Any], path: Path) -> None:
             ("gather", _gather),
             ("dense", _dense),
             ("interaction", _interaction),
+            ("pooled-dot", _interaction),
         )
         if part in report and not (draw is _waited and _has_no_waits(report[part]))
     ]
@@ -313,7 +314,7 @@ def _interaction(ax: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     ax.set_yscale("log")
     ax.set_xlabel("samples per batch")
     ax.set_ylabel("microseconds")
-    ax.set_title(f"{results[0]['interaction']} interaction alone", fontsize=10)
+    ax.set_title(f"interaction alone: {results[0]['interaction']}", fontsize=10)
     ax.legend(fontsize=8, loc="upper left")
 
 

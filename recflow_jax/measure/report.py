@@ -22,7 +22,8 @@ from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.corun import CorunResult
 from recflow_jax.measure.host import HostResult
-from recflow_jax.measure.kernels import DenseResult, GatherResult, InteractionResult
+from recflow_jax.measure.interactions import InteractionResult
+from recflow_jax.measure.kernels import DenseResult, GatherResult
 from recflow_jax.measure.offline import DISPATCH, OfflineResult
 from recflow_jax.measure.online import OnlineResult
 from recflow_jax.measure.overlap import OverlapResult
