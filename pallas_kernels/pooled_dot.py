@@ -3,7 +3,8 @@
 A warp takes a sample at a time, as in `interaction`, but loads the rows of the sample's bags from
 their table instead of pooled vectors from an array: these are neither written nor read. The
 offsets and first ids of a warp's next sample are loaded while the rows of this one are on their
-way. Bags of other lengths are right, too, and slow: their rows come one after the other.
+way. Rows in another dtype than the vectors are dequantised and rounded in registers.
+Bags of other lengths are right, too, and slow: their rows come one after the other.
 
 Per sample: 4 bytes per id and per bag, a row of each id and the kept columns read, the output's
 items written. Bound by memory.
@@ -19,22 +20,38 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import interaction
-from pallas_kernels.interaction import ITEM_BYTES, WARP, DotShape, DotWarp
+from pallas_kernels import embedding, interaction
+from pallas_kernels.interaction import CHUNK, ITEM_BYTES, VECTOR_BYTES, WARP, DotShape, DotWarp
 from pallas_kernels.reference import vectors_of
 from pallas_kernels.simt import MosaicSimt, Value, WarpSimt, minimum
 from pallas_kernels.slots import Slot
 from pallas_kernels.tables import QuantisedTable, Table
 
 WORD_BYTES = 4
+QUAD_ITEMS = CHUNK // 4  # of a chunk, that a lane holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledDotShape(DotShape):
+    """All that is static about one launch. table_dtype: of the rows, before their scale."""
+
+    table_dtype: str
+
+    @property
+    def rounds(self) -> bool:
+        """Whether rows of the table have to be rounded to `dtype` first."""
+        return self.table_dtype != self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bags:
-    """Where the operands of a launch start in GMEM: of `pooled_dot`, and its output."""
+    """Where the operands of a launch start in GMEM: of `pooled_dot`, and its output. A table that
+    is not quantised has no scales.
+    """
 
     left: Value
     table: Value
+    scales: Value
     ids: Value
     offsets: Value
     out: Value
@@ -42,13 +59,14 @@ class Bags:
 
 def takes(left: Array, groups: Sequence[Table], weights: Any, slots: Sequence[Slot]) -> bool:
     """Whether the kernel takes such operands, and bags are as it is made for; see `pooled_dot`."""
-    table, keep, dim = groups[0], left.shape[1], slots[0].dim
-    if weights is not None or len(groups) != 1 or isinstance(table, QuantisedTable):
+    keep, dim = left.shape[1], slots[0].dim
+    if weights is not None or len(groups) != 1 or keep % dim:
         return False
-    are_short = all(slot.expected_ids <= 1 and not slot.mean for slot in slots)
-    if not are_short or table.dtype != left.dtype or keep % dim:
+    if not isinstance(groups[0], QuantisedTable) and str(groups[0].dtype) not in embedding.DTYPES:
         return False
-    return interaction.takes(table.dtype, vectors_of(left, slots), dim, keep)
+    if any(slot.expected_ids > 1 or slot.mean for slot in slots):
+        return False
+    return interaction.takes(left.dtype, vectors_of(left, slots), dim, keep)
 
 
 def pooled_dot(
@@ -59,17 +77,20 @@ def pooled_dot(
     *,
     slots: tuple[Slot, ...],
 ) -> Float[Array, "samples left_and_pairs_up"]:
-    """See reference.pooled_dot, and `interaction.dot`. Takes sums of bags without weights, of one
-    group in left's dtype; ValueError else. Ids are trusted: they must be rows of the group.
+    """See reference.pooled_dot, and `interaction.dot`. Takes sums of bags without weights, all of
+    one group; ValueError else. Ids are trusted: they must be rows of the group.
     """
     if not takes(left, groups, None, slots):
         raise ValueError(f"no pooled dot kernel for {left.dtype}{left.shape} and {slots}")
-    shape = DotShape(
+    (group,) = groups
+    tables = (group.values, group.scales) if isinstance(group, QuantisedTable) else (group,)
+    shape = PooledDotShape(
         samples=len(left),
         vectors=vectors_of(left, slots),
         dim=slots[0].dim,
         keep=left.shape[1],
         dtype=str(left.dtype),
+        table_dtype=str(tables[0].dtype),
     )
     if shape.samples == 0:
         return jnp.zeros((0, shape.columns), left.dtype)
@@ -83,20 +104,21 @@ def pooled_dot(
         thread_name="warpgroup",
         kernel_name="pooled_dot",
     )
-    return kernel(left, groups[0], rows, offsets)
+    return kernel(left, rows, offsets, *tables)
 
 
-def _body(*refs: Any, shape: DotShape) -> None:
+def _body(*refs: Any, shape: PooledDotShape) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
     def per_thread(_, *refs):
         simt = MosaicSimt()
         *gmem, smem = refs
-        left, table, ids, offsets, out = (simt.global_address(ref) for ref in gmem)
+        left, ids, offsets, *tables, out = (simt.global_address(ref) for ref in gmem)
+        table, scales = tables if len(tables) > 1 else (*tables, None)
         thread = simt.thread()
         warp = thread // WARP
         pooled_dot_warp(
             *(simt, shape),
-            at=Bags(left=left, table=table, ids=ids, offsets=offsets, out=out),
+            at=Bags(left=left, table=table, scales=scales, ids=ids, offsets=offsets, out=out),
             pairs=simt.shared_address(smem) + warp * shape.pairs_bytes,
             first_sample=warp * shape.blocks + simt.block(),
             lane=thread % WARP,
@@ -106,7 +128,13 @@ def _body(*refs: Any, shape: DotShape) -> None:
 
 
 def pooled_dot_warp(
-    simt: WarpSimt, shape: DotShape, *, at: Bags, pairs: Value, first_sample: Value, lane: Value
+    simt: WarpSimt,
+    shape: PooledDotShape,
+    *,
+    at: Bags,
+    pairs: Value,
+    first_sample: Value,
+    lane: Value,
 ) -> None:
     """What one warp does: its samples, from `first_sample` on."""
     warp = _PooledDotWarp(simt, shape, at, pairs, lane)
@@ -126,10 +154,10 @@ def pooled_dot_warp(
 class _PooledDotWarp(DotWarp):
     """A lane's row of a block is a row of `left` or the bag of a slot: (first id, start, end)."""
 
-    def __init__(self, simt: WarpSimt, shape: DotShape, at: Bags, pairs: Value, lane: Value):
+    def __init__(self, simt: WarpSimt, shape: PooledDotShape, at: Bags, pairs: Value, lane: Value):
         super().__init__(simt, shape, pairs, lane)
-        self.at = at
-        self.row_bytes = shape.dim * ITEM_BYTES
+        self.at, self.rounds, self.table_dtype = at, shape.rounds, shape.table_dtype
+        self.item_bytes = jnp.dtype(shape.table_dtype).itemsize
         self.lefts = shape.keep // shape.dim
         self.slots = shape.vectors - self.lefts
 
@@ -171,33 +199,58 @@ class _PooledDotWarp(DotWarp):
     ) -> list[Value]:
         """This lane's words of a row of `left`, or of a bag's first row; zeros of an empty bag."""
         simt, vector = self.simt, self.vector(block)
-        is_left = vector < self.lefts
-        own = left + simt.wide(vector * self.row_bytes)
+        is_left, has_row = vector < self.lefts, end > start
+        own = left + simt.wide(vector * (self.shape.dim * ITEM_BYTES))
+        if self.rounds:
+            lefts = self._words(own, is_left)
+            rows = self._packed(self._values(row, has_row))
+            return [simt.select(is_left, *both) for both in zip(lefts, rows, strict=True)]
         source = simt.select(is_left, own, self._row(row))
         is_there = simt.select(is_left, simt.constant(1), end - start) > 0
         return self._words(source, is_there)
 
     def _row(self, row: Value) -> Value:
-        return self.at.table + self.simt.wide(row) * self.row_bytes
+        return self.at.table + self.simt.wide(row) * (self.shape.dim * self.item_bytes)
 
     def _words(self, source: Value, where: Value) -> list[Value]:
+        """This lane's words of a vector at `source` that is in the output's dtype."""
         places = [source + self.simt.wide(place) for place in self.places()]
         return [word for place in places for word in self.simt.load_words_if(place, 4, where)]
 
+    def _values(self, row: Value, where: Value) -> list[Value]:
+        """This lane's items of a row, float32; zeros where `where` is not."""
+        simt, size = self.simt, QUAD_ITEMS * self.item_bytes
+        step = min(size, VECTOR_BYTES)
+        first = self._row(row) + simt.wide(self.quad * size)
+        places = [
+            first + (chunk * self.item_bytes + piece)
+            for chunk in range(0, self.shape.dim, CHUNK)
+            for piece in range(0, size, step)
+        ]
+        loaded = [simt.load_words_if(place, step // WORD_BYTES, where) for place in places]
+        values = [v for words in loaded for w in words for v in simt.unpack(w, self.table_dtype)]
+        if self.at.scales is None:
+            return values
+        (word,) = simt.load_words_if(self.at.scales + simt.wide(row) * WORD_BYTES, 1, where)
+        (scale,) = simt.unpack(word, "float32")
+        return [value * scale for value in values]
+
+    def _packed(self, values: Sequence[Value]) -> list[Value]:
+        halves = [values[i : i + 2] for i in range(0, len(values), 2)]
+        return [self.simt.pack(two, self.shape.dtype) for two in halves]
+
     def _pooled(self, words: list[Value], start: Value, end: Value) -> list[Value]:
-        """The words with the bag's other rows added, if it has any: summed up in float32."""
-        simt, dtype = self.simt, self.shape.dtype
+        """The words of all of a bag's rows, if it has several: summed up in float32."""
+        simt = self.simt
 
         def add(place: Value, *sums: Value) -> list[Value]:
             row = simt.load_word(self.at.ids + simt.wide(place) * WORD_BYTES)
-            more = self._words(self._row(row), place < end)
-            values = [value for word in more for value in simt.unpack(word, dtype)]
+            values = self._values(row, place < end)
             return [place + 1, *(a + b for a, b in zip(sums, values, strict=True))]
 
-        def pool(first: Value, *words: Value) -> list[Value]:
-            values = [value for word in words for value in simt.unpack(word, dtype)]
-            last, *sums = simt.while_(lambda place, *_: place < end, add, [first, *values])
-            halves = [sums[i : i + 2] for i in range(0, len(sums), 2)]
-            return [last, *(simt.pack(two, dtype) for two in halves)]
+        def pool(second: Value, *_: Value) -> list[Value]:
+            zeros = [simt.float_constant(0.0)] * (2 * len(words))
+            last, *sums = simt.while_(lambda place, *_: place < end, add, [second - 1, *zeros])
+            return [last, *self._packed(sums)]
 
         return simt.while_(lambda place, *_: place < end, pool, [start + 1, *words])[1:]

@@ -114,7 +114,7 @@ def choose_backend(requested: str = "auto", device: Any = None) -> Backend:
         widen=lowered_once(_mosaic_widen),
         gate=lowered_once(_mosaic_gate),
         dot=lowered_once(_mosaic_dot),
-        pooled_dot=_mosaic_pooled_dot,
+        pooled_dot=lowered_once(_mosaic_pooled_dot),
         chain=lowered_once(_mosaic_chain),
         chain_from=_mosaic_chain_from,
         dense_columns=mlp.PADDED_TO,
