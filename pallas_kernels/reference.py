@@ -268,11 +268,15 @@ def pooled_dot(
     *,
     slots: tuple[Slot, ...],
     precision: lax.Precision | None = None,
+    gather: Callable[..., Any] = pooled_gather,
+    interact: Callable[..., Any] = dot,
 ) -> Float[Array, "samples left_and_pairs"]:
-    """`dot` of `left`, which is kept, and of what `pooled_gather` gives behind it."""
+    """`dot` of `left`, which is kept, and of what `pooled_gather` gives behind it; `gather` and
+    `interact` may be others that do the same.
+    """
     options: dict[str, Any] = {"slots": slots, "out_dtype": left.dtype, "left": left}
-    x = pooled_gather(groups, rows, offsets, weights, **options)
-    return dot(x, vectors=vectors_of(left, slots), keep=left.shape[1], precision=precision)
+    x = gather(groups, rows, offsets, weights, **options)
+    return interact(x, vectors=vectors_of(left, slots), keep=left.shape[1], precision=precision)
 
 
 def vectors_of(left: Array, slots: Sequence[Slot]) -> int:

@@ -26,6 +26,7 @@ from pallas_kernels import (
     reference,
 )
 from pallas_kernels.float8 import FLOAT8, Float8Kernel
+from pallas_kernels.slots import Slot
 from recflow_jax.config import DLRMConfig
 from recflow_jax.lowered import lowered_once
 from recflow_jax.model import REFERENCE, DenseLayer, Ops, Params, with_compute_dtype
@@ -203,15 +204,14 @@ def _mosaic_dot(x: Any, *, vectors: int, keep: int, precision: Any) -> Any:
 
 
 def _mosaic_pooled_dot(
-    left: Any, groups: Any, rows: Any, offsets: Any, weights: Any, *, slots: Any, precision: Any
+    left: Any, groups: Any, *bags: Any, slots: tuple[Slot, ...], precision: Any
 ) -> Any:
     """One kernel for the bags that it is made for, else two."""
+    rows, offsets, weights = bags
     if pooled_dot.takes(left, groups, weights, slots):
         return pooled_dot.pooled_dot(left, groups, rows, offsets, slots=slots)
-    options = {"slots": slots, "out_dtype": left.dtype, "left": left}
-    x = embedding.pooled_gather(groups, rows, offsets, weights, **options)
-    vectors = reference.vectors_of(left, slots)
-    return _mosaic_dot(x, vectors=vectors, keep=left.shape[1], precision=precision)
+    kernels = {"gather": embedding.pooled_gather, "interact": _mosaic_dot}
+    return reference.pooled_dot(left, groups, *bags, slots=slots, precision=precision, **kernels)
 
 
 def _mosaic_runs_on(device: Any) -> tuple[bool, str]:

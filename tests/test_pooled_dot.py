@@ -61,19 +61,15 @@ def operands(
 
 
 def expected(left: Any, groups: Any, rows: Any, offsets: Any, slots: tuple[Slot, ...]) -> Any:
-    """By the reference; the pooled rows are rounded, as the kernel's are."""
-    run = functools.partial(reference.pooled_dot, slots=slots, precision=lax.Precision.HIGHEST)
-    pooled = reference.pooled_gather(
-        groups, rows, offsets, None, slots=slots, out_dtype=left.dtype, left=left
+    """By the reference, dots in float32; pooled rows are rounded, as the kernel's are."""
+
+    def gather(*bags: Any, **options: Any) -> Any:
+        return reference.pooled_gather(*bags, **options).astype(jnp.float32)
+
+    options: dict[str, Any] = {"slots": slots, "precision": lax.Precision.HIGHEST}
+    return np.asarray(
+        reference.pooled_dot(left, groups, rows, offsets, None, gather=gather, **options)
     )
-    exact = reference.dot(
-        pooled.astype(jnp.float32),
-        vectors=reference.vectors_of(left, slots),
-        keep=left.shape[1],
-        precision=lax.Precision.HIGHEST,
-    )
-    assert run(left, groups, rows, offsets, None).shape == exact.shape
-    return np.asarray(exact)
 
 
 def assert_agrees(out: Any, exact: np.ndarray, dtype: str) -> None:

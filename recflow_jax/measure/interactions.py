@@ -112,7 +112,8 @@ def bench_pooled_dot(
         raise ValueError(f"model {config.name!r} has no bags whose dots are taken")
     layout = Layout.of(config)
     ceilings = measure_ceilings(config.compute_dtype, options)
-    apart = dataclasses.replace(backend.ops, pooled_dot=partial(_gather_then_dot, backend.ops))
+    kernels = {"gather": backend.ops.pooled_gather, "interact": backend.ops.dot}
+    apart = dataclasses.replace(backend.ops, pooled_dot=partial(reference.pooled_dot, **kernels))
     functions = {
         name: partial(_pooled_dot, config, layout, ops)
         for name, ops in ({APART: apart} | contestants(backend)).items()
@@ -149,12 +150,6 @@ def _pooled_dot(
     bags = (groups, batch.rows, batch.offsets, batch.weights)
     out = ops.pooled_dot(left, *bags, slots=layout.slots, precision=precision_of(config))
     return out[:, : config.interaction_width]
-
-
-def _gather_then_dot(ops: Ops, left: Array, *bags: Any, slots: Any, precision: Any) -> Array:
-    x = ops.pooled_gather(*bags, slots=slots, out_dtype=left.dtype, left=left)
-    vectors = reference.vectors_of(left, slots)
-    return ops.dot(x, vectors=vectors, keep=left.shape[1], precision=precision)
 
 
 def _interact(config: DLRMConfig, ops: Ops, cross: tuple[CrossLayer, ...], vectors: Array) -> Array:
