@@ -148,6 +148,7 @@ def test_features_of_any_form_are_the_same_samples(
         ({"user": np.array([0, 1, -1])}, "feature 'user', sample 2: id -1 is not in"),
         ({"mean": (np.arange(6), np.array([0, 2, 4, 5]))}, "offsets end at 5, ids at 6"),
         ({"mean": (np.arange(6), np.array([0, 2, 4]))}, r"feature 'mean': offsets are int64\[3\]"),
+        ({"mean": (np.arange(6), np.array([[0, 2, 4, 6]]))}, r"offsets are int64\[1, 4\]"),
         ({"mean": (np.arange(6), np.array([0.0, 2, 4, 6]))}, "offsets are float64"),
         ({"mean": (np.arange(6),)}, "feature 'mean': a tuple of 1"),
         ({"mean": (np.arange(6), np.array([0, 2, 4, 6]), np.ones(6))}, "'mean' takes no weights"),

@@ -48,9 +48,9 @@ class FixedBags:
         return True
 
     def join(self, sparse: Mapping[str, Any], samples: int) -> np.ndarray | None:
-        """The ids of features by name, sample after sample: integers [samples * ids].
+        """The ids of features by name, sample after sample: int32 [samples * ids].
 
-        None unless each is in an array, and has all its bags as long as these.
+        None unless each is in an array, has all its bags as long as these, and is of its table.
         """
         if not self._lengths or len(sparse) != len(self._lengths):
             return None
@@ -61,9 +61,10 @@ class FixedBags:
                 return None
             columns.append(column)
         joined = np.concatenate(columns, axis=1).reshape(-1)
-        joined.setflags(write=False)
-        # Unsigned and signed integers together may have become floats.
-        return joined if joined.dtype.kind in "iu" else None
+        if joined.dtype != INT32:
+            # Unsigned and signed integers together may have become floats.
+            return self.as_int32(joined) if joined.dtype.kind in "iu" else None
+        return joined if self.are_of_tables(joined) else None
 
     def offsets(self, samples: int) -> np.ndarray:
         """int64 [samples * features + 1]: where each bag starts."""
@@ -102,6 +103,8 @@ class FixedBags:
         if not isinstance(offsets, np.ndarray) or offsets.dtype.kind not in "iu":
             return False
         expected = self._steps(length, samples)
+        if offsets.dtype == expected.dtype and offsets.ndim == 1:
+            return offsets.tobytes() == expected.tobytes()
         return offsets.shape == expected.shape and not np.count_nonzero(offsets != expected)
 
     def _steps(self, step: int, samples: int) -> np.ndarray:

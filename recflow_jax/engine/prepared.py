@@ -128,8 +128,10 @@ class Preparer:
         if self._fixed is None or self._config.weighted:
             return None
         dense = dense_array(self._config, dense)
-        values = self._fixed.join(sparse, len(dense))
-        return None if values is None else self._prepare_fixed(self._fixed, dense, values, None)
+        rows = self._fixed.join(sparse, len(dense))
+        if rows is None:
+            return None
+        return _with_floats(dense, None, rows, self._fixed.id_offsets(len(dense)), None)
 
     def _prepare_fixed(
         self,
