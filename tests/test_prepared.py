@@ -196,6 +196,12 @@ def test_what_the_caller_does_later_changes_nothing(config: DLRMConfig):
     assert_is(config, found, kept)
 
 
+def test_dense_features_may_lie_column_by_column():
+    batch = generate(FIXED, 300, seed=3)
+    other = dataclasses.replace(batch, dense=np.asfortranarray(batch.dense))
+    assert_is(FIXED, preparer(FIXED).prepare(other), batch)
+
+
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)
 def test_frozen_samples_are_the_same(config: DLRMConfig, block_ids: int):
     batch = generate(config, 7, seed=3)

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import MAX_IDS, JaggedBatch
+from recflow_jax.engine.held_copies import UNSEEN, copy, side_by_side
+from scheduling.host_costs import LARGE_IDS
 
 COPIED_IDS = 2**18  # at a time, checked while they are in the cache
 KEPT_BAGS = 2**18  # whose offsets are known beforehand
-WIDE_IDS = 2**10  # looked at side by side: numpy goes through short rows slowly
+WIDE_IDS = UNSEEN  # looked at side by side: numpy goes through short rows slowly
 KEPT_STEPS = 2**13
 INT32 = np.dtype(np.int32)
 
@@ -60,7 +62,7 @@ class FixedBags:
             if column is None:
                 return None
             columns.append(column)
-        joined = np.concatenate(columns, axis=1).reshape(-1)
+        joined = side_by_side(columns).reshape(-1)
         if joined.dtype != INT32:
             # Unsigned and signed integers together may have become floats.
             return self.as_int32(joined) if joined.dtype.kind in "iu" else None
@@ -132,7 +134,11 @@ def copy_ids(ids: np.ndarray, *, out: np.ndarray) -> bool:
         ids = ids.astype(np.int64, copy=False)
         if len(ids) and ids.view(np.uint64).max() > MAX_IDS:
             return False
-    np.copyto(out, ids, casting="unsafe")
+        np.copyto(out, ids, casting="unsafe")
+    elif len(ids) < LARGE_IDS:
+        copy(ids, out)
+    else:
+        np.copyto(out, ids)
     return True
 
 

@@ -21,6 +21,7 @@ from recflow_jax.batch import (
 )
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids, is_shared
+from recflow_jax.engine.held_copies import copy
 from recflow_jax.layout import Layout
 
 BLOCK_IDS = 2**16  # made rows at a time, so that the arrays in between stay in the cache
@@ -215,7 +216,11 @@ def _with_floats(
 
 def _kept(array: np.ndarray) -> np.ndarray:
     """A copy, unless nobody writes to it."""
-    return array.copy() if array.flags.writeable else array
+    if not array.flags.writeable:
+        return array
+    kept = np.empty(array.shape, array.dtype)
+    copy(array.reshape(-1), kept.reshape(-1))
+    return kept
 
 
 def _are_finite(dense: np.ndarray, weights: np.ndarray | None) -> bool:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int32
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.fixed_bags import bag_offsets
+from recflow_jax.engine.held_copies import join
 from recflow_jax.engine.pinned import pinned_zeros
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.layout import Layout
@@ -205,7 +206,7 @@ class Staging:
         are_fixed = all([part.slot_offsets is None for part in parts])
         self._write_ids(buffer, parts, are_fixed)
         self._write_offsets(buffer, samples, parts, are_fixed)
-        np.concatenate([part.dense for part in parts], out=buffer.dense[:samples])
+        join([part.dense.reshape(-1) for part in parts], buffer.dense[:samples].reshape(-1))
         buffer.dense[samples : buffer.samples] = 0
         buffer.samples = samples
         buffer.first_row[0] = row
@@ -223,7 +224,7 @@ class Staging:
 
     def _write_ids(self, buffer: Buffer, parts: Sequence[Prepared], are_fixed: bool) -> None:
         ids = sum([len(part.rows) for part in parts])
-        np.concatenate([part.rows for part in parts], out=buffer.rows[:ids])
+        join([part.rows for part in parts], buffer.rows[:ids])
         if len(self._bases):
             if not are_fixed:
                 self._add_bases(buffer, parts)
@@ -232,7 +233,7 @@ class Staging:
                 buffer.of_tables[0] = are_fixed
         if len(buffer.weights):
             weights = [part.weights for part in parts if part.weights is not None]
-            np.concatenate(weights, out=buffer.weights[:ids])
+            join(weights, buffer.weights[:ids])
 
     def _add_bases(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
         """Rows of tables become those of groups here beside jagged bags, else on the device; what
