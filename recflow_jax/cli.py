@@ -477,6 +477,9 @@ def bench_host(
     request: Annotated[str, typer.Option(help="Samples per request.")] = "1,64,512",
     ids: Ids = "uniform",
     seed: Seed = 0,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="Beside a thread of Python that computes without end.")
+    ] = False,
     steady: Steady = False,
     out: Out = None,
 ) -> None:
@@ -494,6 +497,7 @@ def bench_host(
         request_sizes=_list("--request", request, int),
         ids=ids,
         seed=seed,
+        busy=busy,
         timing=_timing(steady) if steady else None,
         out=out,
     )

@@ -300,12 +300,14 @@ def test_served_models_are_varied_only_if_named(capsys: pytest.CaptureFixture[st
 
 
 def test_bench_host_options(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
-    call = called(monkeypatch, "bench host", "--model", tiny, "--request", "1,8", "--steady")
+    options = ("--request", "1,8", "--busy", "--steady")
+    call = called(monkeypatch, "bench host", "--model", tiny, *options)
     assert call.args[0].name == "tiny"
     assert call.kwargs == {
         "request_sizes": (1, 8),
         "ids": "uniform",
         "seed": 0,
+        "busy": True,
         "timing": STEADY,
         "out": None,
     }

@@ -1,6 +1,7 @@
 """What requests cost on the host: all stages are seen, on a device that does nothing."""
 
 import json
+import threading
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from recflow_jax.console import Missing
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
-from recflow_jax.measure import instant, report, uploads
+from recflow_jax.measure import host, instant, report, uploads
 from recflow_jax.measure.host import by_name
 from recflow_jax.measure.instant import InstantSegments
 from recflow_jax.measure.timing import TimingOptions
@@ -31,6 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     stored = json.loads(out.read_text())
     assert stored == json.loads(json.dumps(returned))
     assert stored["model"]["name"] == "fixed" and stored["cpus"] >= 1
+    assert not stored["busy"]
     return stored["host"]
 
 
@@ -39,6 +41,15 @@ def test_each_size_is_given_in_each_way(results: list[dict[str, Any]]):
         *((1, how, 1024) for how in ("batch", "frozen", "features")),
         *((40000, how, 4) for how in ("batch", "frozen", "features")),
     ]
+
+
+def test_it_may_be_beside_a_thread_that_computes():
+    before = threading.active_count()
+    with host.computing():
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    assert bench_host(FIXED, request_sizes=(1,), busy=True, timing=FAST)["busy"]
+    assert threading.active_count() == before
 
 
 def test_all_stages_take_time(results: list[dict[str, Any]]):

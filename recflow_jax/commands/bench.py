@@ -4,6 +4,7 @@ inputs, in one run; and what the engine costs on the host.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -131,18 +132,21 @@ def bench_host(
     request_sizes: Sequence[int] = (1, 64, 512),
     ids: str = "uniform",
     seed: int = 0,
+    busy: bool = False,
     timing: TimingOptions | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures the host's time for requests of each size, on a device that is done at once, and, on
-    a GPU, for the copies of slices to it; prints, writes and returns as `bench_model` does. Raises
-    ValueError, and Missing where threads have no clocks of their own.
+    a GPU, for the copies of slices to it; prints, writes and returns as `bench_model` does. busy:
+    the requests, beside a thread that computes without end. Raises ValueError, and Missing where
+    threads have no clocks of their own.
     """
     if not request_sizes or min(request_sizes) < 1:
         raise ValueError(f"requests are of {list(request_sizes)} samples, not of at least 1")
     options, backend = timing or host.TIMING, choose_backend("xla")
     header = report.header(config, backend, ids=ids, seed=seed, versions=versions())
-    with progress("host", len(request_sizes)) as advance:
+    beside = host.computing() if busy else nullcontext()
+    with progress("host", len(request_sizes)) as advance, beside:
         measured = host.bench_host(
             config, request_sizes, ids=ids, seed=seed, options=options, advance=advance
         )
@@ -150,7 +154,7 @@ def bench_host(
     uploads = bench_uploads(config, options)
     if uploads:
         report.show(report.uploads_table(uploads))
-    result = header | {"timing": report.as_json(options), "cpus": os.cpu_count()}
+    result = header | {"timing": report.as_json(options), "cpus": os.cpu_count(), "busy": busy}
     result |= {"host": report.as_json(measured), "uploads": report.as_json(uploads)}
     return finish(result, out, None)
 

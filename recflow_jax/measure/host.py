@@ -4,8 +4,10 @@ Requests are sent as fast as they are answered. The wall clock says what a reque
 saturation; the clocks of the three threads, which share one interpreter, say where it goes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,26 @@ def bench_host(
         results += [_measure(config, samples, how, requests[how], options) for how in requests]
         advance()
     return results
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Beside a thread that keeps Python's interpreter for as long as it may, as an application's
+    own threads do.
+    """
+    ended = Event()
+
+    def compute() -> None:
+        while not ended.is_set():
+            pass
+
+    thread = Thread(target=compute, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def by_name(config: DLRMConfig, batch: JaggedBatch) -> dict[str, Any]:
