@@ -12,6 +12,7 @@ tensor cores. Bound by memory.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,21 +93,21 @@ def dot(
     shape = DotShape(samples=len(x), vectors=vectors, dim=dim, keep=keep, dtype=str(x.dtype))
     if shape.samples == 0:
         return jnp.zeros((0, shape.columns), x.dtype)
-    return _launch(shape, x)
+    return launch(functools.partial(_body, shape=shape), shape, "dot_interaction")(x)
 
 
-def _launch(shape: DotShape, x: Array) -> Array:
-    kernel = plgpu.kernel(
-        functools.partial(_body, shape=shape),
-        out_type=jax.ShapeDtypeStruct((shape.samples, shape.columns), x.dtype),
+def launch(body: Callable[..., None], shape: DotShape, name: str) -> Callable[..., Array]:
+    """A kernel of GMEM operands; `body` gets these, the output and SMEM for all warps' pairs."""
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((shape.samples, shape.columns), jnp.dtype(shape.dtype)),
         scratch_types=[plgpu.SMEM((shape.warps * shape.pairs_bytes // 4,), jnp.int32)],
         grid=(shape.blocks,),
         grid_names=("block",),
         num_threads=shape.warpgroups,
         thread_name="warpgroup",
-        kernel_name="dot_interaction",
+        kernel_name=name,
     )
-    return kernel(x)
 
 
 def _body(x_gmem: Any, out_gmem: Any, pairs_smem: Any, *, shape: DotShape) -> None:

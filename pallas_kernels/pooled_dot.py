@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
@@ -94,16 +93,7 @@ def pooled_dot(
     )
     if shape.samples == 0:
         return jnp.zeros((0, shape.columns), left.dtype)
-    kernel = plgpu.kernel(
-        functools.partial(_body, shape=shape),
-        out_type=jax.ShapeDtypeStruct((shape.samples, shape.columns), left.dtype),
-        scratch_types=[plgpu.SMEM((shape.warps * shape.pairs_bytes // WORD_BYTES,), jnp.int32)],
-        grid=(shape.blocks,),
-        grid_names=("block",),
-        num_threads=shape.warpgroups,
-        thread_name="warpgroup",
-        kernel_name="pooled_dot",
-    )
+    kernel = interaction.launch(functools.partial(_body, shape=shape), shape, "pooled_dot")
     return kernel(left, rows, offsets, *tables)
 
 
