@@ -194,4 +194,4 @@ def _floor_us(operands: tuple[Array, ...], moved_bytes: int, ceilings: Ceilings)
     out_bytes = len(x) * len(bias) * x.dtype.itemsize
     moved = moved_bytes + x.nbytes + kernel.nbytes + out_bytes
     flop = 2 * int(np.prod(x.shape)) * len(bias)
-    return 1e6 * max(moved / ceilings.copy_bytes_per_s, flop / ceilings.matmul_flop_per_s)
+    return ceilings.floor_us(moved, flop)

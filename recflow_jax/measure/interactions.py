@@ -1,7 +1,7 @@
 """The interaction alone, beside its floor; dots also together with the bags that they are of."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,19 +73,16 @@ def bench_interaction(
     results = []
     for samples in batches:
         inputs = _vector_sets(config, samples, seed)
-        compiled = compile_for(functions, dict.fromkeys(functions, cross), inputs)
-        rounded = max(1, config.cross_layers)  # each layer rounds what the one before has rounded
-        check_equal(
-            {name: c.first() for name, c in compiled.items()}, config.carried_dtype, rounded
+        times = _compare_and_time(
+            *(config, functions, cross, inputs, options),
+            rounded=max(1, config.cross_layers),  # each layer rounds what the one before did
         )
-        moved, flop = interaction_work(config, samples)
         results.append(
             InteractionResult(
                 interaction=config.interaction,
                 batch=samples,
-                input_sets=len(inputs),
-                floor_us=ceilings.floor_us(moved, flop),
-                **times_of(compiled, options),
+                floor_us=ceilings.floor_us(*interaction_work(config, samples)),
+                **times,
             )
         )
         advance()
@@ -125,8 +122,7 @@ def bench_pooled_dot(
         shape = (samples, config.bottom_width)
         lefts = [jax.random.normal(key, shape, config.carried_dtype) for key in keys]
         inputs = list(zip(lefts, device_batches(layout, sets), strict=True))
-        compiled = compile_for(functions, dict.fromkeys(functions, params.groups), inputs)
-        check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype)
+        times = _compare_and_time(config, functions, params.groups, inputs, options)
         width = config.bottom_width + config.interaction_width
         moved = gather_bytes(config, layout, sets[0], width)
         _, flop = interaction_work(config, samples)
@@ -134,13 +130,27 @@ def bench_pooled_dot(
             InteractionResult(
                 interaction="pooled dot",
                 batch=samples,
-                input_sets=len(inputs),
                 floor_us=ceilings.floor_us(moved, flop),
-                **times_of(compiled, options),
+                **times,
             )
         )
         advance()
     return results
+
+
+def _compare_and_time(
+    config: DLRMConfig,
+    functions: Mapping[str, Callable[..., Any]],
+    weights: Any,
+    inputs: Sequence[Any],
+    options: TimingOptions | None,
+    *,
+    rounded: int = 1,
+) -> dict[str, Any]:
+    """What the functions take, as fields of a result; `rounded` as in `check_equal`."""
+    compiled = compile_for(functions, dict.fromkeys(functions, weights), inputs)
+    check_equal({name: c.first() for name, c in compiled.items()}, config.carried_dtype, rounded)
+    return {"input_sets": len(inputs), **times_of(compiled, options)}
 
 
 def _pooled_dot(
