@@ -70,6 +70,19 @@ def test_ids_of_every_type(config: DLRMConfig, dtype: str):
         assert_is(config, preparer(config).prepare(given_as), batch)
 
 
+@pytest.mark.parametrize("config", [CONCAT, FIXED], ids=lambda c: c.name)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_ids_of_large_requests_are_not_copied_at_the_cost_of_others(
+    config: DLRMConfig, is_large: bool, block_ids: int, monkeypatch: pytest.MonkeyPatch
+):
+    batch, held = generate(config, 7, seed=1), []
+    monkeypatch.setattr(fixed_bags, "LARGE_IDS", len(batch.values) + (not is_large))
+    monkeypatch.setattr(fixed_bags, "copy", lambda ids, out: held.append(np.copyto(out, ids)))
+    batch = dataclasses.replace(batch, values=batch.values.astype(np.int32))
+    assert_is(config, preparer(config).prepare(batch), batch)
+    assert bool(held) != is_large
+
+
 def test_what_is_fixed():
     assert FIXED.fixed_bags == (1, 4, 2, 2)
     assert NO_SPARSE.fixed_bags == ()

@@ -84,7 +84,7 @@ class FixedBags:
         copied = np.empty(len(values), np.int32)
         for start in range(0, len(values), max(self._block, 1)):
             block = slice(start, start + self._block)
-            if not copy_ids(values[block], out=copied[block]):
+            if not copy_ids(values[block], out=copied[block], of=len(values)):
                 return None
             if not self.are_of_tables(copied[block]):
                 return None
@@ -125,17 +125,18 @@ def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.tile(np.array(lengths, np.int64), samples))])
 
 
-def copy_ids(ids: np.ndarray, *, out: np.ndarray) -> bool:
+def copy_ids(ids: np.ndarray, *, out: np.ndarray, of: int) -> bool:
     """Writes int32 ids into `out`; False if one of a wider type is not in [0, 2**31).
 
-    It is the copies that are to be held against limits: `ids` may change meanwhile.
+    It is the copies that are to be held against limits: `ids` may change meanwhile. of: how many
+    the request has; while a large one is copied, Python's interpreter is left to others.
     """
     if ids.dtype != INT32:
         ids = ids.astype(np.int64, copy=False)
         if len(ids) and ids.view(np.uint64).max() > MAX_IDS:
             return False
         np.copyto(out, ids, casting="unsafe")
-    elif len(ids) < LARGE_IDS:
+    elif of < LARGE_IDS:
         copy(ids, out)
     else:
         np.copyto(out, ids)

@@ -174,7 +174,7 @@ class Preparer:
         for start in range(0, samples, max(step, 1)):
             ids = slice(id_offsets[start], id_offsets[min(start + step, samples)])
             counts = lengths[start * features : (start + step) * features]
-            if not copy_ids(values[ids], out=rows[ids]):
+            if not copy_ids(values[ids], out=rows[ids], of=len(values)):
                 return None
             if not are_below(rows[ids], np.repeat(limits[: len(counts)], counts)):
                 return None
