@@ -7,14 +7,14 @@ from scheduling.request import Request, Slice, SliceBucket, Step
 
 REST_STEP_US, RESTS = 100, 2
 """Python runs one thread at a time. A launcher leaves the interpreter to the callers for twice as
-long as it launched, less what it had slept before, as long as one of them makes a request or
-something comes in each step of this time. Else each request would be launched alone, at a cost that
-holds the callers up, so that their requests come one by one. A device that is the bottleneck does
-not wait for that: then the launcher sleeps for longer than it launches."""
+long as it launched, less what it had slept before or left to them meanwhile, as long as one of them
+makes a request or something comes in each step of this time. Else each request would be launched
+alone, at a cost that holds the callers up, so that their requests come one by one. A device that is
+the bottleneck does not wait for that: then the launcher sleeps for longer than it launches."""
 
 LARGE_IDS = 2**18
-"""A request of so many ids keeps its caller busy with copies, which leave the interpreter free:
-its caller and the launcher do not wait for each other."""
+"""So many ids are copied for so long that the interpreter is left to others: a request of them and
+the launcher do not wait for each other, and a launcher that packs them lets callers go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,11 @@ class HostCosts:
         launches_us = self.launch_us * (1 if step.co_run else apart)
         return launches_us + (self._packing_us(step.slice) if step.slice else 0.0)
 
+    def aside_us(self, step: Step) -> float:
+        """How long, of that, callers go on: while it packs what is large."""
+        piece = step.slice
+        return self._copying_us(piece) if piece and piece.ids >= LARGE_IDS else 0.0
+
     def upload_us(self, step: Step) -> float:
         """How long a step's slice is on its way to the device."""
         return self.byte_us * self._bytes(step.slice.bucket) if step.slice else 0.0
@@ -73,8 +78,11 @@ class HostCosts:
 
     def _packing_us(self, piece: Slice) -> float:
         new = sum(part.start == 0 for part in piece.parts)
-        packed_us = piece.samples * self.sample_us + piece.ids * self.id_us
-        return new * self.request_us + packed_us + self.hand_over_us * self._bytes(piece.bucket)
+        handed_us = self.hand_over_us * self._bytes(piece.bucket)
+        return new * self.request_us + self._copying_us(piece) + handed_us
+
+    def _copying_us(self, piece: Slice) -> float:
+        return piece.samples * self.sample_us + piece.ids * self.id_us
 
     def _bytes(self, room: SliceBucket) -> int:
         return room.samples * self.bytes_per_sample + room.ids * self.bytes_per_id

@@ -118,7 +118,8 @@ class _Engine:
         self._times = times
         self._host = host
         self._called_us = self._entered_us = 0.0
-        self._launching_us = (0.0, 0.0)
+        self._turns_us: list[tuple[float, float]] = []
+        self._aside_us = 0.0
         self._next: Request | None = None
         self._draw_next()
         self._served: dict[int, _Served] = {}
@@ -136,10 +137,11 @@ class _Engine:
             slept_us = max(next_us - self._now_us, 0)
             self._now_us = started_us = self._now_us + slept_us
             mail, self._mailed = self._mailed + self._mail(), []
+            self._turns_us, self._aside_us = [], 0.0
             self._act(self._policy.step(int(started_us), mail))
-            self._launching_us = (started_us, self._now_us)
             self._let_in(self._called_us)
-            self._rest(RESTS * (self._now_us - started_us) - slept_us)
+            took_us = self._now_us - started_us - self._aside_us
+            self._rest(RESTS * took_us - slept_us - self._aside_us)
 
     def _next_mail_us(self) -> float:
         """When the launcher has something to do: an arrival, a step's end, a deadline."""
@@ -189,9 +191,11 @@ class _Engine:
         """
         if self._next is None:
             return
-        started_us, ended_us = self._launching_us
-        waits = started_us <= called_us < ended_us and self._next.ids < LARGE_IDS
-        self._called_us = ended_us if waits else called_us
+        turns_us = self._turns_us if self._next.ids < LARGE_IDS else []
+        for started_us, ended_us in turns_us:
+            if started_us <= called_us < ended_us:
+                called_us = ended_us
+        self._called_us = called_us
         self._entered_us = self._called_us + self._host.submitting_us(self._next)
 
     def _take_next(self, request: Request) -> None:
@@ -212,8 +216,10 @@ class _Engine:
                 self._launch(action.step)
 
     def _launch(self, step: Step) -> None:
-        launching_us = self._host.launching_us(step)
-        self._now_us += launching_us
+        launching_us, aside_us = self._host.launching_us(step), self._host.aside_us(step)
+        started_us, self._now_us = self._now_us + aside_us, self._now_us + launching_us
+        self._turns_us.append((started_us, self._now_us))
+        self._aside_us += aside_us
         self._launcher_busy_us += launching_us
         known_us = max(self._end_us(step) + self._host.answer_us, self._answering_us)
         self._launched.flights.append((known_us, step.id))

@@ -48,7 +48,12 @@ class DeviceBroke(RuntimeError):
 
 
 class FakeArray:
-    """An array that is ready when the device lets it, or raises if what it is made of is lost."""
+    """An array that is ready when the device lets it, or raises if what it is made of is lost.
+
+    has_left: whether it was told to come to the host.
+    """
+
+    has_left = False
 
     def __init__(self, device: "FakeSegments", values: np.ndarray, lost: bool = False) -> None:
         self.device, self.values, self.lost = device, values, lost
@@ -60,9 +65,10 @@ class FakeArray:
             raise DeviceBroke("the card fell out")
 
     def copy_to_host_async(self) -> None:
-        """It is there already."""
+        self.has_left = True
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        assert self.has_left, "whoever asks for it now would wait for all of its way"
         return self.values
 
 

@@ -50,14 +50,20 @@ def relative_error(out: jax.Array, *arrays: jax.Array) -> float:
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize(("samples", "width", "rank"), [(300, 256, 128), (1, 128, 64)])
 def test_interpreted_kernel_is_exact(
-    samples: int, width: int, rank: int, same: bool, capfd: pytest.CaptureFixture[str]
+    samples: int,
+    width: int,
+    rank: int,
+    same: bool,
+    cluster: int,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     x0, *rest = operands(samples, width, rank)
     x0 = rest[0] if same else x0
-    out = widen(x0, *rest, config=SMALL)
+    out = widen(x0, *rest, config=dataclasses.replace(SMALL, cluster=cluster))
     assert relative_error(out, x0, *rest) < RELATIVE_ERROR["bfloat16"]
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
@@ -100,13 +106,16 @@ def test_gate_lowers_to_cuda(samples: int, layers: int) -> None:
     assert "mosaic_gpu" in lowered.as_text()
 
 
+@pytest.mark.parametrize("samples", [128, 200])
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lowers_to_cuda(dtype: str, same: bool) -> None:
+def test_lowers_to_cuda(dtype: str, same: bool, samples: int) -> None:
+    """In clusters where there are rows for them."""
+
     def run(x0: jax.Array, x: jax.Array, *rest: jax.Array) -> jax.Array:
         return widen(x if same else x0, x, *rest)
 
-    shapes = jax.eval_shape(functools.partial(operands, 200, 3456, 512, dtype))
+    shapes = jax.eval_shape(functools.partial(operands, samples, 3456, 512, dtype))
     lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 

@@ -1,19 +1,17 @@
 """Copies are right, and keep the interpreter: a thread that computes does not come in between."""
 
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from computing import computing
 from recflow_jax.engine.held_copies import UNSEEN, copy, join, side_by_side
 
 LONG = 4 * UNSEEN
 SLOW = 2**20  # elements that take so long to copy that others would wake up
-PATIENCE_S, TRIES = 0.2, 5
+TRIES = 5
 
 
 def numbers(*shape: int, dtype: str = "int32") -> np.ndarray:
@@ -56,28 +54,6 @@ def test_columns_of_other_forms_are_put_side_by_side():
         found = side_by_side([plain, other, plain])
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
-
-
-@contextmanager
-def computing() -> Iterator[Callable[[], int]]:
-    """How far a thread has counted that never lets go of the interpreter unless it is asked to, and
-    asks for it after PATIENCE_S alone.
-    """
-    before, stop, count = sys.getswitchinterval(), threading.Event(), [0]
-
-    def compute() -> None:
-        while not stop.is_set():
-            count[0] += 1
-
-    thread = threading.Thread(target=compute)
-    sys.setswitchinterval(PATIENCE_S)
-    thread.start()
-    try:
-        yield lambda: count[0]
-    finally:
-        stop.set()
-        thread.join()
-        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("kind", ["copy", "join", "side by side"])

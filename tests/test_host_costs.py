@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fake_device import request, step
-from scheduling import HostCosts, Part, SegmentShape, SliceBucket
+from scheduling import HostCosts, Part, SegmentShape, SliceBucket, host_costs
 
 SIZE = SliceBucket(samples=2, ids=20)
 WHOLE = SegmentShape(segments=1, index=0, batch=8)
@@ -37,6 +37,14 @@ def test_requests_cost_with_their_first_samples_and_buffers_by_the_byte():
     assert host.launching_us(first) == 7 + 0.5 * (2 * 10 + 20)
     later = replace(first.slice, parts=(Part(request_id=0, start=1, stop=2),))
     assert host.launching_us(replace(first, slice=later)) == 0.5 * (2 * 10 + 20)
+
+
+def test_callers_go_on_while_ids_without_end_are_copied(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_costs, "LARGE_IDS", 15)
+    assert HOST.aside_us(step(WHOLE, None)) == 0
+    assert HOST.aside_us(step(WHOLE, SIZE, "deep")) == 1 * 2 + 15 * 0.5
+    monkeypatch.setattr(host_costs, "LARGE_IDS", 16)
+    assert HOST.aside_us(step(WHOLE, SIZE)) == 0
 
 
 def test_callers_pay_per_request_and_per_sample():

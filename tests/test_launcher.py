@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from threading import Event as Signal
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
 from recflow_jax.batch import InputError, JaggedBatch
-from recflow_jax.engine import launcher
+from recflow_jax.engine import launcher, messages
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import (
@@ -30,8 +31,9 @@ from recflow_jax.engine.errors import (
 )
 from recflow_jax.engine.messages import Inbox, Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
+from recflow_jax.engine.staging import Buffer, Staging
 from scheduling.pipeline import Action, Cancel, Event, Pipeline
-from scheduling.request import WHOLE
+from scheduling.request import WHOLE, SliceBucket
 
 SOON_S = 30
 
@@ -140,6 +142,38 @@ def test_a_launcher_leaves_the_interpreter_to_the_callers_after_it_launched(
     launches = [us for us in rests_us if us > 0]
     assert launches
     assert all(us % 50 == 0 for us in rests_us)
+
+
+@pytest.mark.parametrize("segments", [2, None])
+def test_callers_go_on_while_a_large_slice_is_packed(
+    monkeypatch: pytest.MonkeyPatch, segments: int | None
+):
+    """And what the launcher is aside for counts as rest."""
+    monkeypatch.setattr(launcher, "LARGE_IDS", 3)
+    packing, packed, pack = Signal(), Signal(), Staging.pack
+
+    def slowly(self: Staging, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
+        packing.set()
+        assert packed.wait(SOON_S)
+        return pack(self, bucket, row, parts)
+
+    rests_us: list[int] = []
+    monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
+    options = replace(OPTIONS, segments=segments, max_slice=8, smallest_slice=2)
+    with Engine.from_segments(FakeSegments(options)) as engine:
+        result(engine.submit(samples(1, 2, 3)))
+        monkeypatch.setattr(Inbox, "rest", lambda _, us: rests_us.append(us))
+        monkeypatch.setattr(Staging, "pack", slowly)
+        large = engine.submit(samples(1, 2, 3))
+        assert packing.wait(SOON_S)
+        time.sleep(0.05)
+        started_s = time.perf_counter()
+        small = engine.submit(samples(4))
+        took_s = time.perf_counter() - started_s
+        packed.set()
+        assert (result(large), result(small)) == (scores(1, 2, 3), scores(4))
+    assert took_s < SOON_S / 2
+    assert rests_us[0] < 0
 
 
 def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(

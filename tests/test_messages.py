@@ -4,7 +4,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import cycle
+from functools import partial
+from itertools import count, cycle
 
 import numpy as np
 import pytest
@@ -137,6 +138,22 @@ def test_a_caller_waits_for_what_is_being_launched(monkeypatch: pytest.MonkeyPat
         assert not called.done()
         launching.close()
         assert called.result(SOON_S) < SOON_S
+
+
+def test_callers_go_on_while_a_launch_is_aside(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
+    monkeypatch.setattr(messages, "now_us", partial(next, count(0, 7)))
+    inbox = Inbox()
+    with ThreadPoolExecutor(1) as pool, inbox.launching():
+        with inbox.aside():
+            assert pool.submit(_call, inbox).result(SOON_S) < SOON_S / 2
+        with pytest.raises(ZeroDivisionError), inbox.aside():
+            _ = 1 / 0
+        called = pool.submit(_call, inbox)
+        time.sleep(0.01)
+        assert not called.done()
+    assert called.result(SOON_S) < SOON_S
+    assert (inbox.take_aside_us(), inbox.take_aside_us()) == (14, 0)
 
 
 def test_a_caller_does_not_wait_for_a_launch_that_hangs():

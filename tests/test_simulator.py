@@ -20,6 +20,7 @@ from scheduling import (
     SerialBatching,
     SimulatedRun,
     SliceBucket,
+    host_costs,
     simulate,
     simulator,
 )
@@ -149,6 +150,17 @@ def test_a_launcher_does_not_rest_while_a_large_request_is_let_in(monkeypatch: p
     host = replace(FREE, launch_us=500, submit_us=450)
     both = run(request(0, 0), request(1, 1440, ids=5), host=host, segments=1)
     assert both.launched_us.tolist() == [950, 1890 + 500]
+
+
+def test_callers_begin_while_the_launcher_packs_what_is_large(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_costs, "LARGE_IDS", 5)
+    host = replace(FREE, launch_us=100, submit_us=50, id_us=100)
+    requests = [request(0, 0, ids=5), request(1, 300), request(2, 560)]
+    three = run(*requests, host=host, segments=1)
+    # The first is packed from 50 to 550 and launched until 750. The second is let in until 350, the
+    # third, which would begin amid the launches, from 750 to 800. Nothing is rested: 2 x 200 - 550.
+    # The second is launched until 1050, and its end seen by 1150; nothing more has come at 1250.
+    assert three.launched_us.tolist() == [650, 750 + 200, 1250 + 200]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():

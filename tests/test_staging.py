@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch, check_batch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
+from recflow_jax.engine import free_copies
+from recflow_jax.engine import staging as staging_module
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.layout import Layout
@@ -68,6 +70,20 @@ def test_parts_arrive_as_one_batch(config: DLRMConfig, cuts: tuple[int, ...]):
     row, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 5, parts))
     assert row == 5
     assert_holds(config, batch, whole.part(cuts[0], cuts[-1]))
+
+
+@pytest.mark.parametrize("are_many", [True, False])
+def test_ids_are_copied_freely_where_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, are_many: bool
+):
+    whole, joined, join = generate(FIXED, 7, seed=3), [], free_copies.join
+    monkeypatch.setattr(staging_module, "LARGE_IDS", len(whole.values) + (not are_many))
+    monkeypatch.setattr(free_copies, "join", lambda *a: joined.append(len(a[1])) or join(*a))
+    parts = [prepared(FIXED, whole.part(a, b)) for a, b in ((0, 3), (3, 7))]
+    packer = staging(FIXED)
+    _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, parts))
+    assert_holds(FIXED, batch, whole)
+    assert joined == ([len(whole.values)] if are_many else [])
 
 
 @st.composite

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +27,7 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
 from recflow_jax.engine.updates import Update
-from scheduling.host_costs import RESTS
+from scheduling.host_costs import LARGE_IDS, RESTS
 from scheduling.pipeline import (
     Action,
     Apply,
@@ -100,8 +100,9 @@ class Launcher:
                 if actions:
                     with self._inbox.launching():
                         self._act(actions)
-                    took_us, slept_us = now_us() - started_us, started_us - asked_us
-                    self._inbox.rest(RESTS * took_us - slept_us)
+                    aside_us = self._inbox.take_aside_us()
+                    took_us = now_us() - started_us - aside_us
+                    self._inbox.rest(RESTS * took_us - (started_us - asked_us) - aside_us)
             self._give_up("the engine was closed before it came to the request")
         except BaseException as error:
             self._give_up(f"the engine stopped: {error!r}", error)
@@ -192,7 +193,7 @@ class Launcher:
                 packed = self._packed(step.slice, joining, flight)
                 state = filling.state or self._take_state()
                 filling.state = self._segments.embed(state, packed)
-                flight.landed = filling.state.landed
+                _expect_landing(filling.state.landed, flight)
 
     def _load(self, piece: Slice) -> tuple[_Batch, _Joining]:
         """The batch that a slice joins, and what joins it."""
@@ -204,7 +205,8 @@ class Launcher:
         )
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
-        flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
+        with self._inbox.aside() if piece.ids >= LARGE_IDS else nullcontext():
+            flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
         now, ended = now_us(), self._tally.steps_ended
         flight.waits = [
             (now - one.request.arrived_us, ended - one.steps_ended)
@@ -235,7 +237,8 @@ class Launcher:
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
         packed = self._packed(step.slice, joining, flight)
         if step.co_run == WHOLE:
-            running.x, flight.landed = self._segments.run_whole(cell, packed)
+            running.x, landed = self._segments.run_whole(cell, packed)
+            _expect_landing(landed, flight)
             return self._expect(step.segment, running, flight)
         into = filling.state or self._take_state()
         if running.state is not None:
@@ -245,7 +248,7 @@ class Launcher:
             self._give_back(running, free)
         else:
             running.x, filling.state = self._segments.run_with(cell, running.x, into, packed)
-        flight.landed = filling.state.landed
+        _expect_landing(filling.state.landed, flight)
         self._expect(step.segment, running, flight)
 
     def _give_back(self, batch: _Batch, free: BatchState) -> None:
@@ -297,6 +300,13 @@ def fail_update(
     error = kind(f"{message}: {type(cause).__name__}: {cause}" if cause else message)
     error.__cause__ = cause
     settle(update.done.set_exception, error)
+
+
+def _expect_landing(landed: Any, flight: Flight) -> None:
+    """Who is to be looked at is looked at on the host, unless the device finds all well."""
+    flight.landed = landed
+    if flight.unchecked:
+        landed.copy_to_host_async()
 
 
 @contextmanager

@@ -101,6 +101,7 @@ class Inbox:
         # A callback may submit on the launcher's own thread.
         self._turn = RLock()
         self._launching = False
+        self._aside_us = 0
 
     def caller_enters(self) -> None:
         """A caller makes a request ready, on this thread, until it leaves; waits for what is being
@@ -124,6 +125,24 @@ class Inbox:
                 yield
             finally:
                 self._launching = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In a launch, while it leaves the interpreter to others: callers go on."""
+        started_us = now_us()
+        self._launching = False
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+            self._launching = True
+            self._aside_us += now_us() - started_us
+
+    def take_aside_us(self) -> int:
+        """How long launches were aside since this was asked before."""
+        aside_us, self._aside_us = self._aside_us, 0
+        return aside_us
 
     def put(self, message: Message) -> None:
         """Something that the launcher wants to know at once."""

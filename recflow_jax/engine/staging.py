@@ -21,12 +21,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from recflow_jax.config import DLRMConfig
+from recflow_jax.engine import free_copies, held_copies
 from recflow_jax.engine.fixed_bags import bag_offsets
-from recflow_jax.engine.held_copies import join
 from recflow_jax.engine.pinned import pinned_zeros
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch
+from scheduling.host_costs import LARGE_IDS
 from scheduling.request import SliceBucket
 
 
@@ -200,13 +201,16 @@ class Staging:
             free.extend([Buffer.of(shape) for _ in range(count - len(free))])
 
     def pack(self, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
-        """The samples of `parts`, in order, to land at `row`. They must fit the bucket."""
+        """The samples of `parts`, in order, to land at `row`. They must fit the bucket. The copy of
+        LARGE_IDS ids and more leaves Python's interpreter to others.
+        """
         buffer = self._take(self.shape(bucket))
         samples = sum([part.samples for part in parts])
         are_fixed = all([part.slot_offsets is None for part in parts])
         self._write_ids(buffer, parts, are_fixed)
         self._write_offsets(buffer, samples, parts, are_fixed)
-        join([part.dense.reshape(-1) for part in parts], buffer.dense[:samples].reshape(-1))
+        dense = [part.dense.reshape(-1) for part in parts]
+        held_copies.join(dense, buffer.dense[:samples].reshape(-1))
         buffer.dense[samples : buffer.samples] = 0
         buffer.samples = samples
         buffer.first_row[0] = row
@@ -224,6 +228,7 @@ class Staging:
 
     def _write_ids(self, buffer: Buffer, parts: Sequence[Prepared], are_fixed: bool) -> None:
         ids = sum([len(part.rows) for part in parts])
+        join = free_copies.join if ids >= LARGE_IDS else held_copies.join
         join([part.rows for part in parts], buffer.rows[:ids])
         if len(self._bases):
             if not are_fixed:

@@ -1,0 +1,62 @@
+"""Copies are right, with and without the kernel's help, and leave the interpreter to others."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from computing import PATIENCE_S, computing
+from recflow_jax.engine import free_copies
+from recflow_jax.engine.free_copies import MOST_ARRAYS, join
+
+LONG = 2**20
+
+
+def numbers(length: int, dtype: str = "int32") -> np.ndarray:
+    array = np.random.default_rng(length).integers(0, 1000, length).astype(dtype)
+    array.setflags(write=False)
+    return array
+
+
+@pytest.fixture(params=["kernel", "no such call", "refused", "cut short"])
+def help_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What becomes of the call."""
+    outcomes = {"refused": lambda *_: -1, "cut short": lambda *_: 4, "no such call": None}
+    if request.param in outcomes:
+        monkeypatch.setattr(free_copies, "_READV", outcomes[request.param])
+    elif free_copies._READV is None:
+        pytest.skip("process_vm_readv is Linux's")
+    return request.param
+
+
+@pytest.mark.usefixtures("help_of")
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+@pytest.mark.parametrize(
+    "lengths", [[], [0], [3], [LONG, 0, 1, LONG], [5] * (2 * MOST_ARRAYS + 1), [0, 0]]
+)
+def test_arrays_are_joined(lengths: Sequence[int], dtype: str):
+    arrays = [numbers(length, dtype) for length in lengths]
+    around = np.full(sum(lengths) + 2, -1, dtype)
+    join(arrays, around[1:-1])
+    np.testing.assert_array_equal(around, np.concatenate([[-1], *arrays, [-1]]))
+
+
+def test_the_kernel_helps_where_it_can(monkeypatch: pytest.MonkeyPatch):
+    if free_copies._READV is None:
+        pytest.skip("process_vm_readv is Linux's")
+    arrays, out = [numbers(LONG), numbers(LONG)], np.zeros(2 * LONG, np.int32)
+    monkeypatch.delattr(np, "concatenate")
+    join(arrays, out)
+
+
+def test_another_thread_gets_its_turn_and_gives_it_back_once():
+    """numpy would wait for it once for each array."""
+    if free_copies._READV is None:
+        pytest.skip("process_vm_readv is Linux's")
+    arrays, out = [numbers(LONG)] * 8, np.zeros(8 * LONG, np.int32)
+    with computing() as count:
+        before, started_s = count(), time.perf_counter()
+        join(arrays, out)
+        assert count() > before
+        assert time.perf_counter() - started_s < len(arrays) / 2 * PATIENCE_S
