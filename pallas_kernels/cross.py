@@ -111,13 +111,15 @@ def widen(
     up: Float[Array, "rank width"],
     bias: Float[Array, " width"],
     *,
-    config: CrossConfig = CONFIG,
+    config: CrossConfig | None = None,
 ) -> Float[Array, "samples width"]:
     """x0 * (low @ up + bias) + x in x's dtype, in float32 up to the one rounding at the end.
 
     Any number of samples. Raises ValueError for shapes that do not match, dtypes that differ, and
-    widths and dtypes that the config does not take.
+    widths and dtypes that the config does not take. config: None takes PAIRED where there are rows
+    for it.
     """
+    config = config or _config_for(len(x))
     _check(x0, x, low, up, bias, config)
     samples = len(x)
     if samples == 0:
@@ -144,7 +146,7 @@ def gate(
     Any number of samples. Raises ValueError for shapes that do not match, dtypes other than these,
     and widths that the config does not take. config: None takes PAIRED where there are rows for it.
     """
-    config = config or (PAIRED if len(x0) > CONFIG.rows else CONFIG)
+    config = config or _config_for(len(x0))
     _check_gate(x0, lows, up, bias, config)
     samples = len(x0)
     if samples == 0:
@@ -153,6 +155,10 @@ def gate(
     x0, *lows = (jnp.pad(array, rows) for array in (x0, *lows))
     columns = jnp.stack([bias.astype(jnp.float32), up.scales])
     return _launch(tuple(lows), up.values, columns, (x0,), out_scale, config)[:samples]
+
+
+def _config_for(samples: int) -> CrossConfig:
+    return PAIRED if samples > CONFIG.rows else CONFIG
 
 
 def _launch(
