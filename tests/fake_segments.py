@@ -119,12 +119,12 @@ class FakeSegments(Segments):
     def embed(self, state: BatchState, packed: np.ndarray) -> BatchState:
         lost = state.vectors.lost or self._is_next("embed")
         (bucket,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
-        fields = {n: packed[p] for n, p in self.staging.shape(bucket).places.items()}
-        inside = np.clip(fields["rows"], 0, len(self.table) - 1)
-        sums = np.concatenate([[0], np.cumsum(self.table[inside])])[fields["offsets"]]
-        row, new = fields["first_row"][0], state.vectors.values.copy()
+        first_row, batch = self.staging.shape(bucket).unpack(jnp.asarray(packed))
+        inside = np.clip(batch.rows, 0, len(self.table) - 1)
+        sums = np.concatenate([[0], np.cumsum(self.table[inside])])[np.asarray(batch.offsets)]
+        row, new = int(first_row), state.vectors.values.copy()
         assert row + bucket.samples <= len(new)
-        new[row : row + bucket.samples] = fields["dense"].view(np.float32) + 10 * np.diff(sums)
+        new[row : row + bucket.samples] = np.asarray(batch.dense)[:, 0] + 10 * np.diff(sums)
         vectors = self._donated(state, lost, new)
         are_well = np.asarray(self.staging.shape(bucket).are_well(jnp.asarray(packed)))
         return BatchState(vectors=vectors, dense=None, landed=FakeArray(self, are_well, lost))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
 from recflow_jax.batch import InputError, JaggedBatch
-from recflow_jax.engine import launcher, messages
+from recflow_jax.engine import free_copies, launcher, messages, staging
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import (
@@ -31,9 +31,8 @@ from recflow_jax.engine.errors import (
 )
 from recflow_jax.engine.messages import Inbox, Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
-from recflow_jax.engine.staging import Buffer, Staging
 from scheduling.pipeline import Action, Cancel, Event, Pipeline
-from scheduling.request import WHOLE, SliceBucket
+from scheduling.request import WHOLE
 
 SOON_S = 30
 
@@ -149,13 +148,13 @@ def test_callers_go_on_while_a_large_slice_is_packed(
     monkeypatch: pytest.MonkeyPatch, segments: int | None
 ):
     """And what the launcher is aside for counts as rest."""
-    monkeypatch.setattr(launcher, "LARGE_IDS", 3)
-    packing, packed, pack = Signal(), Signal(), Staging.pack
+    monkeypatch.setattr(staging, "LARGE_IDS", 3)
+    packing, packed, join = Signal(), Signal(), free_copies.join
 
-    def slowly(self: Staging, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
+    def slowly(*joins: tuple[list[np.ndarray], np.ndarray]) -> None:
         packing.set()
         assert packed.wait(SOON_S)
-        return pack(self, bucket, row, parts)
+        join(*joins)
 
     rests_us: list[int] = []
     monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
@@ -163,7 +162,7 @@ def test_callers_go_on_while_a_large_slice_is_packed(
     with Engine.from_segments(FakeSegments(options)) as engine:
         result(engine.submit(samples(1, 2, 3)))
         monkeypatch.setattr(Inbox, "rest", lambda _, us: rests_us.append(us))
-        monkeypatch.setattr(Staging, "pack", slowly)
+        monkeypatch.setattr(free_copies, "join", slowly)
         large = engine.submit(samples(1, 2, 3))
         assert packing.wait(SOON_S)
         time.sleep(0.05)

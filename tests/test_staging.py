@@ -1,6 +1,8 @@
 """Slices packed on the host and unpacked on the device are the same samples."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,12 +80,19 @@ def test_ids_are_copied_freely_where_there_are_many(
 ):
     whole, joined, join = generate(FIXED, 7, seed=3), [], free_copies.join
     monkeypatch.setattr(staging_module, "LARGE_IDS", len(whole.values) + (not are_many))
-    monkeypatch.setattr(free_copies, "join", lambda *a: joined.append(len(a[1])) or join(*a))
+    monkeypatch.setattr(free_copies, "join", lambda *joins: joined.append("copied") or join(*joins))
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        joined.append("aside")
+        yield
+        joined.append("back")
+
     parts = [prepared(FIXED, whole.part(a, b)) for a, b in ((0, 3), (3, 7))]
     packer = staging(FIXED)
-    _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, parts))
+    _, batch = unpacked(packer, BUCKET, packer.pack(BUCKET, 0, parts, aside=aside))
     assert_holds(FIXED, batch, whole)
-    assert joined == ([len(whole.values)] if are_many else [])
+    assert joined == (["aside", "copied", "back"] if are_many else [])
 
 
 @st.composite
@@ -220,12 +229,12 @@ def test_a_larger_bucket_after_a_smaller_one_has_offsets_of_its_own():
         assert_holds(FIXED, unpacked(packer, bucket, buffer)[1], batch)
 
 
-def test_offsets_of_as_many_fixed_bags_as_before_are_left_alone():
+def test_offsets_of_fixed_bags_are_not_written():
     packer = staging(FIXED)
     buffer = packer.pack(BUCKET, 0, [drawn(FIXED, 3, seed=1)])
     buffer.offsets[:] = 7
     packer.give_back(buffer)
-    again = packer.pack(BUCKET, 0, [drawn(FIXED, 1, seed=2), drawn(FIXED, 2, seed=3)])
+    again = packer.pack(BUCKET, 0, [drawn(FIXED, 1, seed=2), drawn(FIXED, 3, seed=3)])
     assert again is buffer and np.all(again.offsets == 7)
 
 

@@ -2,42 +2,50 @@
 
 numpy would leave it for each array, and wait for it as often: beside a thread that computes, each
 time for Python's switch interval. The kernel copies all in one call, process_vm_readv(2), of which
-the process to read from is this one. Where there is no such call, or it is forbidden, numpy joins.
+the process to read from is this one. Where there is no such call, or it is forbidden, the copies
+keep the interpreter; where there is one array only, numpy's copy is faster.
 """
 
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from recflow_jax.engine import held_copies
+
 MOST_ARRAYS = 1024  # UIO_MAXIOV of Linux: of one call
 
 
-def join(arrays: Sequence[np.ndarray], out: np.ndarray) -> None:
-    """`np.concatenate(arrays, out=out)`, of one dimension, the same dtype, each in one piece."""
-    end = 0
-    for first in range(0, len(arrays), MOST_ARRAYS):
-        some = arrays[first : first + MOST_ARRAYS]
-        start, end = end, end + sum([len(array) for array in some])
-        if len(some) == 1 or not _read(some, out[start:end]):
-            np.concatenate(some, out=out[start:end])
+def join(*joins: tuple[Sequence[np.ndarray], np.ndarray]) -> None:
+    """`np.concatenate(arrays, out=out)` of each (arrays, out), of one dimension and the same dtype,
+    each in one piece.
+    """
+    sources = [array for arrays, _ in joins for array in arrays]
+    if len(sources) > len(joins) and _read(sources, [out for _, out in joins]):
+        return
+    for arrays, out in joins:
+        held_copies.join(arrays, out)
 
 
-def _read(arrays: Sequence[np.ndarray], out: np.ndarray) -> bool:
-    """Whether all was copied; if not, `out` may be written to in part."""
-    if _READV is None:
+def _read(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> bool:
+    """Whether all bytes were copied, in order; if not, some may be."""
+    if _READV is None or len(sources) > MOST_ARRAYS:
         return False
-    sources = np.array([_place(array) for array in arrays], np.uintp)
-    target = np.array([_place(out)], np.uintp)
-    lists = (_place(target)[0], len(target), _place(sources)[0], len(sources))
-    return _READV(os.getpid(), *lists, 0) == out.nbytes
+    vectors = [_places(targets), _places(sources)]
+    (into, intos), (of, ofs) = ((_place(vector)[0], len(vector)) for vector in vectors)
+    return _READV(os.getpid(), into, intos, of, ofs, 0) == sum([one.nbytes for one in targets])
+
+
+def _places(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Of each a struct iovec."""
+    return np.array([_place(array) for array in arrays], np.uintp)
 
 
 def _place(array: np.ndarray) -> tuple[int, int]:
-    """Address and bytes: a struct iovec."""
+    """Address and bytes."""
     return array.__array_interface__["data"][0], array.nbytes
 
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +27,7 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
 from recflow_jax.engine.updates import Update
-from scheduling.host_costs import LARGE_IDS, RESTS
+from scheduling.host_costs import RESTS
 from scheduling.pipeline import (
     Action,
     Apply,
@@ -205,8 +205,9 @@ class Launcher:
         )
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
-        with self._inbox.aside() if piece.ids >= LARGE_IDS else nullcontext():
-            flight.buffer = self._segments.staging.pack(piece.bucket, piece.row, joining.samples)
+        flight.buffer = self._segments.staging.pack(
+            piece.bucket, piece.row, joining.samples, aside=self._inbox.aside
+        )
         now, ended = now_us(), self._tally.steps_ended
         flight.waits = [
             (now - one.request.arrived_us, ended - one.steps_ended)

@@ -2,15 +2,17 @@
 
 One copy to the device per slice, whatever the number of features. The buffer holds, in this order,
 the ids, the weights' bits, the dense features' bits, the slots' offsets, the first row of the batch
-that the slice lands at and, of a model with fixed bags, whether the ids are rows of their tables or
-of their groups already. Rows of tables need not be checked before: none reads outside its table,
-and which samples have such rows, or floats that are none, the device tells.
+that the slice lands at and, of a model with fixed bags, how many samples have such bags, if all
+have. Then the offsets are not read, and the ids are rows of their tables, which need not be checked
+before: none reads outside its table, and which samples have such rows, or floats that are none, the
+device tells. Else the ids are rows of their groups already.
 All sizes are the bucket's; what is behind the slice's own samples is padding: empty bags and zero
 dense features.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -36,7 +38,8 @@ class PackedShape:
     """Where each field of a slice lies in its buffer of `length` int32.
 
     bases, limits: of each id of a sample with fixed bags, where its table starts in its group and
-    how many rows it has; none where bags are jagged.
+    how many rows it has; none where bags are jagged. starts: of each slot of such a sample, how
+    many of its ids are before.
     """
 
     samples: int
@@ -46,6 +49,7 @@ class PackedShape:
     weighted: bool
     bases: tuple[int, ...]
     limits: tuple[int, ...]
+    starts: tuple[int, ...]
 
     @classmethod
     def of(cls, config: DLRMConfig, layout: Layout, bucket: SliceBucket) -> "PackedShape":
@@ -58,6 +62,7 @@ class PackedShape:
             weighted=config.weighted,
             bases=_per_id(config, layout.feature_bases),
             limits=_per_id(config, config.feature_rows),
+            starts=tuple(layout.slots_of(bag_offsets(config.fixed_bags or (), 1))[:-1].tolist()),
         )
 
     @cached_property
@@ -69,7 +74,7 @@ class PackedShape:
             "dense": self.samples * self.dense_width,
             "offsets": self.samples * self.slots + 1,
             "first_row": 1,
-            "of_tables": 1 if self.bases else 0,
+            "fixed_samples": 1 if self.bases else 0,
         }
         ends = accumulate(sizes.values())
         return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
@@ -77,7 +82,7 @@ class PackedShape:
     @property
     def length(self) -> int:
         """int32 elements of the buffer."""
-        return self.places["of_tables"].stop
+        return self.places["fixed_samples"].stop
 
     def unpack(self, packed: Int32[Array, " length"]) -> tuple[Int32[Array, ""], DeviceBatch]:
         """The first row and the samples, under jit on the device."""
@@ -87,7 +92,7 @@ class PackedShape:
         batch = DeviceBatch(
             dense=dense.reshape(self.samples, self.dense_width),
             rows=self._rows(fields),
-            offsets=fields["offsets"],
+            offsets=self._offsets(fields),
             weights=weights if self.weighted else None,
         )
         return fields["first_row"][0], batch
@@ -101,7 +106,7 @@ class PackedShape:
             return jnp.ones(self.samples, bool)
         fields = self._fields(packed)
         rows = self._by_sample(fields["rows"])
-        are_well = (fields["of_tables"] != 0) & (rows == self._nearest(rows)).all(axis=1)
+        are_well = (fields["fixed_samples"] >= 0) & (rows == self._nearest(rows)).all(axis=1)
         floats = [fields["dense"].reshape(self.samples, self.dense_width)[: len(rows)]]
         floats += [self._by_sample(fields["weights"])] if self.weighted else []
         for bits in floats:
@@ -115,8 +120,18 @@ class PackedShape:
             return rows
         own = self._by_sample(rows)
         of_groups = jnp.array(self.bases, jnp.int32) + self._nearest(own)
-        own = jnp.where(fields["of_tables"] != 0, of_groups, own)
+        own = jnp.where(fields["fixed_samples"] >= 0, of_groups, own)
         return jnp.concatenate([own.reshape(-1), rows[own.size :]])
+
+    def _offsets(self, fields: dict[str, Array]) -> Int32[Array, " offsets"]:
+        """Those given, or those of so many samples with fixed bags and of empty ones behind."""
+        if not self.bases:
+            return fields["offsets"]
+        per_sample, samples = len(self.bases), fields["fixed_samples"]
+        firsts = per_sample * jnp.arange(self.samples, dtype=jnp.int32)
+        starts = firsts[:, None] + jnp.array(self.starts, jnp.int32)
+        starts = jnp.append(starts.reshape(-1), per_sample * self.samples)
+        return jnp.where(samples < 0, fields["offsets"], jnp.minimum(starts, per_sample * samples))
 
     def _by_sample(self, of_ids: Array) -> Int32[Array, "samples ids"]:
         """Fixed bags' part of a field of ids, for as many samples as fit."""
@@ -137,13 +152,28 @@ def _per_id(config: DLRMConfig, of_features: Sequence[int]) -> tuple[int, ...]:
     return tuple(np.repeat(of_features, config.fixed_bags or 0).tolist())
 
 
+def _joins(
+    buffer: "Buffer", parts: Sequence[Prepared], ids: int
+) -> list[tuple[list[np.ndarray], np.ndarray]]:
+    """Which arrays are to be joined, and where."""
+    dense = [part.dense.reshape(-1) for part in parts]
+    joins = [
+        ([part.rows for part in parts], buffer.rows[:ids]),
+        (dense, buffer.dense[: buffer.samples].reshape(-1)),
+    ]
+    if len(buffer.weights):
+        weights = [part.weights for part in parts if part.weights is not None]
+        joins.append((weights, buffer.weights[:ids]))
+    return joins
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Buffer:
     """The int32 buffer of a slice, its fields as views, and what they hold from the slice before.
 
-    dense: float32 [room, dense_width], zero behind the first `samples` rows. offsets: those of
-    `fixed_samples` samples with fixed bags and of empty ones behind, if it is not None. of_tables:
-    1 if rows are those of tables, 0 if of groups, also what is left behind the slice's own ids.
+    dense: float32 [room, dense_width], zero behind the first `samples` rows. fixed_samples: how
+    many, if all have fixed bags; rows are those of tables then, also what is left behind the
+    slice's own ids. Else -1, and rows of groups.
     """
 
     array: np.ndarray
@@ -152,9 +182,8 @@ class Buffer:
     dense: np.ndarray
     offsets: np.ndarray
     first_row: np.ndarray
-    of_tables: np.ndarray
+    fixed_samples: np.ndarray
     samples: int = 0
-    fixed_samples: int | None = 0
 
     @classmethod
     def of(cls, shape: PackedShape) -> "Buffer":
@@ -169,7 +198,7 @@ class Buffer:
             dense=dense.reshape(shape.samples, shape.dense_width),
             offsets=array[places["offsets"]],
             first_row=array[places["first_row"]],
-            of_tables=array[places["of_tables"]],
+            fixed_samples=array[places["fixed_samples"]],
         )
 
 
@@ -200,20 +229,40 @@ class Staging:
             free = self._free[shape.length]
             free.extend([Buffer.of(shape) for _ in range(count - len(free))])
 
-    def pack(self, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
-        """The samples of `parts`, in order, to land at `row`. They must fit the bucket. The copy of
-        LARGE_IDS ids and more leaves Python's interpreter to others.
+    def pack(
+        self,
+        bucket: SliceBucket,
+        row: int,
+        parts: Sequence[Prepared],
+        *,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Buffer:
+        """The samples of `parts`, in order, to land at `row`. They must fit the bucket.
+
+        aside: what LARGE_IDS ids and more are copied in, which leaves Python's interpreter to
+        others.
         """
         buffer = self._take(self.shape(bucket))
         samples = sum([part.samples for part in parts])
-        are_fixed = all([part.slot_offsets is None for part in parts])
-        self._write_ids(buffer, parts, are_fixed)
-        self._write_offsets(buffer, samples, parts, are_fixed)
-        dense = [part.dense.reshape(-1) for part in parts]
-        held_copies.join(dense, buffer.dense[:samples].reshape(-1))
+        ids = sum([len(part.rows) for part in parts])
+        buffer.first_row[0] = row
         buffer.dense[samples : buffer.samples] = 0
         buffer.samples = samples
-        buffer.first_row[0] = row
+        can_be_fixed = len(self._bases) > 0
+        are_fixed = can_be_fixed and all([part.slot_offsets is None for part in parts])
+        if can_be_fixed:
+            self._note_bags(buffer, ids, samples if are_fixed else -1)
+        if not are_fixed:
+            self._write_offsets(buffer, parts)
+        joins = _joins(buffer, parts, ids)
+        if ids < LARGE_IDS:
+            for arrays, out in joins:
+                held_copies.join(arrays, out)
+        else:
+            with aside():
+                free_copies.join(*joins)
+        if can_be_fixed and not are_fixed:
+            self._add_bases(buffer, parts)
         return buffer
 
     def give_back(self, buffer: Buffer) -> None:
@@ -226,19 +275,10 @@ class Staging:
         except IndexError:
             return Buffer.of(shape)
 
-    def _write_ids(self, buffer: Buffer, parts: Sequence[Prepared], are_fixed: bool) -> None:
-        ids = sum([len(part.rows) for part in parts])
-        join = free_copies.join if ids >= LARGE_IDS else held_copies.join
-        join([part.rows for part in parts], buffer.rows[:ids])
-        if len(self._bases):
-            if not are_fixed:
-                self._add_bases(buffer, parts)
-            if buffer.of_tables[0] != are_fixed:
-                buffer.rows[ids:] = 0
-                buffer.of_tables[0] = are_fixed
-        if len(buffer.weights):
-            weights = [part.weights for part in parts if part.weights is not None]
-            join(weights, buffer.weights[:ids])
+    def _note_bags(self, buffer: Buffer, ids: int, fixed_samples: int) -> None:
+        if (buffer.fixed_samples[0] < 0) != (fixed_samples < 0):
+            buffer.rows[ids:] = 0
+        buffer.fixed_samples[0] = fixed_samples
 
     def _add_bases(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
         """Rows of tables become those of groups here beside jagged bags, else on the device; what
@@ -252,19 +292,7 @@ class Staging:
                 np.clip(rows, 0, self._last, out=rows)
                 rows += self._bases
 
-    def _write_offsets(
-        self, buffer: Buffer, samples: int, parts: Sequence[Prepared], are_fixed: bool
-    ) -> None:
-        """Fixed bags always have the same offsets, which may still be there."""
-        if not are_fixed:
-            self._write_jagged(buffer, parts)
-        elif buffer.fixed_samples != samples:
-            slots = self._slots_of_fixed(samples)
-            buffer.offsets[: len(slots)] = slots
-            buffer.offsets[len(slots) :] = slots[-1]
-            buffer.fixed_samples = samples
-
-    def _write_jagged(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
+    def _write_offsets(self, buffer: Buffer, parts: Sequence[Prepared]) -> None:
         slot = ids = 0
         for part in parts:
             slots = part.slot_offsets
@@ -274,7 +302,6 @@ class Staging:
             np.add(slots[:-1], ids, out=buffer.offsets[slot:end])
             slot, ids = end, ids + len(part.rows)
         buffer.offsets[slot:] = ids
-        buffer.fixed_samples = None
 
     def _slots_of_fixed(self, samples: int) -> np.ndarray:
         """The slots' offsets of so many samples with fixed bags."""

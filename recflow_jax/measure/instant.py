@@ -89,9 +89,11 @@ class _ClockedStaging(Staging):
     packing_us = 0.0
     thread = 0
 
-    def pack(self, bucket: SliceBucket, row: int, parts: Sequence[Prepared]) -> Buffer:
+    def pack(
+        self, bucket: SliceBucket, row: int, parts: Sequence[Prepared], **options: Any
+    ) -> Buffer:
         self.thread, started_ns = get_ident(), time.thread_time_ns()
-        buffer = super().pack(bucket, row, parts)
+        buffer = super().pack(bucket, row, parts, **options)
         self.packing_us += (time.thread_time_ns() - started_ns) / 1000
         return buffer
 
