@@ -7,6 +7,9 @@ from heapq import heapify, heappop, heappush
 from scheduling.request import Part, Request, SliceBucket
 
 SWEEP_AT_LEAST = 64
+WHOLE_SHARE = 16
+"""A request of up to such a part of a slice's room is not cut: what it would fill is worth less
+than the second slice that its answer would wait for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +33,12 @@ class _Waiting:
             return stop
         within_ids = self.request.id_offsets.searchsorted(self.first_id + ids, side="right") - 1
         return min(stop, int(within_ids))
+
+    def goes_whole(self, room: SliceBucket) -> bool:
+        """Whether it takes so little of a slice with so much room that it is not cut."""
+        request, share = self.request, WHOLE_SHARE
+        is_small = share * request.samples <= room.samples and share * request.ids <= room.ids
+        return self.start == 0 and is_small
 
     def cut(self, stop: int) -> tuple[Part, int]:
         """The part up to `stop` and its ids, which no longer wait."""
@@ -95,23 +104,25 @@ class WaitingQueue:
         return first is not None and first.reach(room.samples, room.ids) > first.start
 
     def take(self, room: SliceBucket, *, begun: bool = False) -> tuple[tuple[Part, ...], int]:
-        """As many samples as fit, strictly in order; their parts and how many ids they have.
+        """As many samples as fit, strictly in order; their parts and how many ids they have. A
+        request that takes little of the room is not cut.
 
         begun: only of requests of which some samples have left.
         """
         parts, samples_left, ids_left = [], room.samples, room.ids
         while first := self._first(begun):
             stop = first.reach(samples_left, ids_left)
-            if stop == first.start:
+            is_cut = stop < first.request.samples
+            if stop == first.start or (is_cut and parts and first.goes_whole(room)):
                 break
             part, ids = first.cut(stop)
             parts.append(part)
             samples_left, ids_left = samples_left - part.samples, ids_left - ids
             self.samples -= part.samples
-            if stop == first.request.samples:
-                self.drop(part.request_id)
-            else:
+            if is_cut:
                 self._begun[part.request_id] = first
+            else:
+                self.drop(part.request_id)
         return tuple(parts), room.ids - ids_left
 
     def _first(self, begun: bool) -> _Waiting | None:

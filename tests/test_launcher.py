@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from threading import Event as Signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from recflow_jax.engine.errors import (
 )
 from recflow_jax.engine.messages import Inbox, Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
+from recflow_jax.engine.staging import Buffer, Staging
 from scheduling.pipeline import Action, Cancel, Event, Pipeline
 from scheduling.request import WHOLE
 
@@ -141,6 +143,28 @@ def test_a_launcher_leaves_the_interpreter_to_the_callers_after_it_launched(
     launches = [us for us in rests_us if us > 0]
     assert launches
     assert all(us % 50 == 0 for us in rests_us)
+
+
+def test_ids_that_are_copied_stay_where_they_are(
+    engine: Engine, device: FakeSegments, monkeypatch: pytest.MonkeyPatch
+):
+    """Of all that have bags as expected and come meanwhile, even if others lie before them."""
+    buffers: list[Buffer] = []
+    pack = Staging.pack
+
+    def watched(self: Staging, *slice_: Any, **options: Any) -> Buffer:
+        buffers.append(pack(self, *slice_, **options))
+        return buffers[-1]
+
+    monkeypatch.setattr(Staging, "pack", watched)
+    held = fill_the_device(engine, device)
+    buffers.clear()
+    answers = [engine.submit(samples(1, ids=2).frozen())]
+    answers += [engine.submit(samples(value, ids=2)) for value in (2, 3, 4)]
+    device.go_on()
+    assert [result(answer) for answer in answers] == [scores(v, ids=2) for v in (1, 2, 3, 4)]
+    result(held)
+    assert any(buffer.berth is not None for buffer in buffers)
 
 
 @pytest.mark.parametrize("segments", [2, None])

@@ -140,6 +140,48 @@ def test_a_caller_waits_for_what_is_being_launched(monkeypatch: pytest.MonkeyPat
         assert called.result(SOON_S) < SOON_S
 
 
+def test_a_launcher_waits_for_who_berths_and_callers_for_the_launch(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
+    inbox, launched = Inbox(), threading.Event()
+
+    def launch() -> bool:
+        with inbox.launching():
+            launched.set()
+            with inbox.aside():
+                assert not inbox.has_berths
+            return inbox.has_berths
+
+    with ThreadPoolExecutor(1) as pool:
+        inbox.caller_enters()
+        assert inbox.may_berth()
+        launch_ = pool.submit(launch)
+        assert not launched.wait(0.02)
+        inbox.caller_leaves(berthed=True)
+        assert launch_.result(SOON_S)
+        assert not inbox.has_berths
+        assert inbox.may_berth()
+
+
+def test_nobody_waits_long_for_who_berths_and_hangs():
+    inbox = Inbox()
+    assert inbox.may_berth()
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(inbox.may_berth).result(SOON_S)
+
+        def launch() -> list[bool]:
+            with inbox.launching():
+                before = inbox.has_berths
+                with inbox.aside():
+                    pass
+                return [before, inbox.has_berths]
+
+        assert pool.submit(launch).result(SOON_S) == [False, False]
+        inbox.caller_leaves(berthed=True)
+        assert pool.submit(launch).result(SOON_S) == [True, True]
+
+
 def test_callers_go_on_while_a_launch_is_aside(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
     monkeypatch.setattr(messages, "now_us", partial(next, count(0, 7)))

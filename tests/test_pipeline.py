@@ -36,6 +36,7 @@ from scheduling.request import (
     Step,
     whole_batches,
 )
+from scheduling.waiting import WaitingQueue
 
 # A small engine: batches of 4 or 8 rows, slices of up to 4 samples and 40 ids, three segments.
 SMALL = PipelineConfig(
@@ -239,6 +240,35 @@ def test_a_slice_ends_before_the_sample_whose_ids_do_not_fit():
         "slice 0: r1[0:2],r2[0:1]",  # 40 ids, and a sample of none
         "slice 0: r2[1:2],r3[0:1]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "samples", "ids", "first"),
+    [
+        (31, 2, [1, 1], [(0, 31)]),
+        (31, 3, [1, 1, 1], [(0, 31), (0, 1)]),
+        (31, 2, [20, 21], [(0, 31), (0, 1)]),
+        (32, 2, [1, 1], [(0, 32)]),
+        (30, 2, [1, 1], [(0, 30), (0, 2)]),
+    ],
+    ids=["small", "more samples", "more ids", "full", "fits"],
+)
+def test_a_request_that_takes_little_of_a_slice_is_not_cut(before, samples, ids, first):
+    room, queue = SliceBucket(samples=32, ids=640), WaitingQueue()
+    queue.push(request(1, before))
+    queue.push(request(2, samples, ids))
+    parts, _ = queue.take(room)
+    assert [(part.start, part.stop) for part in parts] == first
+    left = sum(part.samples for part in queue.take(room)[0])
+    assert left == before + samples - sum(stop - start for start, stop in first)
+    assert queue.samples == 0 and not queue.has_begun
+
+
+def test_a_small_request_that_finds_nothing_else_is_cut():
+    """In what a batch has left, which is too little for it."""
+    queue = WaitingQueue()
+    queue.push(request(1, 2))
+    assert [part.samples for part in queue.take(SliceBucket(samples=1, ids=99))[0]] == [1]
 
 
 @pytest.mark.parametrize(

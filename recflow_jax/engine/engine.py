@@ -22,10 +22,11 @@ from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.berths import Berths
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
-from recflow_jax.engine.intake import Sparse, Terms, is_large, new_request, prepare
+from recflow_jax.engine.intake import Sparse, Terms, is_large, is_to_berth, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, Written, now_us
@@ -40,7 +41,7 @@ from recflow_jax.engine.switching import SWITCH_INTERVAL
 from recflow_jax.engine.updates import Update, new_rows
 from recflow_jax.model import Params
 from scheduling.planner import Plans
-from scheduling.request import Request
+from scheduling.request import Request, SliceBucket
 from scheduling.serial_batching import Collecting
 from scheduling.table import ProfileTable
 
@@ -108,6 +109,7 @@ class Engine:
         largest_slice = pipeline_config(segments, plans).largest_slice
         max_ids = min(segments.max_ids_per_sample, largest_slice.ids)
         self._preparer = Preparer(segments.config, segments.layout, max_ids=max_ids)
+        self._berths = _berths(segments, largest_slice)
         self._idle_times = None if table is None else IdleTimes(table, segments)
         self._profile = None if table is None else _profile_name(table, profile)
         self._request_ids = itertools.count()
@@ -168,14 +170,18 @@ class Engine:
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
+        berthed = False
         try:
             if not is_large(dense):
                 self._inbox.caller_enters()
-            most = self._options.max_queued_samples
-            samples = self._prepared(dense, sparse, most=most, checks_later=True)
+                berthed = (
+                    is_to_berth(dense) and self._berths is not None and self._inbox.may_berth()
+                )
+            most, berths = self._options.max_queued_samples, self._berths if berthed else None
+            samples = self._prepared(dense, sparse, most=most, checks_later=True, berths=berths)
             return self._enter(samples, terms)
         finally:
-            self._inbox.caller_leaves()
+            self._inbox.caller_leaves(berthed=berthed)
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.
@@ -254,9 +260,11 @@ class Engine:
         *,
         most: int | None = None,
         checks_later: bool = False,
+        berths: Berths | None = None,
     ) -> Prepared:
         try:
-            samples = prepare(self._preparer, dense, sparse, checks_later=checks_later)
+            options = {"checks_later": checks_later, "berths": berths}
+            samples = prepare(self._preparer, dense, sparse, **options)
             if most is not None and samples.samples > most:
                 raise InputError(
                     f"{samples.samples} samples are more than the queue ever holds, {most}; "
@@ -297,6 +305,16 @@ class Engine:
             f"{left_us / 1000:.3f} ms are left to the deadline, the request takes "
             f"{needed_us / 1000:.3f} ms at least"
         )
+
+
+def _berths(segments: Segments, largest: SliceBucket) -> Berths | None:
+    """None for a model without fixed bags."""
+    if not segments.config.fixed_bags:
+        return None
+    ids = min(largest.ids, largest.samples * sum(segments.config.fixed_bags))
+    berths = Berths(ids=ids, length=segments.staging.shape(largest).length)
+    berths.reserve(segments.options.max_steps_in_flight + 2)  # one waits, one is being filled
+    return berths
 
 
 def _started(name: str, run: Callable[[], None]) -> threading.Thread:

@@ -77,11 +77,13 @@ class FixedBags:
         rest = len(ids) - len(ids) % max(len(self._wide_limits), 1)
         return are_below(ids[:rest], self._wide_limits) and are_below(ids[rest:], self._limits)
 
-    def as_int32(self, values: np.ndarray) -> np.ndarray | None:
-        """The ids; a copy, unless nobody writes to them. None if one is outside its table."""
+    def as_int32(self, values: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray | None:
+        """The ids; a copy, in `out` if that is given, unless nobody writes to them. None if one is
+        outside its table.
+        """
         if is_shared(values):
             return values if self.are_of_tables(values) else None
-        copied = np.empty(len(values), np.int32)
+        copied = np.empty(len(values), np.int32) if out is None else out
         for start in range(0, len(values), max(self._block, 1)):
             block = slice(start, start + self._block)
             if not copy_ids(values[block], out=copied[block], of=len(values)):

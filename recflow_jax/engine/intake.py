@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recflow_jax.batch import InputError, JaggedBatch
+from recflow_jax.engine.berths import Berths
+from recflow_jax.engine.fixed_bags import is_shared
 from recflow_jax.engine.messages import Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
 from scheduling.host_costs import LARGE_IDS
@@ -41,15 +43,27 @@ def is_large(dense: Any) -> bool:
     return isinstance(dense, JaggedBatch) and len(dense.values) >= LARGE_IDS
 
 
+def is_to_berth(dense: Any) -> bool:
+    """Whether ids of this request are to be copied, and all that it takes is there: no waiting for
+    arrays of other kinds amid others who want berths.
+    """
+    return isinstance(dense, JaggedBatch) and not is_shared(dense.values)
+
+
 def prepare(
-    preparer: Preparer, dense: Any, sparse: Sparse | None, *, checks_later: bool = False
+    preparer: Preparer,
+    dense: Any,
+    sparse: Sparse | None,
+    *,
+    checks_later: bool = False,
+    berths: Berths | None = None,
 ) -> Prepared:
     """What a caller handed over, checked as `Preparer.prepare` does. Raises InputError."""
     if not isinstance(dense, JaggedBatch):
         return preparer.prepare_features(dense, sparse or {})
     if sparse is not None:
         raise InputError("sparse features beside a JaggedBatch, which has its own")
-    return preparer.prepare(dense, checks_later=checks_later)
+    return preparer.prepare(dense, checks_later=checks_later, berths=berths)
 
 
 def new_request(

@@ -96,10 +96,12 @@ class Launcher:
                 asked_us = now_us()
                 messages = self._inbox.wait(self._patience_s(), can_launch=self._policy.can_launch)
                 started_us = now_us()
-                actions = self._policy.step(started_us, [*self._events(messages)])
+                with self._inbox.launching():
+                    # Whose ids are in a berth by now is to be in the slice that leaves with it.
+                    messages += self._inbox.read()
+                    actions = self._policy.step(started_us, [*self._events(messages)])
+                    self._act(actions)
                 if actions:
-                    with self._inbox.launching():
-                        self._act(actions)
                     aside_us = self._inbox.take_aside_us()
                     took_us = now_us() - started_us - aside_us
                     self._inbox.rest(RESTS * took_us - (started_us - asked_us) - aside_us)
@@ -206,7 +208,11 @@ class Launcher:
 
     def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
         flight.buffer = self._segments.staging.pack(
-            piece.bucket, piece.row, joining.samples, aside=self._inbox.aside
+            piece.bucket,
+            piece.row,
+            joining.samples,
+            aside=self._inbox.aside,
+            may_stay=self._inbox.has_berths,
         )
         now, ended = now_us(), self._tally.steps_ended
         flight.waits = [

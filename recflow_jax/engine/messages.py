@@ -88,7 +88,8 @@ class Written:
 class Inbox:
     """The launcher's mail: any thread puts, one thread takes all that is there.
 
-    Putting rings the bell only where that thread sleeps, and would want to know.
+    Putting rings the bell only where that thread sleeps, and would want to know. has_berths: in a
+    launch, whether it alone may use berths now.
     """
 
     def __init__(self) -> None:
@@ -99,8 +100,9 @@ class Inbox:
         self._arrivals_to_wake = 1
         self._callers: set[int] = set()
         # A callback may submit on the launcher's own thread.
-        self._turn = RLock()
+        self._turn, self._berthing = RLock(), RLock()
         self._launching = False
+        self.has_berths = False
         self._aside_us = 0
 
     def caller_enters(self) -> None:
@@ -112,8 +114,16 @@ class Inbox:
         if self._launching and self._turn.acquire(timeout=LONGEST_TURN_S):
             self._turn.release()
 
-    def caller_leaves(self) -> None:
+    def may_berth(self) -> bool:
+        """Whether this caller alone may ask for berths, until it leaves; waits for others, but not
+        for long.
+        """
+        return self._berthing.acquire(timeout=LONGEST_TURN_S)
+
+    def caller_leaves(self, *, berthed: bool = False) -> None:
         """Behind `caller_enters`, on the same thread, whatever came of the request."""
+        if berthed:
+            self._berthing.release()
         self._callers.discard(get_ident())
 
     @contextmanager
@@ -121,9 +131,12 @@ class Inbox:
         """While the launcher launches."""
         with self._turn:
             self._launching = True
+            # Callers who use berths now are through soon; the next ones wait for the turn.
+            self.has_berths = self._berthing.acquire(timeout=LONGEST_TURN_S)
             try:
                 yield
             finally:
+                self._leave_berths()
                 self._launching = False
 
     @contextmanager
@@ -131,13 +144,20 @@ class Inbox:
         """In a launch, while it leaves the interpreter to others: callers go on."""
         started_us = now_us()
         self._launching = False
+        self._leave_berths()
         self._turn.release()
         try:
             yield
         finally:
             self._turn.acquire()
             self._launching = True
+            self.has_berths = self._berthing.acquire(timeout=LONGEST_TURN_S)
             self._aside_us += now_us() - started_us
+
+    def _leave_berths(self) -> None:
+        if self.has_berths:
+            self.has_berths = False
+            self._berthing.release()
 
     def take_aside_us(self) -> int:
         """How long launches were aside since this was asked before."""
@@ -167,6 +187,10 @@ class Inbox:
         if not self._has_urgent and len(self._messages) < self._arrivals_to_wake:
             self._sleep(timeout_s)
         self._asleep = self._has_urgent = False
+        return self.read()
+
+    def read(self) -> list[Message]:
+        """All messages that are there."""
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
     def rest(self, longest_us: int) -> None:

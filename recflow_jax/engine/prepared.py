@@ -20,6 +20,7 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
+from recflow_jax.engine.berths import Berth, Berths
 from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids, is_shared
 from recflow_jax.engine.held_copies import copy
 from recflow_jax.layout import Layout
@@ -36,7 +37,8 @@ class Prepared:
     as a row of its group; where slot_offsets is None, as a row of its table. id_offsets: int64
     [n + 1], the ids before each sample. weights: float32 [total], or None where no feature is
     weighted. is_checked: whether each row is known to be in its table, and each float to be finite;
-    if not, bags are fixed.
+    if not, bags are fixed. berth, place: where rows lie, and from which of its elements on, if they
+    lie in a slice's buffer.
     """
 
     dense: np.ndarray
@@ -45,6 +47,8 @@ class Prepared:
     slot_offsets: np.ndarray | None
     weights: np.ndarray | None
     is_checked: bool = True
+    berth: Berth | None = None
+    place: int = 0
 
     @property
     def samples(self) -> int:
@@ -62,6 +66,8 @@ class Prepared:
             slot_offsets=self._slots_of(start, stop),
             weights=None if self.weights is None else self.weights[place],
             is_checked=self.is_checked,
+            berth=self.berth,
+            place=self.place + int(ids[0]),
         )
 
     def _slots_of(self, start: int, stop: int) -> np.ndarray | None:
@@ -91,10 +97,13 @@ class Preparer:
             lengths = dict(zip([f.name for f in config.features], config.fixed_bags, strict=True))
             self._fixed = FixedBags(lengths, self._limits)
 
-    def prepare(self, batch: JaggedBatch, *, checks_later: bool = False) -> Prepared:
+    def prepare(
+        self, batch: JaggedBatch, *, checks_later: bool = False, berths: Berths | None = None
+    ) -> Prepared:
         """The samples as they are now, whatever becomes of those of `batch`'s arrays that can be
         written to. checks_later: what it would only look at, ids and floats of samples with fixed
-        bags whose ids need no copy, is left to `check`.
+        bags whose ids need no copy, is left to `check`. berths: where the ids of others with fixed
+        bags are copied to.
 
         Raises InputError that names feature, sample and value.
         """
@@ -102,7 +111,8 @@ class Preparer:
         bags = self._fixed
         if bags is not None and bags.are_in(batch):
             given = (batch.dense, batch.values, batch.weights)
-            prepared = self._prepare_fixed(bags, *given, checks_later=checks_later)
+            options = {"checks_later": checks_later, "berths": berths}
+            prepared = self._prepare_fixed(bags, *given, **options)
         else:
             prepared = self._prepare_jagged(batch)
         return self._refuse(batch) if prepared is None else prepared
@@ -142,13 +152,24 @@ class Preparer:
         weights: np.ndarray | None,
         *,
         checks_later: bool = False,
+        berths: Berths | None = None,
     ) -> Prepared | None:
-        checks_later = checks_later and is_shared(values)
-        rows = values if checks_later else bags.as_int32(values)
+        offsets = bags.id_offsets(len(dense))
+        if is_shared(values):
+            rows = values if checks_later else bags.as_int32(values)
+            berth = None
+        else:
+            checks_later = False
+            berth = berths.with_room(len(values)) if berths else None
+            room = berth and berth.array[berth.end : berth.end + len(values)]
+            rows = bags.as_int32(values, out=room)
         if rows is None:
             return None
-        offsets = bags.id_offsets(len(dense))
-        return _with_floats(dense, weights, rows, offsets, None, is_checked=not checks_later)
+        prepared = _with_floats(dense, weights, rows, offsets, None, is_checked=not checks_later)
+        if berth is not None and prepared is not None:
+            prepared.berth, prepared.place = berth, berth.end
+            berth.end += len(rows)
+        return prepared
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
         offsets, n = batch.offsets.copy(), batch.samples

@@ -24,9 +24,11 @@ from jaxtyping import Array, Bool, Int32
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine import free_copies, held_copies
+from recflow_jax.engine.berths import Berth
 from recflow_jax.engine.fixed_bags import bag_offsets
 from recflow_jax.engine.pinned import pinned_zeros
 from recflow_jax.engine.prepared import Prepared
+from recflow_jax.engine.stays import Stay, stay
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch
 from scheduling.host_costs import LARGE_IDS
@@ -152,28 +154,14 @@ def _per_id(config: DLRMConfig, of_features: Sequence[int]) -> tuple[int, ...]:
     return tuple(np.repeat(of_features, config.fixed_bags or 0).tolist())
 
 
-def _joins(
-    buffer: "Buffer", parts: Sequence[Prepared], ids: int
-) -> list[tuple[list[np.ndarray], np.ndarray]]:
-    """Which arrays are to be joined, and where."""
-    dense = [part.dense.reshape(-1) for part in parts]
-    joins = [
-        ([part.rows for part in parts], buffer.rows[:ids]),
-        (dense, buffer.dense[: buffer.samples].reshape(-1)),
-    ]
-    if len(buffer.weights):
-        weights = [part.weights for part in parts if part.weights is not None]
-        joins.append((weights, buffer.weights[:ids]))
-    return joins
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Buffer:
     """The int32 buffer of a slice, its fields as views, and what they hold from the slice before.
 
     dense: float32 [room, dense_width], zero behind the first `samples` rows. fixed_samples: how
     many, if all have fixed bags; rows are those of tables then, also what is left behind the
-    slice's own ids. Else -1, and rows of groups.
+    slice's own ids. Else -1, and rows of groups. berth: where the buffer lies, if in one; what is
+    behind its samples and ids may be anything then.
     """
 
     array: np.ndarray
@@ -183,12 +171,21 @@ class Buffer:
     offsets: np.ndarray
     first_row: np.ndarray
     fixed_samples: np.ndarray
+    berth: Berth | None = None
     samples: int = 0
 
     @classmethod
     def of(cls, shape: PackedShape) -> "Buffer":
         """A buffer of no samples."""
-        array = pinned_zeros(shape.length)
+        return cls._on(shape, pinned_zeros(shape.length), None)
+
+    @classmethod
+    def in_berth(cls, shape: PackedShape, staying: Stay) -> "Buffer":
+        """A buffer of which only the ids that stay are something."""
+        return cls._on(shape, staying.buffer, staying.berth)
+
+    @classmethod
+    def _on(cls, shape: PackedShape, array: np.ndarray, berth: Berth | None) -> "Buffer":
         places = shape.places
         dense = array[places["dense"]].view(np.float32)
         return cls(
@@ -199,7 +196,29 @@ class Buffer:
             offsets=array[places["offsets"]],
             first_row=array[places["first_row"]],
             fixed_samples=array[places["fixed_samples"]],
+            berth=berth,
         )
+
+
+def _joins(
+    buffer: Buffer, parts: Sequence[Prepared], ids: int, staying: Stay | None
+) -> list[tuple[list[np.ndarray], np.ndarray]]:
+    """Which arrays are to be joined, and where."""
+    rows, joins = [part.rows for part in parts], []
+    if staying is None:
+        joins.append((rows, buffer.rows[:ids]))
+    else:
+        before, behind = rows[: staying.first], rows[staying.last :]
+        if before:
+            joins.append((before, buffer.rows[: sum([len(one) for one in before])]))
+        if behind:
+            joins.append((behind, buffer.rows[ids - sum([len(one) for one in behind]) : ids]))
+    dense = [part.dense.reshape(-1) for part in parts]
+    joins.append((dense, buffer.dense[: buffer.samples].reshape(-1)))
+    if len(buffer.weights):
+        weights = [part.weights for part in parts if part.weights is not None]
+        joins.append((weights, buffer.weights[:ids]))
+    return joins
 
 
 class Staging:
@@ -236,26 +255,31 @@ class Staging:
         parts: Sequence[Prepared],
         *,
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        may_stay: bool = False,
     ) -> Buffer:
         """The samples of `parts`, in order, to land at `row`. They must fit the bucket.
 
         aside: what LARGE_IDS ids and more are copied in, which leaves Python's interpreter to
-        others.
+        others. may_stay: whether the buffer may be a berth, if there is one that fits.
         """
-        buffer = self._take(self.shape(bucket))
+        shape = self.shape(bucket)
         samples = sum([part.samples for part in parts])
         ids = sum([len(part.rows) for part in parts])
+        can_be_fixed = len(self._bases) > 0
+        are_fixed = can_be_fixed and all([part.slot_offsets is None for part in parts])
+        staying = None
+        if may_stay and are_fixed:
+            staying = stay(parts, ids=shape.ids, length=shape.length)
+        buffer = self._take(shape) if staying is None else Buffer.in_berth(shape, staying)
         buffer.first_row[0] = row
         buffer.dense[samples : buffer.samples] = 0
         buffer.samples = samples
-        can_be_fixed = len(self._bases) > 0
-        are_fixed = can_be_fixed and all([part.slot_offsets is None for part in parts])
         if can_be_fixed:
             self._note_bags(buffer, ids, samples if are_fixed else -1)
         if not are_fixed:
             self._write_offsets(buffer, parts)
-        joins = _joins(buffer, parts, ids)
-        if ids < LARGE_IDS:
+        joins = _joins(buffer, parts, ids, staying)
+        if ids - (staying.ids if staying else 0) < LARGE_IDS:
             for arrays, out in joins:
                 held_copies.join(arrays, out)
         else:
@@ -266,8 +290,9 @@ class Staging:
         return buffer
 
     def give_back(self, buffer: Buffer) -> None:
-        """Let a later slice overwrite `buffer`."""
-        self._free[len(buffer.array)].append(buffer)
+        """Let a later slice overwrite `buffer`; a berth goes with the last who has it."""
+        if buffer.berth is None:
+            self._free[len(buffer.array)].append(buffer)
 
     def _take(self, shape: PackedShape) -> Buffer:
         try:
@@ -276,7 +301,8 @@ class Staging:
             return Buffer.of(shape)
 
     def _note_bags(self, buffer: Buffer, ids: int, fixed_samples: int) -> None:
-        if (buffer.fixed_samples[0] < 0) != (fixed_samples < 0):
+        is_other = (buffer.fixed_samples[0] < 0) != (fixed_samples < 0)
+        if buffer.berth is None and is_other:
             buffer.rows[ids:] = 0
         buffer.fixed_samples[0] = fixed_samples
 

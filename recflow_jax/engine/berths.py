@@ -1,0 +1,61 @@
+"""Room in slices' buffers, for ids that are copied there when their request comes.
+
+What its caller may write to is copied in `submit` anyway. Copied into a berth, one request's ids
+behind the other's, a slice of such requests lies in its buffer already (see `stays`). One at a time
+may use berths, callers and the launcher: `Inbox` has a lock for it.
+"""
+
+import weakref
+from collections import deque
+
+import numpy as np
+
+from recflow_jax.engine.pinned import pinned_zeros
+from scheduling.host_costs import LARGE_IDS
+
+AROUND = LARGE_IDS  # ids before and behind the room of a berth, for those of others
+
+
+class Berth:
+    """An int32 buffer, of which requests have filled [AROUND, end).
+
+    has_left: whether a slice has been launched from it: no other one is.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.end = AROUND
+        self.has_left = False
+
+
+class Berths:
+    """The berths of one engine. ids, length: of its largest slice, how many there are and how long
+    the buffer is.
+
+    An array is used again when nobody has its berth any more.
+    """
+
+    def __init__(self, *, ids: int, length: int) -> None:
+        self._ids = ids
+        self._length = AROUND + length + AROUND
+        self._free: deque[np.ndarray] = deque()
+        self._open: Berth | None = None
+
+    def reserve(self, count: int) -> None:
+        """Makes arrays for `count` berths: later it may take a request milliseconds."""
+        self._free.extend([pinned_zeros(self._length) for _ in range(count - len(self._free))])
+
+    def with_room(self, ids: int) -> Berth | None:
+        """Where the next `ids` find room, from its `end` on; None where there is never so much."""
+        if ids > self._ids:
+            return None
+        berth = self._open
+        if berth is None or berth.has_left or berth.end + ids > AROUND + self._ids:
+            berth = self._open = self._new()
+        return berth
+
+    def _new(self) -> Berth:
+        array = self._free.pop() if self._free else pinned_zeros(self._length)
+        berth = Berth(array)
+        weakref.finalize(berth, self._free.append, array).atexit = False
+        return berth

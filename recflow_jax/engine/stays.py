@@ -1,0 +1,66 @@
+"""Which requests of a slice lie where they can stay: in a berth, one behind the other.
+
+The berth is the slice's buffer then. What else belongs to the slice is written behind its ids, and
+only the ids of others are copied, before and behind those that stay.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from recflow_jax.engine.berths import AROUND, Berth
+from recflow_jax.engine.prepared import Prepared
+
+
+class Stay(NamedTuple):
+    """A slice's buffer in a berth, where the `ids` of parts [first, last) lie in their places."""
+
+    berth: Berth
+    buffer: np.ndarray
+    first: int
+    last: int
+    ids: int
+
+
+def stay(parts: Sequence[Prepared], *, ids: int, length: int) -> Stay | None:
+    """The buffer of a slice of `parts`, `length` long and with room for `ids`, around the longest
+    run of them that lie one behind the other; None where that would write over other requests.
+    """
+    first, last = _longest_run(parts)
+    berth = parts[first].berth if first < last else None
+    if berth is None:
+        return None
+    start, staying = parts[first].place, _ids(parts[first:last])
+    end = start + staying
+    before, behind = _ids(parts[:first]), _ids(parts[last:])
+    if before > (AROUND if start == AROUND else 0):
+        return None
+    place = start - before
+    is_last = end == berth.end
+    if not is_last and (behind or place + ids < berth.end):
+        return None
+    if place + length > len(berth.array):
+        return None
+    berth.has_left = True
+    return Stay(berth, berth.array[place : place + length], first, last, staying)
+
+
+def _longest_run(parts: Sequence[Prepared]) -> tuple[int, int]:
+    """[first, last) of the parts that lie one behind the other, by ids; empty if none is in a berth
+    that no slice has left from.
+    """
+    best, most = (0, 0), 0
+    first, run_ids, end, berth = 0, 0, 0, None
+    for index, part in enumerate(parts):
+        ids = len(part.rows)
+        if part.berth is None or part.berth is not berth or part.place != end:
+            first, run_ids, berth = index, 0, part.berth
+        end, run_ids = part.place + ids, run_ids + ids
+        if berth is not None and not berth.has_left and run_ids > most:
+            best, most = (first, index + 1), run_ids
+    return best
+
+
+def _ids(parts: Sequence[Prepared]) -> int:
+    return sum([len(part.rows) for part in parts])
