@@ -139,7 +139,7 @@ def test_who_came_while_a_slice_was_decided_stays_behind_and_is_copied_before_th
     host = Host()
     for seed in range(2):
         host.submit(1, seed)
-    late = host.submit(1, 2)
+    host.submit(1, 2)
     host.launch(2)
     assert host.stayed == 0  # its bucket's other fields would lie in the third's place
     host = Host()

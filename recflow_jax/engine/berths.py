@@ -27,6 +27,15 @@ class Berth:
         self.end = AROUND
         self.has_left = False
 
+    def room(self, ids: int) -> np.ndarray:
+        """Where the next `ids` go: nobody's until they are kept."""
+        return self.array[self.end : self.end + ids]
+
+    def keep(self, ids: int) -> int:
+        """The place from which on the next `ids` lie, in `room`, until nobody has the berth."""
+        place, self.end = self.end, self.end + ids
+        return place
+
 
 class Berths:
     """The berths of one engine. ids, length: of its largest slice, how many there are and how long
@@ -46,7 +55,7 @@ class Berths:
         self._free.extend([pinned_zeros(self._length) for _ in range(count - len(self._free))])
 
     def with_room(self, ids: int) -> Berth | None:
-        """Where the next `ids` find room, from its `end` on; None where there is never so much."""
+        """Where the next `ids` find room; None where there is never so much."""
         if ids > self._ids:
             return None
         berth = self._open

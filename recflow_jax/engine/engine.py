@@ -170,18 +170,17 @@ class Engine:
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
-        berthed = False
+        berths = None
         try:
             if not is_large(dense):
                 self._inbox.caller_enters()
-                berthed = (
-                    is_to_berth(dense) and self._berths is not None and self._inbox.may_berth()
-                )
-            most, berths = self._options.max_queued_samples, self._berths if berthed else None
+                if self._berths and is_to_berth(dense) and self._inbox.may_berth():
+                    berths = self._berths
+            most = self._options.max_queued_samples
             samples = self._prepared(dense, sparse, most=most, checks_later=True, berths=berths)
             return self._enter(samples, terms)
         finally:
-            self._inbox.caller_leaves(berthed=berthed)
+            self._inbox.caller_leaves(berthed=berths is not None)
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.
@@ -263,8 +262,9 @@ class Engine:
         berths: Berths | None = None,
     ) -> Prepared:
         try:
-            options = {"checks_later": checks_later, "berths": berths}
-            samples = prepare(self._preparer, dense, sparse, **options)
+            samples = prepare(
+                self._preparer, dense, sparse, checks_later=checks_later, berths=berths
+            )
             if most is not None and samples.samples > most:
                 raise InputError(
                     f"{samples.samples} samples are more than the queue ever holds, {most}; "

@@ -44,8 +44,8 @@ def is_large(dense: Any) -> bool:
 
 
 def is_to_berth(dense: Any) -> bool:
-    """Whether ids of this request are to be copied, and all that it takes is there: no waiting for
-    arrays of other kinds amid others who want berths.
+    """Whether this request's ids are to be copied, and lie in an array: others who want berths are
+    not to wait until one has been made.
     """
     return isinstance(dense, JaggedBatch) and not is_shared(dense.values)
 

@@ -129,35 +129,35 @@ class Inbox:
     @contextmanager
     def launching(self) -> Iterator[None]:
         """While the launcher launches."""
-        with self._turn:
-            self._launching = True
-            # Callers who use berths now are through soon; the next ones wait for the turn.
-            self.has_berths = self._berthing.acquire(timeout=LONGEST_TURN_S)
-            try:
-                yield
-            finally:
-                self._leave_berths()
-                self._launching = False
+        self._take_turn()
+        try:
+            yield
+        finally:
+            self._leave_turn()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """In a launch, while it leaves the interpreter to others: callers go on."""
         started_us = now_us()
-        self._launching = False
-        self._leave_berths()
-        self._turn.release()
+        self._leave_turn()
         try:
             yield
         finally:
-            self._turn.acquire()
-            self._launching = True
-            self.has_berths = self._berthing.acquire(timeout=LONGEST_TURN_S)
+            self._take_turn()
             self._aside_us += now_us() - started_us
 
-    def _leave_berths(self) -> None:
+    def _take_turn(self) -> None:
+        self._turn.acquire()
+        self._launching = True
+        # Callers who use berths now are through soon; the next ones wait for the turn.
+        self.has_berths = self._berthing.acquire(timeout=LONGEST_TURN_S)
+
+    def _leave_turn(self) -> None:
         if self.has_berths:
             self.has_berths = False
             self._berthing.release()
+        self._launching = False
+        self._turn.release()
 
     def take_aside_us(self) -> int:
         """How long launches were aside since this was asked before."""

@@ -111,8 +111,7 @@ class Preparer:
         bags = self._fixed
         if bags is not None and bags.are_in(batch):
             given = (batch.dense, batch.values, batch.weights)
-            options = {"checks_later": checks_later, "berths": berths}
-            prepared = self._prepare_fixed(bags, *given, **options)
+            prepared = self._prepare_fixed(bags, *given, checks_later=checks_later, berths=berths)
         else:
             prepared = self._prepare_jagged(batch)
         return self._refuse(batch) if prepared is None else prepared
@@ -154,21 +153,18 @@ class Preparer:
         checks_later: bool = False,
         berths: Berths | None = None,
     ) -> Prepared | None:
-        offsets = bags.id_offsets(len(dense))
-        if is_shared(values):
-            rows = values if checks_later else bags.as_int32(values)
-            berth = None
-        else:
-            checks_later = False
-            berth = berths.with_room(len(values)) if berths else None
-            room = berth and berth.array[berth.end : berth.end + len(values)]
-            rows = bags.as_int32(values, out=room)
+        needs_copy = not is_shared(values)
+        berth = berths.with_room(len(values)) if berths and needs_copy else None
+        is_checked = needs_copy or not checks_later
+        rows = values
+        if is_checked:
+            rows = bags.as_int32(values, out=berth and berth.room(len(values)))
         if rows is None:
             return None
-        prepared = _with_floats(dense, weights, rows, offsets, None, is_checked=not checks_later)
+        offsets = bags.id_offsets(len(dense))
+        prepared = _with_floats(dense, weights, rows, offsets, None, is_checked=is_checked)
         if berth is not None and prepared is not None:
-            prepared.berth, prepared.place = berth, berth.end
-            berth.end += len(rows)
+            prepared.berth, prepared.place = berth, berth.keep(len(rows))
         return prepared
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:

@@ -6,8 +6,8 @@ that the slice lands at and, of a model with fixed bags, how many samples have s
 have. Then the offsets are not read, and the ids are rows of their tables, which need not be checked
 before: none reads outside its table, and which samples have such rows, or floats that are none, the
 device tells. Else the ids are rows of their groups already.
-All sizes are the bucket's; what is behind the slice's own samples is padding: empty bags and zero
-dense features.
+All sizes are the bucket's; what is behind the slice's own samples is padding: empty bags and dense
+features of zero, or of anything in a berth.
 """
 
 from collections import defaultdict, deque
@@ -28,7 +28,7 @@ from recflow_jax.engine.berths import Berth
 from recflow_jax.engine.fixed_bags import bag_offsets
 from recflow_jax.engine.pinned import pinned_zeros
 from recflow_jax.engine.prepared import Prepared
-from recflow_jax.engine.stays import Stay, stay
+from recflow_jax.engine.stays import Run, Stay, stay
 from recflow_jax.layout import Layout
 from recflow_jax.model import DeviceBatch
 from scheduling.host_costs import LARGE_IDS
@@ -181,8 +181,10 @@ class Buffer:
 
     @classmethod
     def in_berth(cls, shape: PackedShape, staying: Stay) -> "Buffer":
-        """A buffer of which only the ids that stay are something."""
-        return cls._on(shape, staying.buffer, staying.berth)
+        """A buffer of no samples but for the ids that stay."""
+        buffer = cls._on(shape, staying.buffer, staying.berth)
+        buffer.fixed_samples[0] = 0
+        return buffer
 
     @classmethod
     def _on(cls, shape: PackedShape, array: np.ndarray, berth: Berth | None) -> "Buffer":
@@ -201,24 +203,18 @@ class Buffer:
 
 
 def _joins(
-    buffer: Buffer, parts: Sequence[Prepared], ids: int, staying: Stay | None
+    buffer: Buffer, parts: Sequence[Prepared], ids: int, run: Run
 ) -> list[tuple[list[np.ndarray], np.ndarray]]:
-    """Which arrays are to be joined, and where."""
-    rows, joins = [part.rows for part in parts], []
-    if staying is None:
-        joins.append((rows, buffer.rows[:ids]))
-    else:
-        before, behind = rows[: staying.first], rows[staying.last :]
-        if before:
-            joins.append((before, buffer.rows[: sum([len(one) for one in before])]))
-        if behind:
-            joins.append((behind, buffer.rows[ids - sum([len(one) for one in behind]) : ids]))
+    """Which arrays are to be joined, and where: of ids, those before and behind what stays."""
+    rows = [part.rows for part in parts]
+    before, behind = buffer.rows[: run.start], buffer.rows[run.stop : ids]
+    joins = [(rows[: run.first], before), (rows[run.last :], behind)]
     dense = [part.dense.reshape(-1) for part in parts]
     joins.append((dense, buffer.dense[: buffer.samples].reshape(-1)))
     if len(buffer.weights):
         weights = [part.weights for part in parts if part.weights is not None]
         joins.append((weights, buffer.weights[:ids]))
-    return joins
+    return [(arrays, out) for arrays, out in joins if arrays]
 
 
 class Staging:
@@ -278,8 +274,9 @@ class Staging:
             self._note_bags(buffer, ids, samples if are_fixed else -1)
         if not are_fixed:
             self._write_offsets(buffer, parts)
-        joins = _joins(buffer, parts, ids, staying)
-        if ids - (staying.ids if staying else 0) < LARGE_IDS:
+        run = staying.run if staying else Run()
+        joins = _joins(buffer, parts, ids, run)
+        if ids - (run.stop - run.start) < LARGE_IDS:
             for arrays, out in joins:
                 held_copies.join(arrays, out)
         else:
@@ -301,8 +298,7 @@ class Staging:
             return Buffer.of(shape)
 
     def _note_bags(self, buffer: Buffer, ids: int, fixed_samples: int) -> None:
-        is_other = (buffer.fixed_samples[0] < 0) != (fixed_samples < 0)
-        if buffer.berth is None and is_other:
+        if (buffer.fixed_samples[0] < 0) != (fixed_samples < 0):
             buffer.rows[ids:] = 0
         buffer.fixed_samples[0] = fixed_samples
 

@@ -13,14 +13,21 @@ from recflow_jax.engine.berths import AROUND, Berth
 from recflow_jax.engine.prepared import Prepared
 
 
+class Run(NamedTuple):
+    """Parts [first, last) of a slice, whose ids are the slice's [start, stop)."""
+
+    first: int = 0
+    last: int = 0
+    start: int = 0
+    stop: int = 0
+
+
 class Stay(NamedTuple):
-    """A slice's buffer in a berth, where the `ids` of parts [first, last) lie in their places."""
+    """A slice's buffer in a berth, where the ids of `run` lie in their places."""
 
     berth: Berth
     buffer: np.ndarray
-    first: int
-    last: int
-    ids: int
+    run: Run
 
 
 def stay(parts: Sequence[Prepared], *, ids: int, length: int) -> Stay | None:
@@ -31,8 +38,8 @@ def stay(parts: Sequence[Prepared], *, ids: int, length: int) -> Stay | None:
     berth = parts[first].berth if first < last else None
     if berth is None:
         return None
-    start, staying = parts[first].place, _ids(parts[first:last])
-    end = start + staying
+    start = parts[first].place
+    end = start + _ids(parts[first:last])
     before, behind = _ids(parts[:first]), _ids(parts[last:])
     if before > (AROUND if start == AROUND else 0):
         return None
@@ -43,7 +50,8 @@ def stay(parts: Sequence[Prepared], *, ids: int, length: int) -> Stay | None:
     if place + length > len(berth.array):
         return None
     berth.has_left = True
-    return Stay(berth, berth.array[place : place + length], first, last, staying)
+    run = Run(first, last, before, end - place)
+    return Stay(berth, berth.array[place : place + length], run)
 
 
 def _longest_run(parts: Sequence[Prepared]) -> tuple[int, int]:
