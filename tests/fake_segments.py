@@ -7,10 +7,12 @@ is updated.
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from recflow_jax.backend import choose_backend
@@ -19,7 +21,7 @@ from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
-from recflow_jax.engine.staging import Staging
+from recflow_jax.engine.staging import PackedShape, Staging
 from recflow_jax.engine.updates import NewRows
 from recflow_jax.layout import Layout
 from scheduling.request import CoRun, SegmentShape
@@ -45,6 +47,12 @@ OPTIONS = EngineOptions(
 
 class DeviceBroke(RuntimeError):
     pass
+
+
+@cache
+def _reader(shape: PackedShape) -> Callable[..., Any]:
+    """What a packed slice holds: its first row, its samples, and which of them are well."""
+    return jax.jit(lambda packed: (*shape.unpack(packed), shape.are_well(packed)))
 
 
 class FakeArray:
@@ -119,15 +127,15 @@ class FakeSegments(Segments):
     def embed(self, state: BatchState, packed: np.ndarray) -> BatchState:
         lost = state.vectors.lost or self._is_next("embed")
         (bucket,) = (b for b in self.slice_buckets if self.staging.shape(b).length == len(packed))
-        first_row, batch = self.staging.shape(bucket).unpack(jnp.asarray(packed))
+        first_row, batch, are_well = _reader(self.staging.shape(bucket))(packed)
         inside = np.clip(batch.rows, 0, len(self.table) - 1)
         sums = np.concatenate([[0], np.cumsum(self.table[inside])])[np.asarray(batch.offsets)]
         row, new = int(first_row), state.vectors.values.copy()
         assert row + bucket.samples <= len(new)
         new[row : row + bucket.samples] = np.asarray(batch.dense)[:, 0] + 10 * np.diff(sums)
         vectors = self._donated(state, lost, new)
-        are_well = np.asarray(self.staging.shape(bucket).are_well(jnp.asarray(packed)))
-        return BatchState(vectors=vectors, dense=None, landed=FakeArray(self, are_well, lost))
+        landed = FakeArray(self, np.asarray(are_well), lost)
+        return BatchState(vectors=vectors, dense=None, landed=landed)
 
     def start(self, shape: SegmentShape, state: BatchState) -> Any:
         lost = state.vectors.lost or self._is_next("start")
@@ -162,6 +170,9 @@ class FakeSegments(Segments):
 
     def compile_all(self, progress: bool | None = None, **what: Any) -> None:
         self.compiled = what
+        for bucket in self.slice_buckets:  # not on a request's time
+            shape = self.staging.shape(bucket)
+            _reader(shape)(np.zeros(shape.length, np.int32))
 
     def _check(self, cell: CoRun, packed: np.ndarray) -> None:
         """It was compiled, and the slice has its size."""
