@@ -13,8 +13,8 @@ from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine import berths as berths_module
 from recflow_jax.engine import stays
-from recflow_jax.engine.berths import Berths
-from recflow_jax.engine.prepared import Prepared, Preparer
+from recflow_jax.engine.berths import Berths, Room
+from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.layout import Layout
 from scheduling.request import SliceBucket
@@ -42,13 +42,29 @@ class Host:
         self.preparer = Preparer(FIXED, layout, max_ids=LARGEST.ids)
         self.berths = Berths(ids=LARGEST.ids, length=self.staging.shape(LARGEST).length)
         self.waiting: list[tuple[JaggedBatch, Prepared]] = []
+        self.reserved: list[tuple[int, int, Room]] = []
         self.launched: list[tuple[JaggedBatch, Buffer, SliceBucket]] = []
         self.stayed = self.copied = 0
 
     def submit(self, samples: int, seed: int, *, berthed: bool = True) -> Prepared:
+        return self._prepare(samples, seed, self.berths.room if berthed else None)
+
+    def reserve(self, samples: int, seed: int) -> None:
+        """A large request's room: others come and go before it is filled."""
+        room = self.berths.room(samples * PER_SAMPLE, only_free=True)
+        if room is not None:
+            room.keep()
+            self.reserved.append((samples, seed, room))
+
+    def fill(self) -> None:
+        """The first of these requests is ready."""
+        if self.reserved:
+            samples, seed, room = self.reserved.pop(0)
+            self._prepare(samples, seed, lambda _: room)
+
+    def _prepare(self, samples: int, seed: int, find_room: FindRoom | None) -> Prepared:
         batch = generate(FIXED, samples, seed=seed)
-        berths = self.berths if berthed else None
-        prepared = self.preparer.prepare(batch, checks_later=True, berths=berths)
+        prepared = self.preparer.prepare(batch, checks_later=True, find_room=find_room)
         self.waiting.append((JaggedBatch.join([batch]), prepared))
         batch.values[:] = -1  # its caller's again
         return prepared
@@ -96,14 +112,21 @@ class Host:
             assert np.all(found.offsets[len(plain.offsets) :] == n * PER_SAMPLE)
 
 
+ACTS = ["submit", "submit", "private", "reserve", "fill", "launch", "skip", "drop"]
+
+
 @given(data=st.data())
 @settings(max_examples=80)
 def test_nothing_that_waits_or_flies_is_written_over(data: st.DataObject):
     host, samples = Host(), st.integers(1, 5)
     for seed in range(data.draw(st.integers(1, 14))):
-        act = data.draw(st.sampled_from(["submit", "submit", "private", "launch", "skip", "drop"]))
+        act = data.draw(st.sampled_from(ACTS))
         if act in ("submit", "private"):
             host.submit(data.draw(samples), seed, berthed=act == "submit")
+        elif act == "reserve":
+            host.reserve(data.draw(samples), seed)
+        elif act == "fill":
+            host.fill()
         elif act == "drop" and host.waiting:
             host.waiting.pop(data.draw(st.integers(0, len(host.waiting) - 1)))
         elif act in ("launch", "skip"):
@@ -215,20 +238,22 @@ def test_who_is_refused_leaves_no_gap():
     first = host.submit(2, 1)
     for bad in (wrong, dataclasses.replace(generate(FIXED, 2, seed=0), dense=wrong.dense * np.nan)):
         with pytest.raises(InputError):
-            host.preparer.prepare(bad, berths=host.berths)
+            host.preparer.prepare(bad, find_room=host.berths.room)
     assert host.submit(2, 2).place == first.place + len(first.rows)
 
 
 def test_what_needs_no_copy_gets_no_berth():
     host, batch = Host(), generate(FIXED, 2, seed=0)
-    frozen = host.preparer.prepare(batch.frozen(), checks_later=True, berths=host.berths)
+    frozen = host.preparer.prepare(batch.frozen(), checks_later=True, find_room=host.berths.room)
     assert frozen.berth is None and frozen.rows.base is batch.frozen().values.base
 
 
 def test_what_never_fits_gets_no_berth():
     host = Host()
     preparer = Preparer(FIXED, Layout.of(FIXED), max_ids=99 * PER_SAMPLE)
-    large = preparer.prepare(generate(FIXED, LARGEST.samples + 1, seed=0), berths=host.berths)
+    large = preparer.prepare(
+        generate(FIXED, LARGEST.samples + 1, seed=0), find_room=host.berths.room
+    )
     assert large.berth is None
     assert host.submit(LARGEST.samples, 1).berth is not None
 
@@ -247,3 +272,17 @@ def test_an_array_is_used_again_when_nobody_has_its_berth():
     assert host.submit(8, 2).rows.base is not array
     host.land()
     assert host.submit(8, 3).rows.base is array
+
+
+def test_a_large_request_gets_no_array_of_its_own():
+    """It may be one of many that wait: memory for all would be the engine's for good."""
+    host = Host()
+    assert host.berths.room(PER_SAMPLE, only_free=True) is None
+    host.berths.reserve(1)
+    host.reserve(LARGEST.samples, 0)
+    host.reserve(1, 1)
+    assert len(host.reserved) == 1
+    host.fill()
+    host.launch(LARGEST.samples)
+    host.check()
+    assert (host.stayed, host.copied) == (1, 0)

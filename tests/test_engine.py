@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
-from recflow_jax.engine import intake
+from recflow_jax.engine import intake, staging, stays
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.messages import Inbox
+from recflow_jax.engine.stays import Stay
 from recflow_jax.measure.host import by_name
 from small_models import (
     BF16,
@@ -288,3 +290,25 @@ def test_only_callers_of_small_requests_take_turns_with_the_launcher(
     with engine_of(FIXED) as engine:
         engine.submit(generate(FIXED, 3, seed=0)).result(SOON_S)
     assert seen == enters
+
+
+@pytest.mark.parametrize("large_ids", [1, 2**20])
+def test_requests_are_copied_once_whether_they_are_large_or_small(
+    large_ids: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Into slices' buffers, which nobody holds for longer than room is found there."""
+    stayed: list[bool] = []
+
+    def stay(*args: Any, **kwargs: Any) -> Stay | None:
+        staying = stays.stay(*args, **kwargs)
+        stayed.append(staying is not None)
+        return staying
+
+    monkeypatch.setattr(intake, "LARGE_IDS", large_ids)
+    monkeypatch.setattr(staging, "stay", stay)
+    batches = [generate(FIXED, 8, seed=seed) for seed in range(9)]
+    with engine_of(FIXED) as engine:
+        for batch in batches:
+            scores = engine.submit(batch).result(SOON_S)
+            assert_same_scores(FIXED, scores, reference_scores(FIXED, params_of(FIXED), batch))
+    assert stayed == [True] * len(batches)

@@ -158,7 +158,7 @@ def test_a_launcher_waits_for_who_berths_and_callers_for_the_launch(
         assert inbox.may_berth()
         launch_ = pool.submit(launch)
         assert not launched.wait(0.02)
-        inbox.caller_leaves(berthed=True)
+        inbox.leave_berths()
         assert launch_.result(SOON_S)
         assert not inbox.has_berths
         assert inbox.may_berth()
@@ -178,7 +178,7 @@ def test_nobody_waits_long_for_who_berths_and_hangs():
                 return [before, inbox.has_berths]
 
         assert pool.submit(launch).result(SOON_S) == [False, False]
-        inbox.caller_leaves(berthed=True)
+        inbox.leave_berths()
         assert pool.submit(launch).result(SOON_S) == [True, True]
 
 

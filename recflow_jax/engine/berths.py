@@ -7,6 +7,7 @@ may use berths, callers and the launcher: `Inbox` has a lock for it.
 
 import weakref
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,14 +28,27 @@ class Berth:
         self.end = AROUND
         self.has_left = False
 
-    def room(self, ids: int) -> np.ndarray:
-        """Where the next `ids` go: nobody's until they are kept."""
-        return self.array[self.end : self.end + ids]
 
-    def keep(self, ids: int) -> int:
-        """The place from which on the next `ids` lie, in `room`, until nobody has the berth."""
-        place, self.end = self.end, self.end + ids
-        return place
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The next `ids` of a berth, from `place` on: nobody's until they are kept."""
+
+    berth: Berth
+    place: int
+    ids: int
+
+    @property
+    def array(self) -> np.ndarray:
+        """int32 [ids]."""
+        return self.berth.array[self.place : self.place + self.ids]
+
+    def keep(self) -> None:
+        """Until nobody has the berth. Who keeps what is kept changes nothing, and may do so while
+        others use berths.
+        """
+        end = self.place + self.ids
+        if self.berth.end < end:
+            self.berth.end = end
 
 
 class Berths:
@@ -54,14 +68,18 @@ class Berths:
         """Makes arrays for `count` berths: later it may take a request milliseconds."""
         self._free.extend([pinned_zeros(self._length) for _ in range(count - len(self._free))])
 
-    def with_room(self, ids: int) -> Berth | None:
-        """Where the next `ids` find room; None where there is never so much."""
+    def room(self, ids: int, *, only_free: bool = False) -> Room | None:
+        """Where the next `ids` find room; None where there is never so much, or, if `only_free`,
+        where an array would have to be made.
+        """
         if ids > self._ids:
             return None
         berth = self._open
         if berth is None or berth.has_left or berth.end + ids > AROUND + self._ids:
+            if only_free and not self._free:
+                return None
             berth = self._open = self._new()
-        return berth
+        return Room(berth, berth.end, ids)
 
     def _new(self) -> Berth:
         array = self._free.pop() if self._free else pinned_zeros(self._length)

@@ -22,7 +22,7 @@ from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
-from recflow_jax.engine.berths import Berths
+from recflow_jax.engine.berths import Berths, Room
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
@@ -33,7 +33,7 @@ from recflow_jax.engine.messages import Close, Flight, Inbox, Written, now_us
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
 from recflow_jax.engine.planning import pipeline_config, plans_of, policy_of
-from recflow_jax.engine.prepared import Prepared, Preparer
+from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
 from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stats import EngineStats, Tally, Waits
@@ -170,17 +170,23 @@ class Engine:
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
-        berths = None
+        find_room, has_berths = None, False
         try:
-            if not is_large(dense):
+            if is_large(dense):
+                find_room = self._large_room
+            else:
                 self._inbox.caller_enters()
                 if self._berths and is_to_berth(dense) and self._inbox.may_berth():
-                    berths = self._berths
+                    find_room, has_berths = self._berths.room, True
             most = self._options.max_queued_samples
-            samples = self._prepared(dense, sparse, most=most, checks_later=True, berths=berths)
+            samples = self._prepared(
+                dense, sparse, most=most, checks_later=True, find_room=find_room
+            )
             return self._enter(samples, terms)
         finally:
-            self._inbox.caller_leaves(berthed=berths is not None)
+            if has_berths:
+                self._inbox.leave_berths()
+            self._inbox.caller_leaves()
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.
@@ -259,11 +265,11 @@ class Engine:
         *,
         most: int | None = None,
         checks_later: bool = False,
-        berths: Berths | None = None,
+        find_room: FindRoom | None = None,
     ) -> Prepared:
         try:
             samples = prepare(
-                self._preparer, dense, sparse, checks_later=checks_later, berths=berths
+                self._preparer, dense, sparse, checks_later=checks_later, find_room=find_room
             )
             if most is not None and samples.samples > most:
                 raise InputError(
@@ -274,6 +280,18 @@ class Engine:
         except InputError:
             self._tally.rejected("input")
             raise
+
+    def _large_room(self, ids: int) -> Room | None:
+        """Kept at once: others use berths while it is filled."""
+        if not self._berths or not self._inbox.may_berth():
+            return None
+        try:
+            room = self._berths.room(ids, only_free=True)
+            if room is not None:
+                room.keep()
+            return room
+        finally:
+            self._inbox.leave_berths()
 
     def _enter_now(self, samples: Prepared) -> Answer:
         return self._enter(samples, Terms(arrived_us=now_us()))

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import MAX_IDS, JaggedBatch
+from recflow_jax.engine.copiers import in_shares
 from recflow_jax.engine.held_copies import UNSEEN, copy, side_by_side
 from scheduling.host_costs import LARGE_IDS
 
 COPIED_IDS = 2**18  # at a time, checked while they are in the cache
 KEPT_BAGS = 2**18  # whose offsets are known beforehand
 WIDE_IDS = UNSEEN  # looked at side by side: numpy goes through short rows slowly
-KEPT_STEPS = 2**13
+KEPT_STEPS = 2**13 + 1
 INT32 = np.dtype(np.int32)
 
 
@@ -84,13 +85,23 @@ class FixedBags:
         if is_shared(values):
             return values if self.are_of_tables(values) else None
         copied = np.empty(len(values), np.int32) if out is None else out
+
+        def copy_run(start: int, stop: int) -> bool:
+            return self._copy(values[start:stop], copied[start:stop], of=len(values))
+
+        unit = max(self.ids, 1)
+        are_well = in_shares(copy_run, len(values), nbytes=copied.nbytes, unit=unit)
+        return copied if all(are_well) else None
+
+    def _copy(self, values: np.ndarray, out: np.ndarray, *, of: int) -> bool:
+        """Block by block; False, and not to the end, if one is outside its table."""
         for start in range(0, len(values), max(self._block, 1)):
             block = slice(start, start + self._block)
-            if not copy_ids(values[block], out=copied[block], of=len(values)):
-                return None
-            if not self.are_of_tables(copied[block]):
-                return None
-        return copied
+            if not copy_ids(values[block], out=out[block], of=of):
+                return False
+            if not self.are_of_tables(out[block]):
+                return False
+        return True
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""

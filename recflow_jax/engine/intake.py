@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recflow_jax.batch import InputError, JaggedBatch
-from recflow_jax.engine.berths import Berths
 from recflow_jax.engine.fixed_bags import is_shared
 from recflow_jax.engine.messages import Submitted
-from recflow_jax.engine.prepared import Prepared, Preparer
+from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
 from scheduling.host_costs import LARGE_IDS
 from scheduling.request import Request
 
@@ -56,14 +55,14 @@ def prepare(
     sparse: Sparse | None,
     *,
     checks_later: bool = False,
-    berths: Berths | None = None,
+    find_room: FindRoom | None = None,
 ) -> Prepared:
     """What a caller handed over, checked as `Preparer.prepare` does. Raises InputError."""
     if not isinstance(dense, JaggedBatch):
         return preparer.prepare_features(dense, sparse or {})
     if sparse is not None:
         raise InputError("sparse features beside a JaggedBatch, which has its own")
-    return preparer.prepare(dense, checks_later=checks_later, berths=berths)
+    return preparer.prepare(dense, checks_later=checks_later, find_room=find_room)
 
 
 def new_request(

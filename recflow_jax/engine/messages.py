@@ -114,17 +114,19 @@ class Inbox:
         if self._launching and self._turn.acquire(timeout=LONGEST_TURN_S):
             self._turn.release()
 
+    def caller_leaves(self) -> None:
+        """Behind `caller_enters`, on the same thread, whatever came of the request."""
+        self._callers.discard(get_ident())
+
     def may_berth(self) -> bool:
-        """Whether this caller alone may ask for berths, until it leaves; waits for others, but not
+        """Whether this thread alone may use berths, until `leave_berths`; waits for others, but not
         for long.
         """
         return self._berthing.acquire(timeout=LONGEST_TURN_S)
 
-    def caller_leaves(self, *, berthed: bool = False) -> None:
-        """Behind `caller_enters`, on the same thread, whatever came of the request."""
-        if berthed:
-            self._berthing.release()
-        self._callers.discard(get_ident())
+    def leave_berths(self) -> None:
+        """Behind a `may_berth` that was granted, on the same thread."""
+        self._berthing.release()
 
     @contextmanager
     def launching(self) -> Iterator[None]:

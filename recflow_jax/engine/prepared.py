@@ -5,7 +5,7 @@ not be copied here is looked at by the device, and by `check` where that finds s
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,10 +20,12 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.berths import Berth, Berths
+from recflow_jax.engine.berths import Berth, Room
 from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids, is_shared
 from recflow_jax.engine.held_copies import copy
 from recflow_jax.layout import Layout
+
+FindRoom = Callable[[int], Room | None]
 
 BLOCK_IDS = 2**16  # made rows at a time, so that the arrays in between stay in the cache
 
@@ -98,12 +100,12 @@ class Preparer:
             self._fixed = FixedBags(lengths, self._limits)
 
     def prepare(
-        self, batch: JaggedBatch, *, checks_later: bool = False, berths: Berths | None = None
+        self, batch: JaggedBatch, *, checks_later: bool = False, find_room: FindRoom | None = None
     ) -> Prepared:
         """The samples as they are now, whatever becomes of those of `batch`'s arrays that can be
         written to. checks_later: what it would only look at, ids and floats of samples with fixed
-        bags whose ids need no copy, is left to `check`. berths: where the ids of others with fixed
-        bags are copied to.
+        bags whose ids need no copy, is left to `check`. find_room: for so many ids of others with
+        fixed bags, which are copied there; else to memory of their own.
 
         Raises InputError that names feature, sample and value.
         """
@@ -111,7 +113,9 @@ class Preparer:
         bags = self._fixed
         if bags is not None and bags.are_in(batch):
             given = (batch.dense, batch.values, batch.weights)
-            prepared = self._prepare_fixed(bags, *given, checks_later=checks_later, berths=berths)
+            prepared = self._prepare_fixed(
+                bags, *given, checks_later=checks_later, find_room=find_room
+            )
         else:
             prepared = self._prepare_jagged(batch)
         return self._refuse(batch) if prepared is None else prepared
@@ -151,20 +155,21 @@ class Preparer:
         weights: np.ndarray | None,
         *,
         checks_later: bool = False,
-        berths: Berths | None = None,
+        find_room: FindRoom | None = None,
     ) -> Prepared | None:
         needs_copy = not is_shared(values)
-        berth = berths.with_room(len(values)) if berths and needs_copy else None
+        room = find_room(len(values)) if find_room and needs_copy else None
         is_checked = needs_copy or not checks_later
         rows = values
         if is_checked:
-            rows = bags.as_int32(values, out=berth and berth.room(len(values)))
+            rows = bags.as_int32(values, out=room and room.array)
         if rows is None:
             return None
         offsets = bags.id_offsets(len(dense))
         prepared = _with_floats(dense, weights, rows, offsets, None, is_checked=is_checked)
-        if berth is not None and prepared is not None:
-            prepared.berth, prepared.place = berth, berth.keep(len(rows))
+        if room is not None and prepared is not None:
+            room.keep()
+            prepared.berth, prepared.place = room.berth, room.place
         return prepared
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
