@@ -143,7 +143,8 @@ class Pipeline:
     """Decides which step to launch next, from what has arrived and what has ended.
 
     Requests run by ascending priority, then in the order of arrival; one that is too large for a
-    slice or for the rest of a batch is split, and its remainder stays first in its priority. While
+    slice or for the rest of a batch is split, and its remainder stays first in its priority, but
+    small ones wait for the next batch rather than be split (WHOLE_SHARE in `waiting`). While
     urgent requests use up the device, less urgent ones wait without bound: give them deadlines.
     How batches are cut, and what is launched beside a segment, is up to `plans`. A write waits for
     the requests that are partly gathered and for the filling batch, which takes in no others.
@@ -238,7 +239,7 @@ class Pipeline:
         """
         if self._filling.rows == 0:
             self._backlog = self._queue.samples
-        room = self._config.largest_slice_at(self._filling.rows)
+        room = self._room_left()
         if self._writes:
             return room is not None and self._queue.fits(room, begun=True)
         return self._backlog > 0 and room is not None and self._queue.fits(room)
@@ -264,11 +265,21 @@ class Pipeline:
 
     def _room_beside(self, shape: SegmentShape | None) -> SliceBucket | None:
         """For a slice: in the filling batch and, beside a segment, by the plans."""
-        room = self._config.largest_slice_at(self._filling.rows)
+        room = self._room_left()
         if shape is None or room is None:
             return room
         planned = self._plans.slice_beside(shape, self._queue.samples)
         return min(room, planned, key=attrgetter("samples", "ids"))
+
+    def _room_left(self) -> SliceBucket | None:
+        """For a slice in the filling batch; None where it is so little that a request that takes
+        little of a slice would be cut for it: that would wait for two batches, and cost a launch.
+        """
+        room = self._config.largest_slice_at(self._filling.rows)
+        if room is None or not self._filling.rows:
+            return room
+        of, only_begun = self._config.largest_slice, self._writes > 0
+        return room if self._queue.fits_uncut(room, of=of, begun=only_begun) else None
 
     def _slice(self, room: SliceBucket | None) -> Slice | None:
         """As much waiting work as there is room for."""

@@ -103,6 +103,15 @@ class WaitingQueue:
         first = self._first(begun)
         return first is not None and first.reach(room.samples, room.ids) > first.start
 
+    def fits_uncut(self, room: SliceBucket, *, of: SliceBucket, begun: bool = False) -> bool:
+        """Whether what waits first fits, or takes so much of a slice with the room `of` that it is
+        cut; what has begun is cut already. begun: of those alone.
+        """
+        first = self._first(begun)
+        if first is None or not first.goes_whole(of):
+            return True
+        return first.reach(room.samples, room.ids) == first.request.samples
+
     def take(self, room: SliceBucket, *, begun: bool = False) -> tuple[tuple[Part, ...], int]:
         """As many samples as fit, strictly in order; their parts and how many ids they have. A
         request that takes little of the room is not cut.

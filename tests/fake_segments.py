@@ -161,7 +161,10 @@ class FakeSegments(Segments):
         state = self.embed(self.new_state(), packed)
         lost = state.vectors.lost or self._is_next("whole")
         values = state.vectors.values[: cell.segment.batch, None].copy()
-        return self._segment(cell.segment, FakeArray(self, values, lost)), state.landed
+        shape = self.staging.shape(cell.slice)
+        if shape.bases and packed[shape.places["fixed_samples"]] >= 0:
+            values[~state.landed.values] = np.nan
+        return self._segment(cell.segment, FakeArray(self, values, lost))
 
     def write_rows(self, new: NewRows) -> FakeArray:
         lost = self._is_next("write")

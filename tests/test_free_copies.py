@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from computing import PATIENCE_S, computing
-from recflow_jax.engine import copiers, free_copies
+from recflow_jax.engine import free_copies
 from recflow_jax.engine.free_copies import MOST_ARRAYS, join
 
 LONG = 2**20
@@ -30,14 +30,7 @@ def help_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.fixture(params=["alone", "in shares"])
-def helpers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "in shares":
-        monkeypatch.setattr(copiers.os, "cpu_count", lambda: 3 * copiers.CORES_EACH)
-        monkeypatch.setattr(copiers, "SHARE_BYTES", 9)
-
-
-@pytest.mark.usefixtures("help_of", "helpers")
+@pytest.mark.usefixtures("help_of")
 @pytest.mark.parametrize(
     "lengths", [[0], [3], [LONG, 0, 1, LONG], [5] * (MOST_ARRAYS // 2), [5] * MOST_ARRAYS]
 )

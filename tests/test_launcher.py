@@ -352,13 +352,27 @@ def test_who_was_cancelled_is_refused_no_more(engine: Engine, device: FakeSegmen
     assert (engine.stats().rejected, engine.stats().cancelled) == ({}, 1)
 
 
-def test_what_is_copied_is_looked_at_at_once(engine: Engine):
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_what_is_copied_is_looked_at_later_too(engine: Engine, dtype: type):
+    """As it was when it was handed over."""
     batch = samples(1, 2, ids=2)
-    batch.values[0] = -1
-    with pytest.raises(InputError, match="sample 0: id -1"):
-        engine.submit(batch)
+    batch = replace(batch, values=batch.values.astype(dtype))
+    batch.values[0] = -1 if dtype is np.int32 else 1000
+    with pytest.raises(InputError, match=f"sample 0: id {batch.values[0]}"):
+        answer = engine.submit(batch)
+        batch.values[:] = 0
+        answer.result(timeout=SOON_S)
     with pytest.raises(InputError, match="sample 1: id 1000"):
         engine.predict(wrong_id(1, 2))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**32])
+def test_what_int32_does_not_hold_is_refused_at_once(engine: Engine, wrong: int):
+    batch = samples(1, 2, ids=2)
+    batch = replace(batch, values=batch.values.astype(np.int64))
+    batch.values[0] = wrong
+    with pytest.raises(InputError, match=f"sample 0: id {wrong}"):
+        engine.submit(batch)
 
 
 # --- the queue

@@ -271,6 +271,47 @@ def test_a_small_request_that_finds_nothing_else_is_cut():
     assert [part.samples for part in queue.take(SliceBucket(samples=1, ids=99))[0]] == [1]
 
 
+BATCHES_OF_32 = PipelineConfig(
+    batch_buckets=(16, 32),
+    slice_buckets=tuple(SliceBucket(samples=n, ids=20 * n) for n in (1, 16, 32)),
+    segments=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "samples", "batches"),
+    [
+        ([31], [2], [31, 2]),
+        ([31], [3], [32, 2]),
+        ([30], [2], [32]),
+        ([31], [1, 2], [32, 2]),
+        ([31, 2], [2], [31, 4]),
+    ],
+    ids=["small", "large", "fits", "fits first", "the next batch"],
+)
+def test_a_batch_leaves_a_little_room_rather_than_cut_a_small_request(before, samples, batches):
+    """Which would wait for two batches, and cost a slice of its own."""
+    pipeline = Pipeline(BATCHES_OF_32, with_whole(BATCHES_OF_32))
+    sizes, launched = before + samples, []
+    waiting = [arrive(id, samples=size) for id, size in enumerate(sizes)]
+    while waiting or not pipeline.idle:
+        found = steps(pipeline.step(0, waiting))
+        launched += found
+        waiting = [StepDone(step_id=step.id) for step in found]
+    assert [step.segment.samples for step in launched if step.segment] == batches
+    assert [step.co_run for step in launched if step.slice] == [WHOLE] * len(batches)
+
+
+def test_a_small_request_beside_a_segment_is_not_cut_for_the_rest_of_a_batch():
+    pipeline = Pipeline(replace(BATCHES_OF_32, max_steps_in_flight=2, segments=3))
+    pipeline.step(0, [arrive(1, samples=16)])
+    done = StepDone(step_id=0)
+    assert told(pipeline.step(1, [done, arrive(2, samples=31), arrive(3, samples=2)])) == [
+        "slice 1: r2[0:31] | segment 0.1"
+    ]
+    assert told(pipeline.step(2, [StepDone(step_id=1)])) == ["segment 0.2"]
+
+
 @pytest.mark.parametrize(
     ("ids", "bucket_samples"), [([1], 2), ([1, 1], 2), ([21], 4), ([1, 1, 1], 4)]
 )

@@ -71,9 +71,8 @@ def test_whole_batches_are_the_reference(config: DLRMConfig):
     (cell,) = whole_batches((8,), segments.slice_buckets)
     segments.compile_all(progress=False, cuts=(), co_runs=[cell])
     samples = segments.preparer.prepare(batch)
-    found, landed = segments.run_whole(cell, segments.staging.pack(cell.slice, 0, [samples]).array)
+    found = segments.run_whole(cell, segments.staging.pack(cell.slice, 0, [samples]).array)
     assert (found.shape, found.dtype) == ((8, config.outputs), np.float32)
-    assert np.asarray(landed).all()
     expected = reference_scores(config, params_of(config), batch)
     assert_same_scores(config, np.asarray(found)[:7], expected)
 

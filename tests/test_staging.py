@@ -183,6 +183,15 @@ def test_the_device_tells_which_samples_are_well(config: DLRMConfig, data: st.Da
     buffer = packer.pack(BUCKET, 0, [makes.prepare(batch.frozen(), checks_later=True)])
     expected = [is_well(config, batch.part(i, i + 1)) for i in range(batch.samples)]
     assert well(packer, buffer)[: batch.samples] == expected
+    assert marked(packer, buffer)[: batch.samples] == [not one for one in expected]
+
+
+def marked(packer: Staging, buffer: Buffer, bucket: SliceBucket = BUCKET) -> list[bool]:
+    """Which scores the device gives up."""
+    scores, packed = jnp.ones((bucket.samples, 2)), jnp.asarray(buffer.array)
+    found = np.isnan(packer.shape(bucket).marked(scores, packed))
+    assert (found.all(axis=1) == found.any(axis=1)).all()
+    return found.any(axis=1).tolist()
 
 
 def is_well(config: DLRMConfig, sample: JaggedBatch) -> bool:
@@ -197,7 +206,8 @@ def test_the_device_vouches_for_no_bags_beside_jagged_ones():
     few = next(b for s in range(99) if not is_fixed(b := generate(VARIED, 1, seed=s)))
     packer = staging(FIXED)
     parts = [drawn(FIXED, 2, seed=1), prepared(FIXED, few)]
-    assert well(packer, packer.pack(BUCKET, 0, parts)) == [False] * 8
+    buffer = packer.pack(BUCKET, 0, parts)
+    assert well(packer, buffer) == marked(packer, buffer) == [False] * 8
 
 
 def test_a_slice_with_room_for_fewer_bags_than_samples_is_looked_at():
@@ -206,6 +216,7 @@ def test_a_slice_with_room_for_fewer_bags_than_samples_is_looked_at():
     narrow, packer = SliceBucket(samples=8, ids=3 * per_sample + 1), staging(FIXED)
     buffer = packer.pack(narrow, 0, [drawn(FIXED, 3, seed=1)])
     assert well(packer, buffer, narrow) == [True] * 3
+    assert not any(marked(packer, buffer, narrow)[:3])
     assert_holds(
         FIXED, packer.shape(narrow).unpack(jnp.asarray(buffer.array))[1], generate(FIXED, 3, seed=1)
     )
@@ -214,7 +225,8 @@ def test_a_slice_with_room_for_fewer_bags_than_samples_is_looked_at():
 @pytest.mark.parametrize("config", [CONCAT, NO_SPARSE], ids=lambda c: c.name)
 def test_samples_that_are_checked_before_are_well(config: DLRMConfig):
     packer = staging(config)
-    assert all(well(packer, packer.pack(BUCKET, 0, [drawn(config, 2, seed=1)])))
+    buffer = packer.pack(BUCKET, 0, [drawn(config, 2, seed=1)])
+    assert all(well(packer, buffer)) and not any(marked(packer, buffer))
 
 
 def is_fixed(batch: JaggedBatch) -> bool:

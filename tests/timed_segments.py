@@ -73,7 +73,7 @@ class TimedSegments(InstantSegments):
 
     def run_whole(self, cell: CoRun, packed: Any) -> Any:
         us = _slice_us(cell.slice.samples) + _segment_us(cell.segment)
-        return self._after(us), self._after(0, self._well)
+        return self._after(us)
 
     def _after(self, us: float, values: np.ndarray | None = None) -> _Due:
         with self._lock:

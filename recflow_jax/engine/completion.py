@@ -86,17 +86,21 @@ class Completion:
         for result in (flight.x, flight.landed):
             if result is not None:
                 result.block_until_ready()
-        is_well = not flight.unchecked or _are_well(flight)
+        scores = np.asarray(flight.x) if flight.parts else None
+        is_well = not flight.unchecked or _are_well(flight, scores)
         if flight.buffer is not None:
             self._staging.give_back(flight.buffer)
-        return is_well, np.asarray(flight.x) if flight.parts else None
+        return is_well, scores
 
     def _fail(self, flight: Flight, fault: Exception) -> None:
         fail_step(self._ledger, (part.request_id for _, part in flight.parts), fault)
 
 
-def _are_well(flight: Flight) -> bool:
+def _are_well(flight: Flight, scores: np.ndarray | None) -> bool:
     """Whether the device says so of all samples of the slice; False if it was not launched."""
-    if flight.landed is None or flight.buffer is None:
+    if flight.buffer is None:
         return False
-    return bool(np.asarray(flight.landed)[: flight.buffer.samples].all())
+    samples = flight.buffer.samples
+    if flight.is_whole and scores is not None:
+        return flight.buffer.fixed_samples[0] >= 0 and not np.isnan(scores[:samples]).any()
+    return flight.landed is not None and bool(np.asarray(flight.landed)[:samples].all())

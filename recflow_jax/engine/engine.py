@@ -165,8 +165,8 @@ class Engine:
         JaggedBatch.frozen has) are to stay as they are. Lower priorities run first.
         Raises InputError, QueueFull, EngineClosed, and DeadlineExceeded if `deadline_ms` from now
         is known to be too soon. The answer raises DeadlineExceeded if the deadline passes before
-        the launch, or before the answer is there: an answer is never late; and InputError for ids
-        and floats of a JaggedBatch that were not copied, which are looked at meanwhile.
+        the launch, or before the answer is there: an answer is never late; and InputError for bad
+        ids and floats of a JaggedBatch whose bags are fixed: the device looks at these meanwhile.
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))

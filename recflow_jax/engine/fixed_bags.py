@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import MAX_IDS, JaggedBatch
-from recflow_jax.engine.copiers import in_shares
 from recflow_jax.engine.held_copies import UNSEEN, copy, side_by_side
 from scheduling.host_costs import LARGE_IDS
 
@@ -78,30 +77,22 @@ class FixedBags:
         rest = len(ids) - len(ids) % max(len(self._wide_limits), 1)
         return are_below(ids[:rest], self._wide_limits) and are_below(ids[rest:], self._limits)
 
-    def as_int32(self, values: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray | None:
+    def as_int32(
+        self, values: np.ndarray, *, out: np.ndarray | None = None, checks: bool = True
+    ) -> np.ndarray | None:
         """The ids; a copy, in `out` if that is given, unless nobody writes to them. None if one is
-        outside its table.
+        outside its table, where that is looked at, or too large for int32.
         """
         if is_shared(values):
-            return values if self.are_of_tables(values) else None
+            return values if not checks or self.are_of_tables(values) else None
         copied = np.empty(len(values), np.int32) if out is None else out
-
-        def copy_run(start: int, stop: int) -> bool:
-            return self._copy(values[start:stop], copied[start:stop], of=len(values))
-
-        unit = max(self.ids, 1)
-        are_well = in_shares(copy_run, len(values), nbytes=copied.nbytes, unit=unit)
-        return copied if all(are_well) else None
-
-    def _copy(self, values: np.ndarray, out: np.ndarray, *, of: int) -> bool:
-        """Block by block; False, and not to the end, if one is outside its table."""
         for start in range(0, len(values), max(self._block, 1)):
             block = slice(start, start + self._block)
-            if not copy_ids(values[block], out=out[block], of=of):
-                return False
-            if not self.are_of_tables(out[block]):
-                return False
-        return True
+            if not copy_ids(values[block], out=copied[block], of=len(values)):
+                return None
+            if checks and not self.are_of_tables(copied[block]):
+                return None
+        return copied
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""

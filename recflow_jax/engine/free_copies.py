@@ -2,9 +2,8 @@
 
 numpy would leave it for each array, and wait for it as often: beside a thread that computes, each
 time for Python's switch interval. The kernel copies all in one call, process_vm_readv(2), of which
-the process to read from is this one; of much, each of several threads calls it for its share. Where
-there is no such call, or it is forbidden, the copies keep the interpreter; where there is one array
-only and one thread, numpy's copy is faster.
+the process to read from is this one. Where there is no such call, or it is forbidden, the copies
+keep the interpreter; where there is one array only, numpy's copy is faster.
 """
 
 import ctypes
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.engine import held_copies
-from recflow_jax.engine.copiers import in_shares, shares_of
 
 MOST_ARRAYS = 1024  # UIO_MAXIOV of Linux: of one call
 
@@ -26,44 +24,22 @@ def join(*joins: tuple[Sequence[np.ndarray], np.ndarray]) -> None:
     each in one piece.
     """
     sources = [array for arrays, _ in joins for array in arrays]
-    targets = [out for _, out in joins]
-    nbytes = sum([out.nbytes for out in targets])
-    if len(sources) > len(joins) or shares_of(nbytes) > 1:
-        if _read(sources, targets, nbytes):
-            return
+    if len(sources) > len(joins) and _read(sources, [out for _, out in joins]):
+        return
     for arrays, out in joins:
         held_copies.join(arrays, out)
 
 
-def _read(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], nbytes: int) -> bool:
+def _read(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> bool:
     """Whether all bytes were copied, in order; if not, some may be."""
     if _READV is None or len(sources) > MOST_ARRAYS:
         return False
-    pid = os.getpid()
-
-    def read(start: int, stop: int) -> bool:
-        into, of = (_cut(arrays, start, stop) for arrays in (targets, sources))
-        if len(into) == len(of) == 1:
-            np.copyto(into[0], of[0])
-            return True
-        vectors = [_places(into), _places(of)]
-        places = [place for vector in vectors for place in (_place(vector)[0], len(vector))]
-        return _READV(pid, *places, 0) == stop - start
-
-    return all(in_shares(read, nbytes, nbytes=nbytes))
+    vectors = [_places(targets), _places(sources)]
+    (into, intos), (of, ofs) = ((_place(vector)[0], len(vector)) for vector in vectors)
+    return _READV(os.getpid(), into, intos, of, ofs, 0) == sum([one.nbytes for one in targets])
 
 
-def _cut(arrays: Iterable[np.ndarray], start: int, stop: int) -> list[np.ndarray]:
-    """Bytes [start, stop) of all of these, one behind the other."""
-    found, end = [], 0
-    for array in arrays:
-        first, end = end, end + array.nbytes
-        if first < stop and start < end:
-            found.append(array.view(np.uint8)[max(start - first, 0) : stop - first])
-    return found
-
-
-def _places(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def _places(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """Of each a struct iovec."""
     return np.array([_place(array) for array in arrays], np.uintp)
 

@@ -244,8 +244,8 @@ class Launcher:
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
         packed = self._packed(step.slice, joining, flight)
         if step.co_run == WHOLE:
-            running.x, landed = self._segments.run_whole(cell, packed)
-            _expect_landing(landed, flight)
+            running.x = self._segments.run_whole(cell, packed)
+            flight.is_whole = True
             return self._expect(step.segment, running, flight)
         into = filling.state or self._take_state()
         if running.state is not None:

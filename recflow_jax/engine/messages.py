@@ -64,7 +64,8 @@ class Flight:
     waits: of the requests of which it carries the first samples, from arrival to its launch, in
         microseconds and in steps that ended. unchecked: of all whose samples it carries, those that
         are to be checked. landed: which samples of its slice are known to be well. x: what its
-        segment makes, scores where there are parts to answer.
+        segment makes, scores where there are parts to answer. is_whole: whether these tell which
+        samples of the slice are well (see PackedShape.marked), as all of it is in this batch.
     """
 
     step_id: int
@@ -73,6 +74,7 @@ class Flight:
     unchecked: Sequence[Submitted] = ()
     landed: Any = None
     x: Any = None
+    is_whole: bool = False
     parts: tuple[tuple[int, Part], ...] = ()
     buffer: Buffer | None = None
 

@@ -1,7 +1,7 @@
 """Samples as they wait for their slice: their ids int32 already.
 
-Work per id is done here, on the caller's thread, in few passes: the launcher only copies. What need
-not be copied here is looked at by the device, and by `check` where that finds something.
+Work per id is done here, on the caller's thread, in few passes: the launcher only copies. Ids and
+floats of fixed bags can be looked at by the device, and by `check` where that finds something.
 """
 
 import math
@@ -103,9 +103,9 @@ class Preparer:
         self, batch: JaggedBatch, *, checks_later: bool = False, find_room: FindRoom | None = None
     ) -> Prepared:
         """The samples as they are now, whatever becomes of those of `batch`'s arrays that can be
-        written to. checks_later: what it would only look at, ids and floats of samples with fixed
-        bags whose ids need no copy, is left to `check`. find_room: for so many ids of others with
-        fixed bags, which are copied there; else to memory of their own.
+        written to. checks_later: whether ids of samples with fixed bags are of their tables, and
+        floats finite, is left to `check`. find_room: for so many ids with fixed bags that have to
+        be copied, which are copied there; else to memory of their own.
 
         Raises InputError that names feature, sample and value.
         """
@@ -157,12 +157,9 @@ class Preparer:
         checks_later: bool = False,
         find_room: FindRoom | None = None,
     ) -> Prepared | None:
-        needs_copy = not is_shared(values)
-        room = find_room(len(values)) if find_room and needs_copy else None
-        is_checked = needs_copy or not checks_later
-        rows = values
-        if is_checked:
-            rows = bags.as_int32(values, out=room and room.array)
+        room = find_room(len(values)) if find_room and not is_shared(values) else None
+        is_checked = not checks_later
+        rows = bags.as_int32(values, out=room and room.array, checks=is_checked)
         if rows is None:
             return None
         offsets = bags.id_offsets(len(dense))

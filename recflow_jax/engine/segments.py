@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.tables import QuantisedTable
 from recflow_jax.backend import Backend
@@ -136,11 +136,9 @@ class Segments:
         (x,), filling = self._with_slice(cell, (x,), filling, packed)
         return x, filling
 
-    def run_whole(
-        self, cell: CoRun, packed: np.ndarray | Array
-    ) -> tuple[Float[Array, "batch outputs"], Bool[Array, " samples"]]:
-        """Scores of a batch that one slice is all of, and which samples are well (see
-        PackedShape.are_well); no state is needed.
+    def run_whole(self, cell: CoRun, packed: np.ndarray | Array) -> Float[Array, "batch outputs"]:
+        """Scores of a batch that one slice is all of, NaN where PackedShape.marked says so; no
+        state is needed.
         """
         return self._executables[cell](*self.stages.whole_weights, self.tables.groups, packed)
 

@@ -123,7 +123,7 @@ class Stages:
 
     def co_run_job(self, cell: CoRun, shape: PackedShape) -> Job:
         """The arguments of a segment, then those of a slice -> both of their results. Of a whole
-        batch: (weights, groups, packed) -> scores, and which samples are well.
+        batch: (weights, groups, packed) -> scores, see PackedShape.marked.
         """
         groups, *_, packed = self._filling(shape)
         if cell.config == WHOLE:
@@ -193,10 +193,10 @@ class Stages:
         out = function(*flow, batch=cell.segment.batch, ops=carriage.loaded_ops)
         return out, replace(state, vectors=carriage.unload() if cargo.slots else state.vectors)
 
-    def _run_whole(self, shape: PackedShape, *arguments: Any) -> tuple[Array, Array]:
+    def _run_whole(self, shape: PackedShape, *arguments: Any) -> Array:
         *weights, groups, packed = arguments
         _, batch = shape.unpack(packed)
-        return self._whole(*weights, groups, batch, ops=self._ops), shape.are_well(packed)
+        return shape.marked(self._whole(*weights, groups, batch, ops=self._ops), packed)
 
     def _unpacked(
         self, shape: PackedShape, groups: Any, vectors: Array, dense: Array, packed: Array

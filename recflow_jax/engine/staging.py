@@ -20,7 +20,7 @@ from itertools import accumulate
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine import free_copies, held_copies
@@ -107,8 +107,25 @@ class PackedShape:
         if not self.bases:
             return jnp.ones(self.samples, bool)
         fields = self._fields(packed)
+        return (fields["fixed_samples"] >= 0) & self._are_fixed_well(fields)
+
+    def marked(
+        self, scores: Float32[Array, "samples outputs"], packed: Int32[Array, " length"]
+    ) -> Float32[Array, "samples outputs"]:
+        """The scores of these samples, under jit on the device; NaN those of samples with fixed
+        bags that are not well, where all bags are fixed.
+        """
+        if not self.bases:
+            return scores
+        fields = self._fields(packed)
+        is_bad = (fields["fixed_samples"] >= 0) & ~self._are_fixed_well(fields)
+        is_bad = jnp.pad(is_bad, (0, self.samples - len(is_bad)))
+        return jnp.where(is_bad[:, None], jnp.nan, scores)
+
+    def _are_fixed_well(self, fields: dict[str, Array]) -> Bool[Array, " samples"]:
+        """Of as many samples with fixed bags as fit."""
         rows = self._by_sample(fields["rows"])
-        are_well = (fields["fixed_samples"] >= 0) & (rows == self._nearest(rows)).all(axis=1)
+        are_well = (rows == self._nearest(rows)).all(axis=1)
         floats = [fields["dense"].reshape(self.samples, self.dense_width)[: len(rows)]]
         floats += [self._by_sample(fields["weights"])] if self.weighted else []
         for bits in floats:

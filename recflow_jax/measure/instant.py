@@ -50,7 +50,7 @@ class InstantSegments(Segments):
         return self._scores
 
     def run_whole(self, cell: CoRun, packed: Any) -> Any:
-        return self._scores, self._landed
+        return self._scores
 
     def compile_all(self, progress: bool | None = None, **what: Any) -> None:
         """There is nothing to compile."""
