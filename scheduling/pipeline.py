@@ -224,7 +224,7 @@ class Pipeline:
         piece = self._slice(self._room_beside(shape))
         co_run = self._plans.co_run(shape, piece.bucket) if shape and piece else None
         if piece and shape is None and self._is_whole(piece):
-            self._run_filled()
+            self._run_filled(segments=1)
             co_run = WHOLE
         segment = self._segment()
         step = Step(id=self._steps_launched, slice=piece, segment=segment, co_run=co_run)
@@ -244,10 +244,11 @@ class Pipeline:
             return room is not None and self._queue.fits(room, begun=True)
         return self._backlog > 0 and room is not None and self._queue.fits(room)
 
-    def _run_filled(self) -> None:
+    def _run_filled(self, *, segments: int | None = None) -> None:
+        """The filling batch runs, cut into `segments` or as the plans say."""
         batch, self._filling = self._filling, _Batch(id=self._filling.id + 1)
         bucket = smallest_holding(self._config.batch_buckets, batch.rows)
-        segments = self._plans.segments(bucket, self._queue.samples)
+        segments = segments or self._plans.segments(bucket, self._queue.samples)
         batch.next_shape = SegmentShape(segments=segments, index=0, batch=bucket)
         self._running = batch
         self._backlog = 0
@@ -257,11 +258,19 @@ class Pipeline:
         if piece.row or self._is_gathering():
             return False
         bucket = smallest_holding(self._config.batch_buckets, piece.samples)
-        segments = self._plans.segments(bucket, self._queue.samples)
-        shape = SegmentShape(segments=segments, index=0, batch=bucket)
+        hungry = self.steps_in_flight < self._enough_in_flight
+        if not hungry and self._plans.segments(bucket, self._queue.samples) > 1:
+            return False
+        shape = SegmentShape(segments=1, index=0, batch=bucket)
         batch = CoRun(segment=shape, slice=piece.bucket, config=WHOLE)
-        alone = not self.steps_in_flight and not self._queue.samples
-        return self._plans.runs_whole(batch, alone=alone)
+        return self._plans.runs_whole(batch, hungry=hungry)
+
+    @property
+    def _enough_in_flight(self) -> int:
+        """Steps that keep the device busy until the next one is launched: as many as there are when
+        one has ended, if launches keep ahead of it.
+        """
+        return max(self._config.max_steps_in_flight - 1, 1)
 
     def _room_beside(self, shape: SegmentShape | None) -> SliceBucket | None:
         """For a slice: in the filling batch and, beside a segment, by the plans."""

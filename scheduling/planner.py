@@ -49,9 +49,9 @@ class Plans(Protocol):
         """The config that runs this slice in the segment's launches; None: one after the other."""
         ...
 
-    def runs_whole(self, batch: CoRun, *, alone: bool) -> bool:
-        """Whether to run a batch of one slice and one segment in one executable. `alone`: nothing
-        is in flight, and nothing else waits.
+    def runs_whole(self, batch: CoRun, *, hungry: bool) -> bool:
+        """Whether to run a batch of one slice and one segment in one executable. `hungry`: the
+        device has less in flight than keeps it busy.
         """
         ...
 
@@ -96,7 +96,7 @@ class SerialPlans:
     def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
         return None
 
-    def runs_whole(self, batch: CoRun, *, alone: bool) -> bool:
+    def runs_whole(self, batch: CoRun, *, hungry: bool) -> bool:
         return batch in self.whole
 
 
@@ -109,7 +109,8 @@ class TablePlans:
     cuts: those that there may be; None allows all that were measured.
     p99_ms: no batch is so large that two in a row take longer than that, by the table.
     launch_factor: see `StepCosts`. whole: batches that there are executables for; they are run by
-    these, which saves a launch, unless a slice and another batch's segment would be faster.
+    these, which saves a launch, unless a slice and another batch's segment would be faster on a
+    device that is kept busy: where the host does not keep up, launches are what counts.
     Raises ProfileMiss for a table without the slices or without one whole cut, and ValueError for
     a bound that even the smallest batch does not meet.
     """
@@ -164,10 +165,10 @@ class TablePlans:
     def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
         return self._co_runs[shape, size]
 
-    def runs_whole(self, batch: CoRun, *, alone: bool) -> bool:
+    def runs_whole(self, batch: CoRun, *, hungry: bool) -> bool:
         if batch not in self.whole:
             return False
-        return alone or self.co_run(batch.segment, batch.slice) is None
+        return hungry or self.co_run(batch.segment, batch.slice) is None
 
     @property
     def cuts(self) -> frozenset[int]:

@@ -189,13 +189,14 @@ def test_a_batch_of_two_slices_is_gathered_first():
     ]
 
 
-def test_a_batch_that_is_cut_is_not_whole():
-    assert told(Pipeline(SMALL, with_whole(SMALL)).step(0, [arrive(1, samples=4)])) == [
-        "slice 0: r1[0:4]",
-        "segment 0.0",
-        "segment 0.1",
-        "segment 0.2",
-    ]
+def test_a_batch_is_cut_where_the_device_is_kept_busy_and_whole_where_it_is_not():
+    config = replace(SMALL, batch_buckets=(4,), max_steps_in_flight=3)
+    pipeline = Pipeline(config, with_whole(config))
+    found = steps(pipeline.step(0, [arrive(1, samples=12)]))
+    assert [step.co_run for step in found] == [WHOLE, WHOLE, None]
+    assert found[2].slice and not found[2].segment
+    done = [StepDone(step_id=0), arrive(2, samples=4)]
+    assert told(pipeline.step(1, done)) == ["slice 3: r2[0:4] | segment 2.0"]
 
 
 def test_launches_run_ahead_by_no_more_than_the_steps_allowed():
@@ -542,8 +543,9 @@ class Asked:
 
 @dataclass
 class Gathered:
-    """What a naive model remembers of a batch."""
+    """What a naive model remembers of a batch. cut: how many segments it has."""
 
+    cut: int
     rows: int = 0
     parts: list[tuple[int, Part]] = field(default_factory=list)
     segments: int = 0
@@ -558,7 +560,7 @@ class Audit:
         self.pipeline = Pipeline(config, plans)
         self.device = Device(config)
         self.asked: dict[int, Asked] = {}
-        self.batches: list[Gathered] = [Gathered()]
+        self.batches: list[Gathered] = [Gathered(config.segments)]
         self.steps = 0
 
     def step(self, now_us: int, moments: Sequence[Event | None]) -> None:
@@ -624,22 +626,23 @@ class Audit:
         assert step.slice and step.segment and step.segment.shape.segments == 1
         assert step.slice.row == 0 and step.slice.batch_id == step.segment.batch_id
         assert step.slice.bucket.samples == step.segment.shape.batch
+        self.batches[-1].cut = 1
         self._check_slice(step.slice, beside=None)
         self._check_segment(step.segment)
 
     def _check_segment(self, segment: Segment) -> None:
         batch = self.batches[segment.batch_id]
         before = self.batches[: segment.batch_id]
-        assert batch.rows and all(b.segments == self.config.segments for b in before)
+        assert batch.rows and all(b.segments == b.cut for b in before)
         assert segment.shape.index == batch.segments and segment.samples == batch.rows
         assert segment.shape.batch == min(b for b in self.config.batch_buckets if b >= batch.rows)
         batch.segments += 1
-        assert segment.shape.last == (batch.segments == self.config.segments)
+        assert segment.shape.last == (batch.segments == batch.cut)
         assert segment.parts == (tuple(batch.parts) if segment.shape.last else ())
         if segment.shape.index == 0:
             gathered_all = batch.rows >= batch.waiting_at_first
             assert gathered_all or self._takes_as_much_as_fits(batch.rows, 0, 0)
-            self.batches.append(Gathered())
+            self.batches.append(Gathered(self.config.segments))
 
     def _check_slice(self, slice_: Slice | None, beside: Segment | None) -> None:
         batch = self.batches[-1]
@@ -689,7 +692,7 @@ class Audit:
     def _check_state(self) -> None:
         pipeline, waiting = self.pipeline, self.waiting()
         deadlines = [_deadline_us(a) for a in waiting if not a.launched]
-        begun = any(b.rows and b.segments < self.config.segments for b in self.batches)
+        begun = any(b.rows and b.segments < b.cut for b in self.batches)
         unfinished = begun or bool(waiting)
         assert pipeline.queued_samples == self.queued_samples()
         assert (pipeline.next_deadline_us or FOREVER_US) == min(deadlines, default=FOREVER_US)

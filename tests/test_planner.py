@@ -233,7 +233,7 @@ def test_serial_plans_launch_all_there_is():
     shape = SegmentShape(segments=plans.segments(8, 99), index=1, batch=8)
     assert shape.last and plans.slice_beside(shape, 1) == SLICES[-1]
     assert plans.co_run(shape, SLICES[0]) is None and plans.co_runs == ()
-    assert not plans.runs_whole(*WHOLE_BATCHES, alone=True)
+    assert not plans.runs_whole(*WHOLE_BATCHES, hungry=True)
 
 
 # --- whole batches --------------------------------------------------------------------------------
@@ -251,15 +251,15 @@ def test_serial_plans_run_batches_whole_wherever_they_can():
         count=1, batch_buckets=BATCHES, largest_slice=SLICES[-1], whole=WHOLE_BATCHES
     )
     assert {*plans.co_runs} == WHOLE_BATCHES
-    assert plans.runs_whole(*WHOLE_BATCHES, alone=False)
-    assert not plans.runs_whole(*whole_batches((16,), SLICES), alone=True)
+    assert plans.runs_whole(*WHOLE_BATCHES, hungry=False)
+    assert not plans.runs_whole(*whole_batches((16,), SLICES), hungry=True)
 
 
 @pytest.mark.parametrize("rows", [[], [co_run(whole(8), SLICES[1], 20)]], ids=["none", "one"])
 def test_a_batch_is_whole_unless_it_could_run_with_a_slice(rows: list[ProfileRow]):
     plans = TablePlans(table([*parts(), *rows]), BATCHES, SLICES, whole=WHOLE_BATCHES)
-    assert plans.runs_whole(*WHOLE_BATCHES, alone=True)
-    assert plans.runs_whole(*WHOLE_BATCHES, alone=False) == (not rows)
+    assert plans.runs_whole(*WHOLE_BATCHES, hungry=True)
+    assert plans.runs_whole(*WHOLE_BATCHES, hungry=False) == (not rows)
     assert WHOLE_BATCHES < {*plans.co_runs} or not rows
 
 

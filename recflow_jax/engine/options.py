@@ -74,7 +74,7 @@ class EngineOptions:
     compilation_cache: str | Path | None = "auto"
     latency_window: int = 8192
     freeze_heap: bool = True
-    switch_interval_ms: float | None = 0.5
+    switch_interval_ms: float | None = 0.2
 
     def __post_init__(self) -> None:
         for field in fields(self):
