@@ -1,19 +1,27 @@
 """Foretelling an online run: the same requests, a host as measured, a device of known times."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
+from recflow_jax.measure import host_rates
 from recflow_jax.measure.foretold import Foreteller, Foretold, arriving
+from recflow_jax.measure.host import HostResult, Stages
 from recflow_jax.measure.load import LoadResult, poisson_arrivals_s, run_open_loop
+from recflow_jax.measure.timing import Timing
 from scheduling import Collecting, HostCosts
 from small_models import CONCAT, FIXED
 from timed_segments import TimedSegments
 
 TRIES = 3
+COPYING_US = 90.0
 OPTIONS = EngineOptions(max_batch=32, max_slice=32, smallest_slice=8, segments=2, freeze_heap=False)
 
 
@@ -68,3 +76,30 @@ def foretold_and_measured(collecting: Collecting | None) -> tuple[Foretold, Load
     with Engine.from_segments(segments, profile=table, batching=collecting) as engine:
         measured = run_open_loop(engine.submit, requests, due_s)
     return Foretold.of(teller.foretell(collecting, requests, due_s), measured), measured
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_host_is_measured_with_requests_that_are_copied_if_these_are(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def found(given_as: str, samples: int) -> HostResult:
+        submit_us = COPYING_US if given_as == "batch" else 1.0
+        stages = Stages(submit_us=submit_us, pack_us=1, launch_us=1, resolve_us=1)
+        timing = Timing(median_us=1, p10_us=1, p90_us=1, samples=1, calls=1)
+        return HostResult(
+            request_samples=samples,
+            given_as=given_as,
+            in_flight=1,
+            timing=timing,
+            stages=stages,
+            mean_batch=1,
+        )
+
+    def bench_host(_: DLRMConfig, sizes: Sequence[int], **how: Any) -> list[HostResult]:
+        return [found(given_as, n) for n in sizes for given_as in ("batch", "frozen", "features")]
+
+    monkeypatch.setattr(host_rates, "bench_host", bench_host)
+    requests = [r.frozen() if frozen else r for r in requests_of(8)]
+    segments = TimedSegments(FIXED, OPTIONS)
+    rates = host_rates.measured_rates(segments, requests, ids="uniform", seed=0)
+    assert rates.submit_us == (1.0 if frozen else COPYING_US)

@@ -28,12 +28,13 @@ def measured_rates(
     segments: Segments, requests: Sequence[JaggedBatch], *, ids: str, seed: int
 ) -> HostCosts:
     """All but `answer_us`: the engine's own stages on a device that is done at once, of requests
-    that have to be copied, and launches and copies on this one. The segments are compiled, in one
-    cut too.
+    that have to be copied if some of these have, and launches and copies on this one. The segments
+    are compiled, in one cut too.
     """
     mean = max(round(np.mean([request.samples for request in requests])), 1)
     found = bench_host(segments.config, (1, 2 * mean), ids=ids, seed=seed, options=STAGES)
-    stages = [result for result in found if result.given_as == "batch"]
+    given_as = "batch" if any(r.values.flags.writeable for r in requests) else "frozen"
+    stages = [result for result in found if result.given_as == given_as]
     submit_us, submit_sample_us = _by_samples(stages, "submit_us")
     pack_us, pack_sample_us = _by_samples(stages, "pack_us")
     handle_us, handle_sample_us = _by_samples(stages, "launch_us")
