@@ -255,6 +255,8 @@ def test_only_what_is_fixed_is_checked_later():
         assert makes.prepare(same).is_checked
     jagged = dataclasses.replace(frozen, offsets=moved)
     assert makes.prepare(jagged, checks_later=True).is_checked
+    dense_alone = generate(NO_SPARSE, 3, seed=0).frozen()
+    assert preparer(NO_SPARSE).prepare(dense_alone, checks_later=True).is_checked
     assert (
         preparer(CONCAT).prepare(generate(CONCAT, 3, seed=0).frozen(), checks_later=True).is_checked
     )

@@ -158,7 +158,7 @@ class Preparer:
         find_room: FindRoom | None = None,
     ) -> Prepared | None:
         room = find_room(len(values)) if find_room and not is_shared(values) else None
-        is_checked = not checks_later
+        is_checked = not (checks_later and bags.ids)  # the device looks at samples that have ids
         rows = bags.as_int32(values, out=room and room.array, checks=is_checked)
         if rows is None:
             return None
