@@ -5,6 +5,10 @@ is *filling*: whatever arrives in the meantime is gathered for it, a slice besid
 the running batch's last segment has been launched, the filling batch takes its place. So nothing
 waits for a batch to fill, and the size of the batches follows the load by itself.
 
+A slice beside a segment ends sooner, its batch a step later. Where there are executables of whole
+batches, slices therefore ride only while more waits than one batch takes; else what has arrived
+becomes a whole batch behind the running one.
+
 The caller runs the steps on one in-order stream and reports each as it ends. A slice lands
 in its batch's buffer before the batch's first segment starts; two buffers, used in turn, suffice.
 """
@@ -70,9 +74,11 @@ class PipelineConfig:
         fitting = tuple(s for s in self.slice_buckets if s.samples <= batch_buckets[-1])
         return replace(self, batch_buckets=batch_buckets, slice_buckets=fitting)
 
-    def largest_slice_at(self, row: int) -> SliceBucket | None:
-        """The largest bucket that, padding included, fits the batch's buffer from `row` on."""
-        room = self.largest_batch - row
+    def largest_slice_at(self, row: int, most: int | None = None) -> SliceBucket | None:
+        """The largest bucket that, padding included, fits from `row` on into a batch of `most` rows
+        (None: the largest).
+        """
+        room = (most or self.largest_batch) - row
         fitting = bisect_right(self.slice_buckets, room, key=attrgetter("samples"))
         return self.slice_buckets[fitting - 1] if fitting else None
 
@@ -258,25 +264,39 @@ class Pipeline:
         if piece.row or self._is_gathering():
             return False
         bucket = smallest_holding(self._config.batch_buckets, piece.samples)
-        hungry = self.steps_in_flight < self._enough_in_flight
-        if not hungry and self._plans.segments(bucket, self._queue.samples) > 1:
+        if self._is_crowded and self._plans.segments(bucket, self._queue.samples) > 1:
             return False
         shape = SegmentShape(segments=1, index=0, batch=bucket)
         batch = CoRun(segment=shape, slice=piece.bucket, config=WHOLE)
-        return self._plans.runs_whole(batch, hungry=hungry)
+        return self._plans.runs_whole(batch, crowded=self._is_crowded)
 
     @property
-    def _enough_in_flight(self) -> int:
-        """Steps that keep the device busy until the next one is launched: as many as there are when
-        one has ended, if launches keep ahead of it.
-        """
-        return max(self._config.max_steps_in_flight - 1, 1)
+    def _is_crowded(self) -> bool:
+        """Whether more waits than one batch takes: then it is throughput that counts."""
+        return self._queue.samples >= self._config.largest_batch
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether launches are not ahead of the device: one that is launched now starts at once."""
+        return self.steps_in_flight < max(self._config.max_steps_in_flight - 1, 1)
+
+    def _most_rows(self) -> int:
+        """Of a batch that is begun now."""
+        config, waiting = self._config, self._queue
+        if self._is_crowded or self._is_behind:
+            return config.largest_batch
+        least = min(waiting.first_samples, config.largest_batch)
+        return smallest_holding(
+            config.batch_buckets, max(self._plans.batch(waiting.samples), least)
+        )
 
     def _room_beside(self, shape: SegmentShape | None) -> SliceBucket | None:
         """For a slice: in the filling batch and, beside a segment, by the plans."""
         room = self._room_left()
         if shape is None or room is None:
             return room
+        if self._plans.whole and not self._is_crowded:
+            return None
         planned = self._plans.slice_beside(shape, self._queue.samples)
         return min(room, planned, key=attrgetter("samples", "ids"))
 
@@ -284,8 +304,11 @@ class Pipeline:
         """For a slice in the filling batch; None where it is so little that a request that takes
         little of a slice would be cut for it: that would wait for two batches, and cost a launch.
         """
-        room = self._config.largest_slice_at(self._filling.rows)
-        if room is None or not self._filling.rows:
+        batch = self._filling
+        if not batch.rows:
+            batch.most = self._most_rows()
+        room = self._config.largest_slice_at(batch.rows, batch.most)
+        if room is None or not batch.rows:
             return room
         of, only_begun = self._config.largest_slice, self._writes > 0
         return room if self._queue.fits_uncut(room, of=of, begun=only_begun) else None
@@ -293,7 +316,8 @@ class Pipeline:
     def _slice(self, room: SliceBucket | None) -> Slice | None:
         """As much waiting work as there is room for."""
         only_begun = self._writes > 0
-        parts, ids = self._queue.take(room, begun=only_begun) if room else ((), 0)
+        of = self._config.largest_slice
+        parts, ids = self._queue.take(room, of=of, begun=only_begun) if room else ((), 0)
         if not parts:
             return None
         row, samples = self._filling.rows, self._filling.append(parts)
@@ -366,10 +390,13 @@ def _check_ids_per_sample(request: Request, most: int) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class _Batch:
-    """Rows gathered so far, the (row, part) they came from, and the segment to launch next."""
+    """Rows gathered so far, of how many at most, the (row, part) they came from, and the segment to
+    launch next.
+    """
 
     id: int
     rows: int = 0
+    most: int = 0
     parts: list[tuple[int, Part]] = field(default_factory=list)
     next_shape: SegmentShape | None = None
 

@@ -4,16 +4,19 @@ The idea, a scheduler that picks the least-interfering scheme from an offline ta
 and Meituan). Everything is worked out ahead; at run time a plan is a look-up of a few microseconds.
 """
 
+import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from operator import itemgetter
 from typing import Literal, Protocol, Self, get_args, runtime_checkable
 
 from scheduling.alternatives import alone, fitting, left_after
 from scheduling.buckets import ladder
 from scheduling.costs import Cost, StepCosts, segment_key
-from scheduling.request import CoRun, SegmentShape, SliceBucket, StepShape, whole_batches
+from scheduling.request import WHOLE, CoRun, SegmentShape, SliceBucket, StepShape, whole_batches
 from scheduling.table import ProfileTable
 
 Objective = Literal["throughput", "latency"]
@@ -25,7 +28,8 @@ class Plans(Protocol):
     """What the pipeline asks. `waiting` counts samples of which nothing is launched yet.
 
     `batch_buckets`: the sizes that batches may have; `cuts`: the segments they may be cut into;
-    `co_runs`: all that `co_run` may answer, and those that `runs_whole` says yes to.
+    `whole`: batches that may run in one executable; `co_runs`: those, and all that `co_run` may
+    answer.
     """
 
     @property
@@ -33,6 +37,9 @@ class Plans(Protocol):
 
     @property
     def cuts(self) -> frozenset[int]: ...
+
+    @property
+    def whole(self) -> frozenset[CoRun]: ...
 
     @property
     def co_runs(self) -> tuple[CoRun, ...]: ...
@@ -49,10 +56,14 @@ class Plans(Protocol):
         """The config that runs this slice in the segment's launches; None: one after the other."""
         ...
 
-    def runs_whole(self, batch: CoRun, *, hungry: bool) -> bool:
-        """Whether to run a batch of one slice and one segment in one executable. `hungry`: the
-        device has less in flight than keeps it busy.
+    def runs_whole(self, batch: CoRun, *, crowded: bool) -> bool:
+        """Whether to run a batch of one slice and one segment in one executable. `crowded`: more
+        waits than a batch takes.
         """
+        ...
+
+    def batch(self, waiting: int) -> int:
+        """How many of so many samples to begin a batch with, behind others on the device."""
         ...
 
 
@@ -96,8 +107,11 @@ class SerialPlans:
     def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
         return None
 
-    def runs_whole(self, batch: CoRun, *, hungry: bool) -> bool:
+    def runs_whole(self, batch: CoRun, *, crowded: bool) -> bool:
         return batch in self.whole
+
+    def batch(self, waiting: int) -> int:
+        return self.batch_buckets[-1]
 
 
 class TablePlans:
@@ -109,8 +123,8 @@ class TablePlans:
     cuts: those that there may be; None allows all that were measured.
     p99_ms: no batch is so large that two in a row take longer than that, by the table.
     launch_factor: see `StepCosts`. whole: batches that there are executables for; they are run by
-    these, which saves a launch, unless a slice and another batch's segment would be faster on a
-    device that is kept busy: where the host does not keep up, launches are what counts.
+    these, which saves a launch, unless more waits and a slice beside another batch's segment is
+    faster.
     Raises ProfileMiss for a table without the slices or without one whole cut, and ValueError for
     a bound that even the smallest batch does not meet.
     """
@@ -140,6 +154,7 @@ class TablePlans:
         self._rest = cache(self._cheapest)
         self.batch_buckets = self._within(batch_buckets, p99_ms)
         self.whole = frozenset(c for c in whole if c.segment.batch in self.batch_buckets)
+        self._fills = self._worth_filling()
         self._segments = {
             (batch, waiting): self._best_cut(batch, waiting)
             for batch in self.batch_buckets
@@ -165,10 +180,14 @@ class TablePlans:
     def co_run(self, shape: SegmentShape, size: SliceBucket) -> str | None:
         return self._co_runs[shape, size]
 
-    def runs_whole(self, batch: CoRun, *, hungry: bool) -> bool:
+    def runs_whole(self, batch: CoRun, *, crowded: bool) -> bool:
         if batch not in self.whole:
             return False
-        return hungry or self.co_run(batch.segment, batch.slice) is None
+        return not crowded or self.co_run(batch.segment, batch.slice) is None
+
+    def batch(self, waiting: int) -> int:
+        """The size that takes the least time per sample: a full one rather than one of padding."""
+        return self._fills[bisect_left(self._fills, waiting, key=itemgetter(1))][0]
 
     @property
     def cuts(self) -> frozenset[int]:
@@ -240,6 +259,23 @@ class TablePlans:
                 for rest in self._rest(shape.next, max(waiting - size.samples, 0) + coming)
             ]
         )
+
+    def _worth_filling(self) -> list[tuple[int, int]]:
+        """Sizes of whole batches, and up to how many samples that wait each takes less time for its
+        own than the next one does for all. The largest has no bound.
+        """
+        whole = self.whole if 1 in self._cuts else ()
+        times_us = {batch.segment.batch: self._whole_us(batch) for batch in whole}
+        sizes, least = sorted(times_us), 0
+        fills: list[tuple[int, int]] = []
+        for size, larger in pairwise(sizes):
+            least = max(int(size * times_us[larger] / times_us[size]), least)
+            fills.append((size, least))
+        return [*fills, (self.batch_buckets[-1], sys.maxsize)]
+
+    def _whole_us(self, batch: CoRun) -> float:
+        shape = StepShape(segment=batch.segment, slice=batch.slice, co_run=WHOLE)
+        return self.costs.step(shape).us
 
     def _weight(self, batch: int, waiting: int) -> float:
         """Whom a microsecond costs."""

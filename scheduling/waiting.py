@@ -74,6 +74,12 @@ class WaitingQueue:
         """Whether a request waits of which some samples have left."""
         return bool(self._begun)
 
+    @property
+    def first_samples(self) -> int:
+        """Of who is next, what still waits; 0 if nobody is."""
+        first = self._by_priority.head
+        return first.request.samples - first.start if first else 0
+
     def push(self, request: Request) -> None:
         waiting = self._waiting[request.id] = _Waiting(request, self._arrivals)
         self._arrivals += 1
@@ -112,9 +118,11 @@ class WaitingQueue:
             return True
         return first.reach(room.samples, room.ids) == first.request.samples
 
-    def take(self, room: SliceBucket, *, begun: bool = False) -> tuple[tuple[Part, ...], int]:
+    def take(
+        self, room: SliceBucket, *, of: SliceBucket | None = None, begun: bool = False
+    ) -> tuple[tuple[Part, ...], int]:
         """As many samples as fit, strictly in order; their parts and how many ids they have. A
-        request that takes little of the room is not cut.
+        request that takes little of a slice with the room `of` (None: this one) is not cut.
 
         begun: only of requests of which some samples have left.
         """
@@ -122,7 +130,7 @@ class WaitingQueue:
         while first := self._first(begun):
             stop = first.reach(samples_left, ids_left)
             is_cut = stop < first.request.samples
-            if stop == first.start or (is_cut and parts and first.goes_whole(room)):
+            if stop == first.start or (is_cut and parts and first.goes_whole(of or room)):
                 break
             part, ids = first.cut(stop)
             parts.append(part)

@@ -46,6 +46,12 @@ SMALL = PipelineConfig(
     max_steps_in_flight=20,
 )
 
+BATCHES_OF_32 = PipelineConfig(
+    batch_buckets=(16, 32),
+    slice_buckets=tuple(SliceBucket(samples=n, ids=20 * n) for n in (1, 16, 32)),
+    segments=1,
+)
+
 
 def request(id: int, samples: int = 1, ids: Sequence[int] | None = None, **how: Any) -> Request:
     """A request of so many samples, each with one id or with as many as `ids` says."""
@@ -189,14 +195,59 @@ def test_a_batch_of_two_slices_is_gathered_first():
     ]
 
 
-def test_a_batch_is_cut_where_the_device_is_kept_busy_and_whole_where_it_is_not():
+def test_slices_ride_where_whole_batches_are_only_while_more_waits_than_a_batch_takes():
     config = replace(SMALL, batch_buckets=(4,), max_steps_in_flight=3)
     pipeline = Pipeline(config, with_whole(config))
-    found = steps(pipeline.step(0, [arrive(1, samples=12)]))
-    assert [step.co_run for step in found] == [WHOLE, WHOLE, None]
-    assert found[2].slice and not found[2].segment
-    done = [StepDone(step_id=0), arrive(2, samples=4)]
-    assert told(pipeline.step(1, done)) == ["slice 3: r2[0:4] | segment 2.0"]
+    (step,) = steps(pipeline.step(0, [arrive(1, samples=4)]))
+    assert step.co_run == WHOLE
+    assert told(pipeline.step(1, [arrive(2, samples=12)])) == [
+        "slice 1: r2[0:4]",
+        "slice 2: r2[4:8] | segment 1.0",
+    ]
+    launched: list[str] = []
+    for id in range(7):
+        launched += told(pipeline.step(2 + id, [StepDone(step_id=id)]))
+    assert launched == [
+        "segment 1.1",
+        "segment 1.2",
+        "slice 3: r2[8:12] | segment 2.0",
+        *("segment 2.1", "segment 2.2"),
+        *("segment 3.0", "segment 3.1"),
+    ]
+    late = [StepDone(step_id=7), arrive(3, samples=3)]
+    assert told(pipeline.step(9, late)) == ["segment 3.2"]
+    (step,) = steps(pipeline.step(10, [StepDone(step_id=8)]))
+    assert step.co_run == WHOLE and step.slice and step.slice.samples == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalvesBehind(SerialPlans):
+    """Behind others a batch takes 16 samples."""
+
+    def batch(self, waiting: int) -> int:
+        return 16
+
+
+def test_a_batch_behind_others_is_as_large_as_the_plans_say():
+    """Not one that the device waits for, nor one of a crowd."""
+    config = replace(BATCHES_OF_32, max_steps_in_flight=2)
+    plans = HalvesBehind(**vars(with_whole(config)))
+    pipeline = Pipeline(config, plans)
+    small = [arrive(id, samples=1) for id in range(100)]
+    found = steps(pipeline.step(0, small[:30]))
+    found += steps(pipeline.step(1, small[30:60]))
+    found += steps(pipeline.step(2, [StepDone(step_id=0)]))
+    found += steps(pipeline.step(3, [StepDone(step_id=1), *small[60:]]))
+    assert [step.slice.samples for step in found if step.slice] == [30, 16, 14, 32]
+    assert {step.co_run for step in found} == {WHOLE}
+
+
+def test_a_request_that_is_larger_than_the_plans_batch_is_not_cut_for_it():
+    config = replace(BATCHES_OF_32, max_steps_in_flight=2)
+    pipeline = Pipeline(config, HalvesBehind(**vars(with_whole(config))))
+    found = steps(pipeline.step(0, [arrive(1, samples=16)]))
+    found += steps(pipeline.step(1, [arrive(2, samples=17), arrive(3, samples=3)]))
+    assert [step.slice.samples for step in found if step.slice] == [16, 20]
 
 
 def test_launches_run_ahead_by_no_more_than_the_steps_allowed():
@@ -270,13 +321,6 @@ def test_a_small_request_that_finds_nothing_else_is_cut():
     queue = WaitingQueue()
     queue.push(request(1, 2))
     assert [part.samples for part in queue.take(SliceBucket(samples=1, ids=99))[0]] == [1]
-
-
-BATCHES_OF_32 = PipelineConfig(
-    batch_buckets=(16, 32),
-    slice_buckets=tuple(SliceBucket(samples=n, ids=20 * n) for n in (1, 16, 32)),
-    segments=1,
-)
 
 
 @pytest.mark.parametrize(
@@ -558,6 +602,7 @@ class Audit:
     def __init__(self, config: PipelineConfig, plans: SerialPlans | None = None) -> None:
         self.config = config
         self.pipeline = Pipeline(config, plans)
+        self.has_whole = plans is not None and bool(plans.whole)
         self.device = Device(config)
         self.asked: dict[int, Asked] = {}
         self.batches: list[Gathered] = [Gathered(config.segments)]
@@ -647,7 +692,8 @@ class Audit:
     def _check_slice(self, slice_: Slice | None, beside: Segment | None) -> None:
         batch = self.batches[-1]
         if slice_ is None:
-            assert self._takes_as_much_as_fits(batch.rows, 0, 0)
+            waits_for_a_whole = self.has_whole and self.queued_samples() < self.config.largest_batch
+            assert waits_for_a_whole or self._takes_as_much_as_fits(batch.rows, 0, 0)
             return
         assert slice_.batch_id == len(self.batches) - 1 and batch.segments == 0
         assert beside is None or beside.batch_id == slice_.batch_id - 1

@@ -233,7 +233,7 @@ def test_serial_plans_launch_all_there_is():
     shape = SegmentShape(segments=plans.segments(8, 99), index=1, batch=8)
     assert shape.last and plans.slice_beside(shape, 1) == SLICES[-1]
     assert plans.co_run(shape, SLICES[0]) is None and plans.co_runs == ()
-    assert not plans.runs_whole(*WHOLE_BATCHES, hungry=True)
+    assert not plans.runs_whole(*WHOLE_BATCHES, crowded=False)
 
 
 # --- whole batches --------------------------------------------------------------------------------
@@ -251,15 +251,15 @@ def test_serial_plans_run_batches_whole_wherever_they_can():
         count=1, batch_buckets=BATCHES, largest_slice=SLICES[-1], whole=WHOLE_BATCHES
     )
     assert {*plans.co_runs} == WHOLE_BATCHES
-    assert plans.runs_whole(*WHOLE_BATCHES, hungry=False)
-    assert not plans.runs_whole(*whole_batches((16,), SLICES), hungry=True)
+    assert plans.runs_whole(*WHOLE_BATCHES, crowded=True)
+    assert not plans.runs_whole(*whole_batches((16,), SLICES), crowded=False)
 
 
 @pytest.mark.parametrize("rows", [[], [co_run(whole(8), SLICES[1], 20)]], ids=["none", "one"])
 def test_a_batch_is_whole_unless_it_could_run_with_a_slice(rows: list[ProfileRow]):
     plans = TablePlans(table([*parts(), *rows]), BATCHES, SLICES, whole=WHOLE_BATCHES)
-    assert plans.runs_whole(*WHOLE_BATCHES, hungry=True)
-    assert plans.runs_whole(*WHOLE_BATCHES, hungry=False) == (not rows)
+    assert plans.runs_whole(*WHOLE_BATCHES, crowded=False)
+    assert plans.runs_whole(*WHOLE_BATCHES, crowded=True) == (not rows)
     assert WHOLE_BATCHES < {*plans.co_runs} or not rows
 
 
@@ -276,3 +276,24 @@ def test_a_whole_batch_takes_what_its_parts_take_and_one_launch():
     found = costs.step(StepShape(segment=whole(8), slice=SLICES[1], co_run=WHOLE))
     launch_us = max(segment.launch_us, piece.launch_us)
     assert found == Cost(segment.device_us + piece.device_us, launch_us)
+
+
+@pytest.mark.parametrize(("launch_us", "most"), [(0, 16), (20, 11), (1e6, 8)])
+def test_a_batch_behind_others_takes_the_least_time_per_sample(launch_us: float, most: int):
+    """Batches of 8 and 16: 24 and 48 us, and two launches each; a full one of 8 for up to `most`
+    that wait.
+    """
+    every = whole_batches(BATCHES, SLICES)
+    plans = TablePlans(table(parts(launch_us)), BATCHES, SLICES, whole=every)
+    us = {size: 3 * size + 2 * launch_us for size in BATCHES}
+    for waiting in range(1, 40):
+        chosen = plans.batch(waiting)
+        assert chosen == (8 if waiting <= most else 16)
+        fastest = min(us[size] / min(size, waiting) for size in BATCHES)
+        assert us[chosen] / min(chosen, waiting) == pytest.approx(fastest, rel=1e-3)
+
+
+def test_without_whole_batches_a_batch_behind_others_takes_all():
+    assert TablePlans(table(parts()), BATCHES, SLICES).batch(1) == BATCHES[-1]
+    cut = TablePlans(table(parts(cuts=(FINEST,))), BATCHES, SLICES, whole=WHOLE_BATCHES)
+    assert cut.batch(1) == BATCHES[-1]

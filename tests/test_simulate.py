@@ -42,14 +42,14 @@ def test_loads_are_shown_drawn_and_written(tmp_path: Path, capsys: pytest.Captur
 
 def test_gpus_and_the_plan_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "o.json"
-    assert run(tmp_path, "--qps=2e6", "--p99=2", f"--out={out}", "--answer-us=7") == 0
+    assert run(tmp_path, "--qps=2e6", "--p99=5", f"--out={out}", "--answer-us=7") == 0
     shown = capsys.readouterr().out
     assert "GPUs for 2,000,000 requests/s" in shown and "plan used" in shown and "deep" in shown
     result = json.loads(out.read_text())
     assert result["host"]["answer_us"] == 7
     needed = result["capacity"]["incremental"]
     assert needed["gpus"] * needed["each"]["qps"] == pytest.approx(2e6)
-    assert needed["each"]["p99_ms"] <= 2
+    assert needed["each"]["p99_ms"] <= 5
     assert "deep" in {use["ride"] for use in needed["each"]["steps"]}
 
 

@@ -41,17 +41,12 @@ def test_serial_batching_waits_as_long_as_it_is_told():
 def test_saturated_it_runs_full_batches_back_to_back():
     assert saturation_qps(gpu(), SERIAL, singles()) == pytest.approx(1e6 * 16 / 550, rel=0.01)
     assert saturation_qps(gpu(), INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / 550, rel=0.01)
-
-
-def test_saturated_its_slices_ride(monkeypatch: pytest.MonkeyPatch):
-    """But for those of the first three batches."""
-    monkeypatch.setattr(simulation, "SATURATING_BATCHES", 100)
-    rides, us = gpu([*parts(), *co_runs()]), 370 + 180 * 3 / 100
-    assert saturation_qps(rides, INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / us, rel=0.01)
+    rides = gpu([*parts(), *co_runs()])
+    assert saturation_qps(rides, INCREMENTAL, singles()) == pytest.approx(1e6 * 16 / 379, rel=0.01)
 
 
 def test_the_plan_used_is_told_by_shares():
-    rides = simulate_load(gpu([*parts(), *co_runs()]), INCREMENTAL, singles(), 25_000)
+    rides = simulate_load(gpu([*parts(), *co_runs()]), INCREMENTAL, singles(), 40_000)
     assert sum(use.share for use in rides.steps) == pytest.approx(1)
     assert [use.share for use in rides.steps] == sorted(
         (u.share for u in rides.steps), reverse=True
