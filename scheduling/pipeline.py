@@ -283,12 +283,14 @@ class Pipeline:
     def _most_rows(self) -> int:
         """Of a batch that is begun now."""
         config, waiting = self._config, self._queue
-        if self._is_crowded or self._is_behind:
+        if self._is_crowded or self._is_behind or self._writes:
             return config.largest_batch
         least = min(waiting.first_samples, config.largest_batch)
-        return smallest_holding(
+        most = smallest_holding(
             config.batch_buckets, max(self._plans.batch(waiting.samples), least)
         )
+        room = config.largest_slice_at(0, most)
+        return most if room and waiting.fits(room) else config.largest_batch
 
     def _room_beside(self, shape: SegmentShape | None) -> SliceBucket | None:
         """For a slice: in the filling batch and, beside a segment, by the plans."""

@@ -221,18 +221,23 @@ def test_slices_ride_where_whole_batches_are_only_while_more_waits_than_a_batch_
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalvesBehind(SerialPlans):
-    """Behind others a batch takes 16 samples."""
+class SmallBehind(SerialPlans):
+    """A batch behind others has so many samples."""
+
+    most: int
 
     def batch(self, waiting: int) -> int:
-        return 16
+        return self.most
+
+
+def with_small(config: PipelineConfig, most: int) -> SerialPlans:
+    return SmallBehind(**vars(with_whole(config)), most=most)
 
 
 def test_a_batch_behind_others_is_as_large_as_the_plans_say():
     """Not one that the device waits for, nor one of a crowd."""
     config = replace(BATCHES_OF_32, max_steps_in_flight=2)
-    plans = HalvesBehind(**vars(with_whole(config)))
-    pipeline = Pipeline(config, plans)
+    pipeline = Pipeline(config, with_small(config, 16))
     small = [arrive(id, samples=1) for id in range(100)]
     found = steps(pipeline.step(0, small[:30]))
     found += steps(pipeline.step(1, small[30:60]))
@@ -242,9 +247,17 @@ def test_a_batch_behind_others_is_as_large_as_the_plans_say():
     assert {step.co_run for step in found} == {WHOLE}
 
 
+def test_a_sample_of_more_ids_than_the_plans_batch_has_room_for_gets_a_larger_one():
+    config = replace(BATCHES_OF_32, max_steps_in_flight=2)
+    pipeline = Pipeline(config, with_small(config, 16))
+    found = steps(pipeline.step(0, [arrive(1, samples=16)]))
+    found += steps(pipeline.step(1, [arrive(2, ids=[500]), arrive(3, ids=[100])]))
+    assert [step.slice.ids for step in found if step.slice] == [16, 600]
+
+
 def test_a_request_that_is_larger_than_the_plans_batch_is_not_cut_for_it():
     config = replace(BATCHES_OF_32, max_steps_in_flight=2)
-    pipeline = Pipeline(config, HalvesBehind(**vars(with_whole(config))))
+    pipeline = Pipeline(config, with_small(config, 16))
     found = steps(pipeline.step(0, [arrive(1, samples=16)]))
     found += steps(pipeline.step(1, [arrive(2, samples=17), arrive(3, samples=3)]))
     assert [step.slice.samples for step in found if step.slice] == [16, 20]
@@ -603,6 +616,7 @@ class Audit:
         self.config = config
         self.pipeline = Pipeline(config, plans)
         self.has_whole = plans is not None and bool(plans.whole)
+        self.may_be_small = isinstance(plans, SmallBehind)
         self.device = Device(config)
         self.asked: dict[int, Asked] = {}
         self.batches: list[Gathered] = [Gathered(config.segments)]
@@ -727,8 +741,10 @@ class Audit:
         assert self._takes_as_much_as_fits(slice_.row, samples, ids)
 
     def _takes_as_much_as_fits(self, row: int, samples: int, ids: int) -> bool:
-        """Whether no bucket that fits the batch at this row has room for one more sample."""
-        if not (waiting := self.waiting()):
+        """Whether no bucket that fits the batch at this row has room for one more sample, unless it
+        is as small as the plans say.
+        """
+        if self.may_be_small or not (waiting := self.waiting()):
             return True
         more = waiting[0].ids(waiting[0].launched, waiting[0].launched + 1)
         room = self.config.largest_batch - row
@@ -791,11 +807,13 @@ MOMENTS = st.tuples(st.integers(0, 4), st.lists(ARRIVALS | CANCELS | st.none(), 
 
 
 @settings(max_examples=400, deadline=None)
-@given(config=configs(), moments=st.lists(MOMENTS, max_size=12), whole=st.booleans())
-def test_every_request_is_answered_once_in_order_whatever_happens(config, moments, whole):
+@given(config=configs(), moments=st.lists(MOMENTS, max_size=12), data=st.data())
+def test_every_request_is_answered_once_in_order_whatever_happens(config, moments, data):
+    small = data.draw(st.sampled_from(config.batch_buckets))
+    plans = data.draw(st.sampled_from([None, with_whole(config), with_small(config, small)]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waiting_module, "SWEEP_AT_LEAST", 2)  # so that so few requests are swept
-        _attack(Audit(config, with_whole(config) if whole else None), moments)
+        _attack(Audit(config, plans), moments)
 
 
 def _attack(audit: Audit, moments: list[tuple[int, list[Any]]]) -> None:
