@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 
 from scheduling.request import Request, Slice, SliceBucket, Step
 
-REST_STEP_US, RESTS = 100, 4
-"""Python runs one thread at a time. A launcher leaves the interpreter to the callers four times as
+REST_STEP_US, RESTS = 100, 2
+"""Python runs one thread at a time. A launcher leaves the interpreter to the callers for twice as
 long as it launched, less what it had slept before or left to them meanwhile, as long as one of them
 makes a request or something comes in each step of this time. Else each request would be launched
 alone, at a cost that holds the callers up, so that their requests come one by one. A device that is
