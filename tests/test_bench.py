@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +16,10 @@ import small_models as models
 from pallas_kernels import reference
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.commands.bench import bench_kernels, bench_model
+from recflow_jax.commands.bench import bench_kernels, bench_model, unfinished_file
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.layout import Layout
-from recflow_jax.measure import contenders
+from recflow_jax.measure import contenders, contest
 from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference_scores
 from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
 from recflow_jax.measure.contenders import Lineup
@@ -425,3 +425,26 @@ def test_the_command_line_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [os.path.join("bin", "recflow"), "bench", "kernels"])
     result = bench_kernels(PAIR, kernels=["gather"], batches=(4,), timing=FAST)
     assert result["command"] == "recflow bench kernels"
+
+
+def test_what_is_measured_so_far_is_there_if_a_run_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Beside the results of an earlier one, which stay until it ends."""
+    out, online = tmp_path / "o.json", OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2)
+    ways = {"batches": (4,), "modes": ("online",), "online": online, "timing": FAST, "out": out}
+    out.write_text("{}")
+    with monkeypatch.context() as cut:
+        cut.setattr(contest, "sustained", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench_model(models.CONCAT, **ways)
+    so_far = json.loads(unfinished_file(out).read_text())
+    assert so_far["online"]["saturation"]["recflow"] > 0
+    assert len(so_far["online"]["points"]) == 1 and not so_far["online"]["sustained"]
+    assert out.read_text() == "{}"
+    assert bench_model(models.CONCAT, **ways) == json.loads(out.read_text())
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def _interrupt(*_: Any, **__: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -59,6 +59,7 @@ def bench_model(
     figure: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures, prints tables, writes JSON to `out` and a figure to `figure`; returns the JSON.
+    Meanwhile what there is so far lies beside, in `unfinished_file(out)`.
 
     rides: of `overlap`; none named measures all.
     modes: `offline` (batches back to back, inputs on the device), `overlap` (the same, a batch's
@@ -77,19 +78,21 @@ def bench_model(
     for rival, reason in lineup.skipped.items():
         console.print(f"left out: {rival}: {reason}", markup=False)
     sets = run.input_sets() if {"offline", "overlap", "numpy"} & {*modes} else {}
+    keep = partial(_keep, result, out)
     if "offline" in modes:
-        result |= _offline(lineup, run, sets)
+        keep(**_offline(lineup, run, sets))
     if "overlap" in modes:
-        result |= _overlap(lineup, run, sets, rides)
+        keep(**_overlap(lineup, run, sets, rides))
     if "numpy" in modes or "online" in modes:
         options = engine_options(batches, run.backend)
         segments = Segments(run.config, run.params, run.backend, options)
         console.print("compiling the engine's executables", markup=False)
         with Engine.from_segments(segments, profile=profile) as engine:
             if "numpy" in modes:
-                result["numpy"] = _numpy(engine, lineup, run, sets)
+                keep(numpy=_numpy(engine, lineup, run, sets))
             if "online" in modes:
-                result["online"] = _online(segments, engine, lineup, run, online, profile)
+                of = (segments, engine, lineup, run, online, profile)
+                keep(online=_online(*of, keep=lambda so_far: keep(online=so_far)))
     return finish(result, out, figure)
 
 
@@ -329,6 +332,8 @@ def _online(
     run: _Run,
     online: OnlineOptions,
     profile: str | Path | None,
+    *,
+    keep: Callable[[Any], None],
 ) -> Any:
     pool = request_pool(
         run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
@@ -341,6 +346,7 @@ def _online(
             seed=run.seed,
             options=online,
             advance=advance,
+            keep=lambda so_far: keep(report.as_json(so_far)),
         )
     report.show(report.online_table(result))
     console.print(report.collecting_line(result), markup=False)
@@ -352,12 +358,26 @@ def _online(
     return report.as_json(result)
 
 
+def _keep(result: dict[str, Any], out: str | Path | None, **measured: Any) -> None:
+    """Adds to the result, and saves it as it is now."""
+    result |= measured
+    if out is not None:
+        report.save_json(unfinished_file(out), result)
+
+
+def unfinished_file(out: str | Path) -> Path:
+    """Where results lie until they are complete, or for good if that never comes."""
+    path = Path(out)
+    return path.with_name(f"{path.stem}.unfinished{path.suffix}")
+
+
 def finish(
     result: dict[str, Any], out: str | Path | None, figure: str | Path | None
 ) -> dict[str, Any]:
     """Writes what was measured, JSON and figure, where that is wanted; returns it."""
     if out is not None:
         report.save_json(Path(out), result)
+        unfinished_file(out).unlink(missing_ok=True)
         console.print(f"wrote {out}", markup=False, soft_wrap=True)
     if figure is not None:
         plots.bench(result, Path(figure))

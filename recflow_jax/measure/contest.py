@@ -60,11 +60,12 @@ def bench_online(
     seed: int = 0,
     options: OnlineOptions,
     advance: Callable[[], None] = lambda: None,
+    keep: Callable[[OnlineResult], None] = lambda _: None,
 ) -> OnlineResult:
     """`engine` batches incrementally on `segments`, with `profile` if there is one.
 
-    `advance` is called after each measurement, see `measurements`. Raises WrongAnswers before
-    anything is timed, LoadError.
+    `advance` is called after each measurement, see `measurements`, and `keep` with what there is so
+    far. Raises WrongAnswers before anything is timed, LoadError.
     """
     with _servers(segments, engine, lineup, requests, options) as (servers, serial):
         check_served(engine.config, params, requests, servers)
@@ -82,6 +83,7 @@ def bench_online(
             batch_buckets=segments.batch_buckets,
             teller=teller,
             advance=advance,
+            keep=keep,
         ).run()
 
 
@@ -113,23 +115,31 @@ class _Contest:
     batch_buckets: Sequence[int]
     teller: Foreteller | None
     advance: Callable[[], None]
+    keep: Callable[[OnlineResult], None]
     collecting: Collecting = field(default_factory=lambda: Collecting(wait_ms=0))
 
     def run(self) -> OnlineResult:
         saturation = self._saturation()
-        base = saturation.get(self.options.load_of) or min(saturation.values())
-        points = tuple(self._point(share, qps) for share, qps in self.options.rates(base))
-        return OnlineResult(
+        result = OnlineResult(
             max_batch=self.engine.options.max_batch,
             mean_request_samples=mean_samples(self.requests),
             wait_ms=self.options.wait_ms,
             saturation=saturation,
-            points=points,
+            points=(),
             arrivals="burst" if self.options.burst else "Poisson",
             host=None if self.teller is None else self.teller.host,
             p99_ms=self.options.p99_ms,
-            sustained={n: self._sustained(n, saturation[n], points) for n in self.servers},
         )
+        self.keep(result)
+        base = saturation.get(self.options.load_of) or min(saturation.values())
+        for share, qps in self.options.rates(base):
+            result = replace(result, points=(*result.points, self._point(share, qps)))
+            self.keep(result)
+        for name in self.servers:
+            found = self._sustained(name, saturation[name], result.points)
+            result = replace(result, sustained=result.sustained | {name: found})
+            self.keep(result)
+        return result
 
     def _saturation(self) -> dict[str, float]:
         """Of serial batching, with the number of batches in flight that is best."""
