@@ -30,6 +30,7 @@ from recflow_jax.engine.errors import (
     QueueFull,
     StepFailed,
 )
+from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Inbox, Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
@@ -628,6 +629,23 @@ def test_submitting_while_it_closes_ends_in_an_answer_or_a_clear_no(device: Fake
     for thread in clients:
         thread.join(timeout=SOON_S)
     assert all(answer.result(timeout=0).tolist() == scores(1) for answer in accepted)
+
+
+def test_what_ended_is_answered_although_the_engine_closes(
+    device: FakeSegments, monkeypatch: pytest.MonkeyPatch
+):
+    """However long after its step's end that takes."""
+    add = Ledger.add
+
+    def add_late(*args: Any) -> None:
+        time.sleep(0.05)
+        add(*args)
+
+    monkeypatch.setattr(Ledger, "add", add_late)
+    engine = Engine.from_segments(device)
+    answer = engine.submit(samples(1))
+    engine.close()
+    assert answer.result(timeout=0).tolist() == scores(1)
 
 
 def test_closing_in_a_callback_does_not_hang(device: FakeSegments):

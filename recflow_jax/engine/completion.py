@@ -8,7 +8,7 @@ from recflow_jax.batch import InputError
 from recflow_jax.engine.errors import StepFailed
 from recflow_jax.engine.launcher import fail_step, fail_update
 from recflow_jax.engine.ledger import Ledger, settle
-from recflow_jax.engine.messages import Fault, Flight, Inbox, Written, now_us
+from recflow_jax.engine.messages import Fault, Flight, Inbox, Passed, Written, now_us
 from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.staging import Staging
 from recflow_jax.engine.stats import Tally
@@ -24,7 +24,7 @@ class Completion:
         preparer: Preparer,
         *,
         inbox: Inbox,
-        flights: SimpleQueue[Flight | Written | None],
+        flights: SimpleQueue[Flight | Written | Passed | None],
         ledger: Ledger,
         tally: Tally,
     ) -> None:
@@ -38,6 +38,9 @@ class Completion:
     def run(self) -> None:
         """Until the launcher says that there is no more."""
         while (flight := self._flights.get()) is not None:
+            if isinstance(flight, Passed):
+                flight.event.set()
+                continue
             if isinstance(flight, Written):
                 self._finish_update(flight)
                 continue

@@ -29,7 +29,7 @@ from recflow_jax.engine.heap import HEAP
 from recflow_jax.engine.intake import Sparse, Terms, is_large, is_to_berth, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
-from recflow_jax.engine.messages import Close, Flight, Inbox, Written, now_us
+from recflow_jax.engine.messages import Close, Flight, Inbox, Passed, Written, now_us
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
 from recflow_jax.engine.planning import pipeline_config, plans_of, policy_of
@@ -116,7 +116,7 @@ class Engine:
         self._tally = Tally(self.options.latency_window)
         policy = policy_of(segments, options, plans)
         self._inbox = inbox = Inbox()
-        flights = SimpleQueue[Flight | Written | None]()
+        flights = SimpleQueue[Flight | Written | Passed | None]()
         self._ledger = Ledger(
             max_samples=self.options.max_queued_samples,
             inbox=inbox,

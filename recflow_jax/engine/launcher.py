@@ -18,6 +18,7 @@ from recflow_jax.engine.messages import (
     Flight,
     Inbox,
     Message,
+    Passed,
     Submitted,
     Written,
     now_us,
@@ -73,7 +74,7 @@ class Launcher:
         policy: Policy,
         *,
         inbox: Inbox,
-        flights: SimpleQueue[Flight | Written | None],
+        flights: SimpleQueue[Flight | Written | Passed | None],
         ledger: Ledger,
         tally: Tally,
     ) -> None:
@@ -105,6 +106,8 @@ class Launcher:
                     aside_us = self._inbox.take_aside_us()
                     took_us = now_us() - started_us - aside_us
                     self._inbox.rest(RESTS * took_us - (started_us - asked_us) - aside_us)
+            if self._close is not None and self._close.drain:
+                self._wait_for_answers()
             self._give_up("the engine was closed before it came to the request")
         except BaseException as error:
             self._give_up(f"the engine stopped: {error!r}", error)
@@ -113,6 +116,12 @@ class Launcher:
 
     def _is_done(self) -> bool:
         return self._close is not None and (not self._close.drain or self._policy.idle)
+
+    def _wait_for_answers(self) -> None:
+        """A step is known to have ended before its answers are made."""
+        passed = Passed()
+        self._flights.put(passed)
+        passed.event.wait()
 
     def _patience_s(self) -> float | None:
         deadline_us = self._policy.next_deadline_us

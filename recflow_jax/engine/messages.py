@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from threading import Event as ThreadEvent
 from threading import RLock, get_ident
 from typing import Any
 
@@ -85,6 +86,13 @@ class Written:
 
     update: Update
     landed: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Whoever launches waits until all that was launched before has been dealt with."""
+
+    event: ThreadEvent = field(default_factory=ThreadEvent)
 
 
 class Inbox:
