@@ -14,7 +14,8 @@ the bottleneck does not wait for that: then the launcher sleeps for longer than 
 
 LARGE_IDS = 2**18
 """So many ids are copied for so long that the interpreter is left to others: a request of them and
-the launcher do not wait for each other, and a launcher that packs them lets callers go on."""
+the launcher do not wait for each other, a launcher that packs them lets callers go on, and one that
+rests goes on when such a request is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +60,13 @@ class HostCosts:
 
     def launching_us(self, step: Step) -> float:
         """How long the launcher's thread is busy with a step."""
-        apart = (step.slice is not None) + (step.segment is not None)
-        launches_us = self.launch_us * (1 if step.co_run else apart)
-        return launches_us + (self._packing_us(step.slice) if step.slice else 0.0)
+        return self._calling_us(step) + (self._packing_us(step.slice) if step.slice else 0.0)
 
     def aside_us(self, step: Step) -> float:
-        """How long, of that, callers go on: while it packs what is large."""
+        """How long, of that, callers go on: while it calls executables, and packs what is large."""
         piece = step.slice
-        return self._copying_us(piece) if piece and piece.ids >= LARGE_IDS else 0.0
+        is_large = piece is not None and piece.ids >= LARGE_IDS
+        return self._calling_us(step) + (self._copying_us(piece) if piece and is_large else 0.0)
 
     def upload_us(self, step: Step) -> float:
         """How long a step's slice is on its way to the device."""
@@ -75,6 +75,10 @@ class HostCosts:
     def submitting_us(self, request: Request) -> float:
         """How long the callers' thread is busy with a request."""
         return self.submit_us + request.samples * self.submit_sample_us
+
+    def _calling_us(self, step: Step) -> float:
+        apart = (step.slice is not None) + (step.segment is not None)
+        return self.launch_us * (1 if step.co_run else apart)
 
     def _packing_us(self, piece: Slice) -> float:
         new = sum(part.start == 0 for part in piece.parts)

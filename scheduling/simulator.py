@@ -156,12 +156,18 @@ class _Engine:
 
     def _rest(self, longest_us: float) -> None:
         """See REST_STEP_US."""
-        end_us, mailed = self._now_us + longest_us, 0
+        end_us, seen = self._now_us + longest_us, 0
         self._mailed += self._mail()
-        while self._now_us < end_us and (len(self._mailed) > mailed or self._is_called()):
-            mailed = len(self._mailed)
+        while self._now_us < end_us and self._has_cause_to_rest(seen):
+            seen = len(self._mailed)
             self._now_us = min(self._now_us + REST_STEP_US, end_us)
             self._mailed += self._mail()
+
+    def _has_cause_to_rest(self, seen: int) -> bool:
+        new = self._mailed[seen:]
+        if any(isinstance(one, Arrive) and one.request.ids >= LARGE_IDS for one in new):
+            return False
+        return bool(new) or self._is_called()
 
     def _is_called(self) -> bool:
         """Whether a caller is letting in a request that is not large."""

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine import berths as berths_module
-from recflow_jax.engine import stays
+from recflow_jax.engine import intake, stays
 from recflow_jax.engine.berths import Berths, Room
+from recflow_jax.engine.intake import is_to_berth
 from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.layout import Layout
@@ -242,10 +243,25 @@ def test_who_is_refused_leaves_no_gap():
     assert host.submit(2, 2).place == first.place + len(first.rows)
 
 
-def test_what_needs_no_copy_gets_no_berth():
+@pytest.mark.parametrize("many_copy", [False, True])
+def test_what_needs_no_copy_gets_no_berth(many_copy: bool, monkeypatch: pytest.MonkeyPatch):
+    """Unless it is large, and several threads would copy it."""
+    monkeypatch.setattr(intake.copy_threads, "copy", lambda: print if many_copy else None)
+    batch = generate(FIXED, 2, seed=0)
+    monkeypatch.setattr(intake, "LARGE_IDS", len(batch.values))
+    small = generate(FIXED, 1, seed=0)
+    assert is_to_berth(batch) and is_to_berth(small)
+    assert is_to_berth(batch.frozen()) == many_copy
+    assert not is_to_berth(small.frozen())
+    assert not is_to_berth(batch.dense)
+
+
+def test_who_finds_room_is_copied_there():
     host, batch = Host(), generate(FIXED, 2, seed=0)
-    frozen = host.preparer.prepare(batch.frozen(), checks_later=True, find_room=host.berths.room)
-    assert frozen.berth is None and frozen.rows.base is batch.frozen().values.base
+    for given_as in (batch, batch.frozen()):
+        found = host.preparer.prepare(given_as, checks_later=True, find_room=host.berths.room)
+        assert found.berth is not None and np.shares_memory(found.rows, found.berth.array)
+        np.testing.assert_array_equal(found.rows, batch.values)
 
 
 def test_what_never_fits_gets_no_berth():

@@ -8,6 +8,7 @@ import pytest
 
 from computing import PATIENCE_S, computing
 from recflow_jax.engine import free_copies
+from recflow_jax.engine.copy_threads import copy_by
 from recflow_jax.engine.free_copies import MOST_ARRAYS, join
 
 LONG = 2**20
@@ -19,13 +20,15 @@ def numbers(length: int, dtype: str = "int32") -> np.ndarray:
     return array
 
 
-@pytest.fixture(params=["kernel", "no such call", "refused", "cut short"])
+@pytest.fixture(params=["threads", "kernel", "no such call", "refused", "cut short"])
 def help_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What becomes of the call."""
+    """Who copies, or what becomes of the call."""
+    copy = copy_by(2) if request.param == "threads" else None
+    monkeypatch.setattr(free_copies.copy_threads, "copy", lambda: copy)
     outcomes = {"refused": lambda *_: -1, "cut short": lambda *_: 4, "no such call": None}
     if request.param in outcomes:
         monkeypatch.setattr(free_copies, "_READV", outcomes[request.param])
-    elif free_copies._READV is None:
+    elif free_copies._READV is None and copy is None:
         pytest.skip("process_vm_readv is Linux's")
     return request.param
 
@@ -45,18 +48,18 @@ def test_arrays_are_joined(lengths: Sequence[int]):
         np.testing.assert_array_equal(around[dtype], np.concatenate([[-1], *arrays, [-1]]))
 
 
-def test_the_kernel_helps_where_it_can(monkeypatch: pytest.MonkeyPatch):
-    if free_copies._READV is None:
-        pytest.skip("process_vm_readv is Linux's")
+@pytest.mark.parametrize("help_of", ["threads", "kernel"], indirect=True)
+@pytest.mark.usefixtures("help_of")
+def test_others_help_where_they_can(monkeypatch: pytest.MonkeyPatch):
     arrays, out = [numbers(LONG), numbers(LONG)], np.zeros(2 * LONG, np.int32)
     monkeypatch.setattr(free_copies.held_copies, "join", pytest.fail)
     join((arrays, out))
 
 
+@pytest.mark.parametrize("help_of", ["threads", "kernel"], indirect=True)
+@pytest.mark.usefixtures("help_of")
 def test_another_thread_gets_its_turn_and_gives_it_back_once():
     """numpy would wait for it once for each array."""
-    if free_copies._READV is None:
-        pytest.skip("process_vm_readv is Linux's")
     arrays, out = [numbers(LONG)] * 8, np.zeros(8 * LONG, np.int32)
     with computing() as count:
         before, started_s = count(), time.perf_counter()

@@ -39,12 +39,14 @@ def test_requests_cost_with_their_first_samples_and_buffers_by_the_byte():
     assert host.launching_us(replace(first, slice=later)) == 0.5 * (2 * 10 + 20)
 
 
-def test_callers_go_on_while_ids_without_end_are_copied(monkeypatch: pytest.MonkeyPatch):
+def test_callers_go_on_during_calls_and_while_ids_without_end_are_copied(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(host_costs, "LARGE_IDS", 15)
-    assert HOST.aside_us(step(WHOLE, None)) == 0
-    assert HOST.aside_us(step(WHOLE, SIZE, "deep")) == 1 * 2 + 15 * 0.5
+    assert HOST.aside_us(step(WHOLE, None)) == 20
+    assert HOST.aside_us(step(WHOLE, SIZE, "deep")) == 20 + 1 * 2 + 15 * 0.5
     monkeypatch.setattr(host_costs, "LARGE_IDS", 16)
-    assert HOST.aside_us(step(WHOLE, SIZE)) == 0
+    assert HOST.aside_us(step(WHOLE, SIZE)) == 20 + 20
 
 
 def test_callers_pay_per_request_and_per_sample():

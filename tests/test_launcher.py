@@ -5,7 +5,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -135,9 +135,12 @@ def test_requests_that_arrive_meanwhile_share_the_next_batch(engine: Engine, dev
 def test_a_launcher_leaves_the_interpreter_to_the_callers_after_it_launched(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Each look at the clock takes 50 us here: one while it slept, several while it launched."""
+    """Each look at the clock takes 50 us here: one while it slept, several while it launched. Its
+    calls take nothing.
+    """
     rests_us: list[int] = []
     monkeypatch.setattr(Inbox, "rest", lambda _, us: rests_us.append(us))
+    monkeypatch.setattr(messages, "now_us", lambda: 0)
     monkeypatch.setattr(launcher, "now_us", partial(next, count(0, 50)))
     with Engine.from_segments(FakeSegments()) as engine:
         result(engine.submit(samples(1)))
@@ -198,6 +201,35 @@ def test_callers_go_on_while_a_large_slice_is_packed(
         assert (result(large), result(small)) == (scores(1, 2, 3), scores(4))
     assert took_s < SOON_S / 2
     assert rests_us[0] < 0
+
+
+@pytest.mark.parametrize("segments", [2, None])
+def test_callers_go_on_while_an_executable_is_called(
+    monkeypatch: pytest.MonkeyPatch, segments: int | None
+):
+    calling, called = Signal(), Signal()
+    monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
+    options = replace(OPTIONS, segments=segments, max_slice=8, smallest_slice=2)
+
+    def slow(call: Callable[..., Any]) -> Callable[..., Any]:
+        def slowly(*of: Any) -> Any:
+            calling.set()
+            assert called.wait(SOON_S)
+            return call(*of)
+
+        return slowly
+
+    for name in ("embed", "run_whole"):
+        monkeypatch.setattr(FakeSegments, name, slow(getattr(FakeSegments, name)))
+    with Engine.from_segments(FakeSegments(options)) as engine:
+        first = engine.submit(samples(1))
+        assert calling.wait(SOON_S)
+        started_s = time.perf_counter()
+        second = engine.submit(samples(2))
+        took_s = time.perf_counter() - started_s
+        called.set()
+        assert (result(first), result(second)) == (scores(1), scores(2))
+    assert took_s < SOON_S / 2
 
 
 def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(

@@ -27,11 +27,11 @@ LONG_S = 60
 SOON_S = 30
 
 
-def arrival(request_id: int) -> Submitted:
+def arrival(request_id: int, ids: int = 1) -> Submitted:
     samples = Prepared(
         dense=np.zeros((1, 1), np.float32),
-        rows=np.zeros(1, np.int32),
-        id_offsets=np.array([0, 1]),
+        rows=np.zeros(ids, np.int32),
+        id_offsets=np.array([0, ids]),
         slot_offsets=None,
         weights=None,
     )
@@ -125,6 +125,26 @@ def test_it_rests_while_a_caller_makes_a_request(monkeypatch: pytest.MonkeyPatch
     inbox.caller_enters()
     caller.callback(inbox.caller_leaves)
     inbox.rest(10 * REST_STEP_US)
+    assert slept_us == [REST_STEP_US] * 3
+
+
+def test_it_rests_no_longer_than_until_a_large_request_is_there(monkeypatch: pytest.MonkeyPatch):
+    inbox, slept_us = Inbox(), []
+    monkeypatch.setattr(messages, "LARGE_IDS", 5)
+
+    def sleep(seconds: float) -> None:
+        slept_us.append(round(1e6 * seconds))
+        inbox.put_arrival(arrival(len(slept_us), ids=4 + len(slept_us) // 2))
+
+    monkeypatch.setattr(messages.time, "sleep", sleep)
+    monkeypatch.setattr(messages, "now_us", lambda: sum(slept_us))
+    inbox.put(Dropped(0))
+    inbox.rest(10 * REST_STEP_US)
+    assert slept_us == [REST_STEP_US] * 2
+    inbox.rest(10 * REST_STEP_US)
+    assert len(inbox.read()) == 3
+    inbox.put(Dropped(0))
+    inbox.rest(REST_STEP_US)
     assert slept_us == [REST_STEP_US] * 3
 
 

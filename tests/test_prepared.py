@@ -19,6 +19,9 @@ from recflow_jax.measure.host import by_name
 from small_models import CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE, device_batch
 
 MODELS = (CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE)
+WEIGHTED = dataclasses.replace(
+    FIXED, features=tuple(dataclasses.replace(f, weighted=f.bag.mean == 4) for f in FIXED.features)
+)
 ID_TYPES = ("int8", "uint16", "int32", "uint32", "int64", "uint64", ">i4", ">i8")
 
 
@@ -79,7 +82,9 @@ def test_ids_of_large_requests_are_not_copied_at_the_cost_of_others(
     monkeypatch.setattr(fixed_bags, "LARGE_IDS", len(batch.values) + (not is_large))
     monkeypatch.setattr(fixed_bags, "copy", lambda ids, out: held.append(np.copyto(out, ids)))
     batch = dataclasses.replace(batch, values=batch.values.astype(np.int32))
-    assert_is(config, preparer(config).prepare(batch), batch)
+    strided = dataclasses.replace(batch, values=np.repeat(batch.values, 2)[::2])
+    for given_as in (batch, strided):
+        assert_is(config, preparer(config).prepare(given_as), batch)
     assert bool(held) != is_large
 
 
@@ -230,6 +235,22 @@ def test_frozen_samples_of_fixed_bags_are_not_copied(checks_later: bool):
     for array in (frozen.dense, frozen.values, frozen.offsets):
         with pytest.raises(ValueError, match="read-only"):
             array[:1] = 0
+
+
+def test_frozen_samples_that_are_not_in_one_piece_are_copied():
+    """Whoever copies their bytes later starts at the first and goes on from there."""
+    batch = generate(WEIGHTED, 300, seed=3)
+    assert batch.weights is not None
+    other = dataclasses.replace(
+        batch,
+        dense=np.asfortranarray(batch.dense),
+        values=np.repeat(batch.values.astype(np.int32), 2)[::2],
+        weights=np.repeat(batch.weights, 2)[::2],
+    )
+    found = preparer(WEIGHTED).prepare(other.frozen())
+    assert_is(WEIGHTED, found, batch)
+    assert found.slot_offsets is None and found.weights is not None
+    assert all(a.flags.c_contiguous for a in (found.dense, found.rows, found.weights))
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.name)

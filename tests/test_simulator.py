@@ -97,70 +97,77 @@ def test_a_device_waits_for_a_slow_launcher():
 
 
 def test_a_busy_launcher_leaves_twice_the_time_that_it_takes_to_the_callers():
-    host = replace(FREE, launch_us=150)
+    host = replace(FREE, sample_us=300)
     crowd = [request(i, 50 * i) for i in range(20)]
     policy = Pipeline(config(segments=1, batch_buckets=(16,), max_steps_in_flight=9))
     busy = run(*crowd, policy=policy, host=host)
-    # Slice and segment of the first are launched at 300; what has come by 900 is seen then.
-    assert (busy.launched_us[0], busy.launched_us[1]) == (150, 900 + 150)
+    # The first is packed until 300; what has come by 900 is seen then, and a slice of 4 packed.
+    assert (busy.launched_us[0], busy.launched_us[1]) == (300, 900 + 4 * 300)
 
 
 def test_a_launcher_that_slept_before_goes_on_at_once():
-    host = replace(FREE, launch_us=75)
+    host = replace(FREE, request_us=150)
     both = run(request(0, 400), request(1, 500), host=host, segments=1)
     # The first is launched from 400 to 550, after a sleep of 400.
-    assert both.launched_us.tolist() == [475, 550 + 75]
+    assert both.launched_us.tolist() == [550, 550 + 150]
 
 
 def test_a_launcher_rests_no_longer_than_something_comes():
-    host = replace(FREE, launch_us=500)
+    host = replace(FREE, request_us=1000)
     both = run(request(0, 0), request(1, 30), host=host, segments=1)
-    # The first is launched at 1000. The second has come, and nothing after 1100.
-    assert both.launched_us.tolist() == [500, 1200 + 500]
+    # The first is launched at 1000. The second has come, the end of the first is seen by 1100, and
+    # nothing more by 1200.
+    assert both.launched_us.tolist() == [1000, 1200 + 1000]
 
 
 def test_a_launcher_rests_while_a_request_is_let_in():
-    host = replace(FREE, launch_us=500, submit_us=450)
-    both = run(request(0, 0), request(1, 1520), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1970 and seen at 2050;
-    # nothing more has come at 2150.
-    assert both.launched_us.tolist() == [950, 2150 + 500]
+    host = replace(FREE, request_us=1000, submit_us=450)
+    three = run(request(0, 0), request(1, 0), request(2, 1940), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1900 and seen at 1950, the
+    # third let in until 2390 and seen at 2450; nothing more has come at 2550.
+    assert three.launched_us.tolist() == [1450, *[2550 + 2 * 1000] * 2]
 
 
 @pytest.mark.parametrize("arrived_us", [450, 600, 1449])
 def test_callers_begin_with_no_request_while_the_launcher_launches(arrived_us: int):
-    host = replace(FREE, launch_us=500, submit_us=450)
+    host = replace(FREE, request_us=1000, submit_us=450)
     both = run(request(0, 0), request(1, arrived_us), host=host, segments=1)
     # The first is launched from 450 to 1450, the second let in until 1900 and seen at 1950;
     # nothing more has come at 2050.
-    assert both.launched_us.tolist() == [950, 2050 + 500]
+    assert both.launched_us.tolist() == [1450, 2050 + 1000]
 
 
 def test_a_large_request_is_let_in_while_the_launcher_launches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(simulator, "LARGE_IDS", 5)
-    host = replace(FREE, launch_us=500, submit_us=450)
+    host = replace(FREE, request_us=1000, submit_us=450)
     both = run(request(0, 0), request(1, 600, ids=5), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1050 and seen at 1450; the end
-    # of the first is seen at 1550, and nothing more has come at 1650.
-    assert both.launched_us.tolist() == [950, 1650 + 500]
+    # The first is launched from 450 to 1450, the second let in until 1050 and seen at 1450.
+    assert both.launched_us.tolist() == [1450, 1450 + 1000]
 
 
 def test_a_launcher_does_not_rest_while_a_large_request_is_let_in(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(simulator, "LARGE_IDS", 5)
-    host = replace(FREE, launch_us=500, submit_us=450)
+    host = replace(FREE, request_us=1000, submit_us=450)
     both = run(request(0, 0), request(1, 1440, ids=5), host=host, segments=1)
-    assert both.launched_us.tolist() == [950, 1890 + 500]
+    assert both.launched_us.tolist() == [1450, 1890 + 1000]
 
 
 def test_callers_begin_while_the_launcher_packs_what_is_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host_costs, "LARGE_IDS", 5)
-    host = replace(FREE, launch_us=100, submit_us=50, id_us=100)
+    host = replace(FREE, request_us=200, submit_us=50, id_us=100)
     requests = [request(0, 0, ids=5), request(1, 300), request(2, 560)]
     three = run(*requests, host=host, segments=1)
     # The first is packed from 50 to 550 and launched until 750. The second is let in until 350, the
     # third, which would begin amid the launches, from 750 to 800. Nothing is rested: 2 x 200 - 550.
     # The second is launched until 1050, and its end seen by 1150; nothing more has come at 1250.
-    assert three.launched_us.tolist() == [650, 750 + 200, 1250 + 200]
+    assert three.launched_us.tolist() == [750, 750 + 300, 1250 + 300]
+
+
+def test_callers_begin_while_the_launcher_calls_executables():
+    host = replace(FREE, launch_us=500, submit_us=450)
+    both = run(request(0, 0), request(1, 600), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1050. Nothing is rested.
+    assert both.launched_us.tolist() == [950, 1450 + 500]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():
@@ -185,11 +192,11 @@ def test_a_later_request_rides_beside_the_segments_of_an_earlier_one():
 
 
 def test_what_comes_while_the_launcher_is_busy_is_seen_when_it_is_done():
-    host = replace(FREE, launch_us=50)
+    host = replace(FREE, request_us=100)
     late = run(request(0, 0), request(1, 60), host=host, segments=1, max_steps_in_flight=9)
-    # Launches end at 50 and 100. It rests; the second request is seen at 300.
-    assert late.launched_us.tolist() == [50, 350]
-    assert late.answered_us.tolist() == [120, 420]
+    # The first is launched at 100. It rests; the second request is seen at 300.
+    assert late.launched_us.tolist() == [100, 400]
+    assert late.answered_us.tolist() == [130, 430]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from recflow_jax.backend import choose_backend
 from recflow_jax.config import shipped_models
 from recflow_jax.console import console
 
-PACKAGES = ("recflow-jax", "jax", "jaxlib", "flax", "numpy")
+PACKAGES = ("recflow-jax", "jax", "jaxlib", "flax", "numpy", "numba")
 
 
 def info(*, as_json: bool = False) -> None:

@@ -173,7 +173,7 @@ class Engine:
         find_room, has_berths = None, False
         try:
             if is_large(dense):
-                find_room = self._large_room
+                find_room = self._large_room if is_to_berth(dense) else None
             else:
                 self._inbox.caller_enters()
                 if self._berths and is_to_berth(dense) and self._inbox.may_berth():

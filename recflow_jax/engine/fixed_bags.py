@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import MAX_IDS, JaggedBatch
+from recflow_jax.engine import free_copies
 from recflow_jax.engine.held_copies import UNSEEN, copy, side_by_side
 from scheduling.host_costs import LARGE_IDS
 
@@ -80,14 +81,15 @@ class FixedBags:
     def as_int32(
         self, values: np.ndarray, *, out: np.ndarray | None = None, checks: bool = True
     ) -> np.ndarray | None:
-        """The ids; a copy, in `out` if that is given, unless nobody writes to them. None if one is
-        outside its table, where that is looked at, or too large for int32.
+        """The ids; a copy, in `out` if that is given, else unless nobody writes to them. None if
+        one is outside its table, where that is looked at, or too large for int32.
         """
-        if is_shared(values):
+        if out is None and is_shared(values):
             return values if not checks or self.are_of_tables(values) else None
         copied = np.empty(len(values), np.int32) if out is None else out
-        for start in range(0, len(values), max(self._block, 1)):
-            block = slice(start, start + self._block)
+        step = max(self._block if checks else len(values), 1)
+        for start in range(0, len(values), step):
+            block = slice(start, start + step)
             if not copy_ids(values[block], out=copied[block], of=len(values)):
                 return None
             if checks and not self.are_of_tables(copied[block]):
@@ -120,8 +122,9 @@ class FixedBags:
 
 
 def is_shared(ids: np.ndarray) -> bool:
-    """Whether these need no copy: int32 that nobody writes to."""
-    return ids.dtype == INT32 and not ids.flags.writeable
+    """Whether these need no copy: int32 in one piece that nobody writes to."""
+    flags = ids.flags
+    return ids.dtype == INT32 and not flags.writeable and flags.c_contiguous
 
 
 def bag_offsets(lengths: Sequence[int], samples: int) -> np.ndarray:
@@ -142,6 +145,8 @@ def copy_ids(ids: np.ndarray, *, out: np.ndarray, of: int) -> bool:
         np.copyto(out, ids, casting="unsafe")
     elif of < LARGE_IDS:
         copy(ids, out)
+    elif ids.flags.c_contiguous:
+        free_copies.join(([ids], out))
     else:
         np.copyto(out, ids)
     return True

@@ -1,9 +1,10 @@
 """Copies of many arrays that leave the interpreter to others: once, for all of them.
 
 numpy would leave it for each array, and wait for it as often: beside a thread that computes, each
-time for Python's switch interval. The kernel copies all in one call, process_vm_readv(2), of which
-the process to read from is this one. Where there is no such call, or it is forbidden, the copies
-keep the interpreter; where there is one array only, numpy's copy is faster.
+time for Python's switch interval. Threads of `copy_threads` copy all at once. Where there are none,
+the kernel does in one call, process_vm_readv(2), of which the process to read from is this one;
+but of one array numpy's copy is faster. Where there is no such call, or it is forbidden, the copies
+keep the interpreter.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recflow_jax.engine import held_copies
+from recflow_jax.engine import copy_threads, held_copies
 
 MOST_ARRAYS = 1024  # UIO_MAXIOV of Linux: of one call
 
@@ -23,25 +24,30 @@ def join(*joins: tuple[Sequence[np.ndarray], np.ndarray]) -> None:
     """`np.concatenate(arrays, out=out)` of each (arrays, out), of one dimension and the same dtype,
     each in one piece.
     """
-    sources = [array for arrays, _ in joins for array in arrays]
-    if len(sources) > len(joins) and _read(sources, [out for _, out in joins]):
-        return
-    for arrays, out in joins:
-        held_copies.join(arrays, out)
+    sources, targets = [array for arrays, _ in joins for array in arrays], [out for _, out in joins]
+    copy = copy_threads.copy()
+    if copy is not None:
+        copy(_places(targets), _places(sources))
+    elif len(sources) == len(joins):
+        for arrays, out in joins:
+            np.concatenate(arrays, out=out)
+    elif not _read(_places(targets), _places(sources)):
+        for arrays, out in joins:
+            held_copies.join(arrays, out)
 
 
-def _read(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> bool:
+def _read(targets: np.ndarray, sources: np.ndarray) -> bool:
     """Whether all bytes were copied, in order; if not, some may be."""
     if _READV is None or len(sources) > MOST_ARRAYS:
         return False
-    vectors = [_places(targets), _places(sources)]
-    (into, intos), (of, ofs) = ((_place(vector)[0], len(vector)) for vector in vectors)
-    return _READV(os.getpid(), into, intos, of, ofs, 0) == sum([one.nbytes for one in targets])
+    into, of = _place(targets)[0], _place(sources)[0]
+    copied = _READV(os.getpid(), into, len(targets), of, len(sources), 0)
+    return copied == int(targets[:, 1].sum())
 
 
 def _places(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Of each a struct iovec."""
-    return np.array([_place(array) for array in arrays], np.uintp)
+    """int64 [arrays, 2]: of each a struct iovec."""
+    return np.array([_place(array) for array in arrays], np.int64).reshape(-1, 2)
 
 
 def _place(array: np.ndarray) -> tuple[int, int]:

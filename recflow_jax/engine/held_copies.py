@@ -19,7 +19,7 @@ def copy(array: np.ndarray, out: np.ndarray) -> None:
 
 def join(arrays: Sequence[np.ndarray], out: np.ndarray) -> None:
     """`np.concatenate(arrays, out=out)`, of one dimension and the same dtype."""
-    if len(arrays) == 1 or len(out) <= UNSEEN * len(arrays):
+    if len(out) <= UNSEEN * len(arrays):
         np.concatenate(arrays, out=out)
         return
     target, end = memoryview(out), 0

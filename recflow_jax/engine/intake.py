@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recflow_jax.batch import InputError, JaggedBatch
+from recflow_jax.engine import copy_threads
 from recflow_jax.engine.fixed_bags import is_shared
 from recflow_jax.engine.messages import Submitted
 from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
@@ -43,10 +44,13 @@ def is_large(dense: Any) -> bool:
 
 
 def is_to_berth(dense: Any) -> bool:
-    """Whether this request's ids are to be copied, and lie in an array: others who want berths are
-    not to wait until one has been made.
+    """Whether this request's ids lie in an array and are to be copied: others who want berths are
+    not to wait until one has been made. What nobody writes to is, too, where several threads copy:
+    on the caller's thread, while the launcher launches.
     """
-    return isinstance(dense, JaggedBatch) and not is_shared(dense.values)
+    if not isinstance(dense, JaggedBatch):
+        return False
+    return not is_shared(dense.values) or (is_large(dense) and copy_threads.copy() is not None)
 
 
 def prepare(

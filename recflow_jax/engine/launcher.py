@@ -1,7 +1,7 @@
 """The thread that owns the policy: mail in, launches out. It never waits for the device."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -203,7 +203,7 @@ class Launcher:
             with _faults_of(filling):
                 packed = self._packed(step.slice, joining, flight)
                 state = filling.state or self._take_state()
-                filling.state = self._segments.embed(state, packed)
+                filling.state = self._call(self._segments.embed, state, packed)
                 _expect_landing(filling.state.landed, flight)
 
     def _load(self, piece: Slice) -> tuple[_Batch, _Joining]:
@@ -234,10 +234,10 @@ class Launcher:
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
         if batch.state is not None:
-            batch.x, free = self._segments.start(segment.shape, batch.state)
+            batch.x, free = self._call(self._segments.start, segment.shape, batch.state)
             self._give_back(batch, free)
         else:
-            batch.x = self._segments.run(segment.shape, batch.x)
+            batch.x = self._call(self._segments.run, segment.shape, batch.x)
         self._expect(segment, batch, flight)
 
     def _co_run(
@@ -253,19 +253,26 @@ class Launcher:
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
         packed = self._packed(step.slice, joining, flight)
         if step.co_run == WHOLE:
-            running.x = self._segments.run_whole(cell, packed)
+            running.x = self._call(self._segments.run_whole, cell, packed)
             flight.is_whole = True
             return self._expect(step.segment, running, flight)
         into = filling.state or self._take_state()
         if running.state is not None:
-            running.x, free, filling.state = self._segments.start_with(
-                cell, running.state, into, packed
+            running.x, free, filling.state = self._call(
+                self._segments.start_with, cell, running.state, into, packed
             )
             self._give_back(running, free)
         else:
-            running.x, filling.state = self._segments.run_with(cell, running.x, into, packed)
+            running.x, filling.state = self._call(
+                self._segments.run_with, cell, running.x, into, packed
+            )
         _expect_landing(filling.state.landed, flight)
         self._expect(step.segment, running, flight)
+
+    def _call[**P, T](self, launch: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Callers go on meanwhile: JAX leaves the interpreter to others while it launches."""
+        with self._inbox.aside():
+            return launch(*args, **kwargs)
 
     def _give_back(self, batch: _Batch, free: BatchState) -> None:
         self._free_states.append(free)

@@ -17,7 +17,7 @@ from typing import Any
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.staging import Buffer
 from recflow_jax.engine.updates import Update
-from scheduling.host_costs import REST_STEP_US
+from scheduling.host_costs import LARGE_IDS, REST_STEP_US
 from scheduling.pipeline import Arrive, StepDone
 from scheduling.request import Part
 
@@ -107,6 +107,7 @@ class Inbox:
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._asleep = False
         self._has_urgent = False
+        self._has_large = False
         self._arrivals_to_wake = 1
         self._callers: set[int] = set()
         # A callback may submit on the launcher's own thread.
@@ -185,6 +186,8 @@ class Inbox:
     def put_arrival(self, message: Submitted) -> None:
         """A request that may wait for as long as nothing can be launched."""
         self._messages.append(message)
+        if message.request.ids >= LARGE_IDS:
+            self._has_large = True
         if len(self._messages) >= self._arrivals_to_wake:
             self._ring()
 
@@ -203,14 +206,15 @@ class Inbox:
 
     def read(self) -> list[Message]:
         """All messages that are there."""
+        self._has_large = False
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
     def rest(self, longest_us: int) -> None:
         """Leaves the interpreter to others for so long, but only while messages come, or callers
-        make requests.
+        make requests, and until a large one is there, which is worth a launch of its own.
         """
         end_us, seen = now_us() + longest_us, 0
-        while self._callers or len(self._messages) > seen:
+        while not self._has_large and (self._callers or len(self._messages) > seen):
             left_us = end_us - now_us()
             if left_us <= 0:
                 return

@@ -21,7 +21,7 @@ from recflow_jax.batch import (
 )
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.berths import Berth, Room
-from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids, is_shared
+from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids
 from recflow_jax.engine.held_copies import copy
 from recflow_jax.layout import Layout
 
@@ -104,8 +104,9 @@ class Preparer:
     ) -> Prepared:
         """The samples as they are now, whatever becomes of those of `batch`'s arrays that can be
         written to. checks_later: whether ids of samples with fixed bags are of their tables, and
-        floats finite, is left to `check`. find_room: for so many ids with fixed bags that have to
-        be copied, which are copied there; else to memory of their own.
+        floats finite, is left to `check`. find_room: for so many ids with fixed bags, which are
+        copied there; without, and where it finds none, only what can be written to is copied, to
+        memory of its own.
 
         Raises InputError that names feature, sample and value.
         """
@@ -157,7 +158,7 @@ class Preparer:
         checks_later: bool = False,
         find_room: FindRoom | None = None,
     ) -> Prepared | None:
-        room = find_room(len(values)) if find_room and not is_shared(values) else None
+        room = find_room(len(values)) if find_room else None
         is_checked = not (checks_later and bags.ids)  # the device looks at samples that have ids
         rows = bags.as_int32(values, out=room and room.array, checks=is_checked)
         if rows is None:
@@ -234,8 +235,8 @@ def _with_floats(
 
 
 def _kept(array: np.ndarray) -> np.ndarray:
-    """A copy, unless nobody writes to it."""
-    if not array.flags.writeable:
+    """A copy, unless it is in one piece and nobody writes to it."""
+    if not array.flags.writeable and array.flags.c_contiguous:
         return array
     kept = np.empty(array.shape, array.dtype)
     copy(array.reshape(-1), kept.reshape(-1))

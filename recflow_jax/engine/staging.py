@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine import free_copies, held_copies
+from recflow_jax.engine import copy_threads, free_copies, held_copies
 from recflow_jax.engine.berths import Berth
 from recflow_jax.engine.fixed_bags import bag_offsets
 from recflow_jax.engine.pinned import pinned_zeros
@@ -256,7 +256,11 @@ class Staging:
         return self._shapes[bucket]
 
     def reserve(self, count: int) -> None:
-        """Makes `count` buffers of each bucket so far: later it may take a request milliseconds."""
+        """Makes `count` buffers of each bucket so far: later it may take a request milliseconds.
+        So does what copies large slices.
+        """
+        if any(shape.ids >= LARGE_IDS for shape in self._shapes.values()):
+            copy_threads.copy()
         for shape in self._shapes.values():
             free = self._free[shape.length]
             free.extend([Buffer.of(shape) for _ in range(count - len(free))])

@@ -1,6 +1,7 @@
 """Results for people, as tables, and for programs, as JSON."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from rich.table import Table
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console
+from recflow_jax.engine.copy_threads import available_cores, threads
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.corun import CorunResult
@@ -50,13 +52,15 @@ Result = (
 def header(
     config: DLRMConfig, backend: Backend, *, ids: str, seed: int, versions: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What results hold for: device, back end, versions, date, command line, model and input."""
+    """What results hold for: device, host, back end, versions, date, command line, model, input."""
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "device": jax.devices()[0].device_kind,
         "platform": jax.devices()[0].platform,
+        "cores": available_cores(),
+        "copy_threads": threads() if importlib.util.find_spec("numba") else 1,
         "backend": {"name": backend.name, "reason": backend.reason},
         "versions": dict(versions),
         "model": {

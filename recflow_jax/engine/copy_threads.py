@@ -1,0 +1,107 @@
+"""Copies by several threads at once, which are none of Python's, while the interpreter is left to
+others.
+
+One thread reads and writes memory at a fraction of its rate; Python's own would wait for the
+interpreter when they begin and when they end. These are numba's, if it is installed (the extra
+`threads`), over a layer that bears several callers at once: OpenMP or TBB.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from inspect import unwrap
+from typing import Any
+
+import numpy as np
+
+MOST_THREADS = 4  # more bring little, and are missed by the callers
+CORES_PER_THREAD = 4
+SAFE_LAYERS = ("omp", "tbb")
+WAIT_POLICY = "OMP_WAIT_POLICY"
+
+Copy = Callable[[np.ndarray, np.ndarray], None]
+
+
+def threads() -> int:
+    """So many threads copy where there are so many cores; one: none but the caller's."""
+    return max(1, min(MOST_THREADS, available_cores() // CORES_PER_THREAD))
+
+
+@cache
+def copy() -> Copy | None:
+    """As `copy_by` for `threads`."""
+    return copy_by(threads())
+
+
+@cache
+def copy_by(count: int) -> Copy | None:
+    """Copies as `count` threads do, compiled in a second when it is first asked for; None without
+    numba, without a layer for it, and for one thread.
+
+    It takes two int64 arrays, [n, 2] and [m, 2]: addresses and bytes of what is written and what is
+    read, as many in all, in order.
+    """
+    if count < 2:
+        return None
+    nothing = np.zeros((0, 2), np.int64)
+    with _sleeping_threads():
+        try:
+            numba = import_module("numba")
+        except ImportError:
+            return None
+        compiled = _compiled(numba, min(count, numba.config.NUMBA_NUM_THREADS))
+        try:
+            compiled(nothing, nothing)
+        except ValueError:  # no layer at all
+            return None
+    return compiled if numba.threading_layer() in SAFE_LAYERS else None
+
+
+def _compiled(numba: Any, count: int) -> Copy:
+    word = numba.types.int64
+    memcpy = numba.types.ExternalFunction("memcpy", word(word, word, word))
+
+    def copy(into: Any, of: Any) -> None:
+        of_caller = numba.get_num_threads()
+        numba.set_num_threads(count)
+        total = of[:, 1].sum()
+        for share in numba.prange(count):
+            start, stop = total * share // count, total * (share + 1) // count
+            write, read, written, seen = 0, 0, 0, 0
+            while start < stop:
+                while written + into[write, 1] <= start:
+                    written += into[write, 1]
+                    write += 1
+                while seen + of[read, 1] <= start:
+                    seen += of[read, 1]
+                    read += 1
+                end = min(stop, written + into[write, 1], seen + of[read, 1])
+                memcpy(into[write, 0] + start - written, of[read, 0] + start - seen, end - start)
+                start = end
+        numba.set_num_threads(of_caller)
+
+    compile_it = numba.njit("void(int64[:, ::1], int64[:, ::1])", nogil=True, parallel=True)
+    return compile_it(unwrap(copy))  # without the checks that tests put around functions
+
+
+@contextmanager
+def _sleeping_threads() -> Iterator[None]:
+    """OpenMP, if it is loaded in here, lets its threads sleep between copies; else they would spin
+    for milliseconds, each on a core of its own.
+    """
+    before = os.environ.get(WAIT_POLICY)
+    os.environ.setdefault(WAIT_POLICY, "passive")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WAIT_POLICY]
+
+
+def available_cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
