@@ -63,7 +63,9 @@ class HostCosts:
         return self._calling_us(step) + (self._packing_us(step.slice) if step.slice else 0.0)
 
     def aside_us(self, step: Step) -> float:
-        """How long, of that, callers go on: while it calls executables, and packs what is large."""
+        """How long, of that, callers go on where it is not crowded: while it calls executables, and
+        packs what is large.
+        """
         piece = step.slice
         is_large = piece is not None and piece.ids >= LARGE_IDS
         return self._calling_us(step) + (self._copying_us(piece) if piece and is_large else 0.0)

@@ -202,6 +202,11 @@ class Pipeline:
         return self._queue.samples
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether more waits than one batch takes: then it is throughput that counts."""
+        return self._queue.samples >= self._config.largest_batch
+
+    @property
     def next_deadline_us(self) -> int | None:
         """When the next request expires if none of it is launched before, for the caller's wait."""
         return self._queue.next_deadline_us
@@ -264,16 +269,11 @@ class Pipeline:
         if piece.row or self._is_gathering():
             return False
         bucket = smallest_holding(self._config.batch_buckets, piece.samples)
-        if self._is_crowded and self._plans.segments(bucket, self._queue.samples) > 1:
+        if self.is_crowded and self._plans.segments(bucket, self._queue.samples) > 1:
             return False
         shape = SegmentShape(segments=1, index=0, batch=bucket)
         batch = CoRun(segment=shape, slice=piece.bucket, config=WHOLE)
-        return self._plans.runs_whole(batch, crowded=self._is_crowded)
-
-    @property
-    def _is_crowded(self) -> bool:
-        """Whether more waits than one batch takes: then it is throughput that counts."""
-        return self._queue.samples >= self._config.largest_batch
+        return self._plans.runs_whole(batch, crowded=self.is_crowded)
 
     @property
     def _is_behind(self) -> bool:
@@ -283,7 +283,7 @@ class Pipeline:
     def _most_rows(self) -> int:
         """Of a batch that is begun now."""
         config, waiting = self._config, self._queue
-        if self._is_crowded or self._is_behind or self._writes:
+        if self.is_crowded or self._is_behind or self._writes:
             return config.largest_batch
         least = min(waiting.first_samples, config.largest_batch)
         most = smallest_holding(
@@ -297,7 +297,7 @@ class Pipeline:
         room = self._room_left()
         if shape is None or room is None:
             return room
-        if self._plans.whole and not self._is_crowded:
+        if self._plans.whole and not self.is_crowded:
             return None
         planned = self._plans.slice_beside(shape, self._queue.samples)
         return min(room, planned, key=attrgetter("samples", "ids"))

@@ -25,6 +25,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether so much waits that more of it would change no launch."""
+        ...
+
+    @property
     def idle(self) -> bool:
         """Every request has had its end."""
         ...

@@ -9,7 +9,7 @@ What is made anew for each request is not frozen, which would take three times a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,9 +21,9 @@ class Request:
     """Some samples to be scored together, known here only by their sizes.
 
     `id_offsets`, int64 [samples + 1], counts the sparse ids of all features before each sample
-    and starts at 0; `ids` are those of all samples. Lower `priority` runs first. Times are
-    microseconds on the caller's clock. Raises ValueError for a request of no samples and for
-    offsets of another form.
+    and starts at 0; `ids` are those of all samples: who gives them vouches for the offsets, which
+    are not looked at. Lower `priority` runs first. Times are microseconds on the caller's clock.
+    Raises ValueError for a request of no samples and for offsets of another form.
     """
 
     id: int
@@ -32,12 +32,16 @@ class Request:
     priority: int = 0
     deadline_us: int | None = None
     arrived_us: int = 0
-    ids: int = field(init=False)
+    ids: int = -1
 
     def __post_init__(self) -> None:
-        offsets = self.id_offsets
         if self.samples < 1:
             raise ValueError(f"request {self.id}: samples is {self.samples}, not at least 1")
+        if self.ids < 0:
+            self.ids = self._checked_ids()
+
+    def _checked_ids(self) -> int:
+        offsets = self.id_offsets
         if offsets.dtype != INT64 or offsets.shape != (self.samples + 1,):
             raise ValueError(
                 f"request {self.id}: id_offsets is {offsets.dtype}{list(offsets.shape)}, "
@@ -48,7 +52,7 @@ class Request:
         falls = offsets[1:] < offsets[:-1]
         if np.count_nonzero(falls):
             raise ValueError(f"request {self.id}: id_offsets falls at sample {falls.argmax()}")
-        self.ids = offsets.item(-1)
+        return offsets.item(-1)
 
 
 @dataclass(slots=True, kw_only=True)

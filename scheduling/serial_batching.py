@@ -98,6 +98,11 @@ class SerialBatching:
         return self._pipeline.idle and not self._held
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether the next batch is full."""
+        return self._held_samples >= self._max_samples
+
+    @property
     def next_deadline_us(self) -> int | None:
         """When to ask again, if nothing happens before."""
         due = [self._due_us] if self.can_launch and self._held else []

@@ -120,6 +120,7 @@ class _Engine:
         self._called_us = self._entered_us = 0.0
         self._turns_us: list[tuple[float, float]] = []
         self._aside_us = 0.0
+        self._is_crowded = False
         self._next: Request | None = None
         self._draw_next()
         self._served: dict[int, _Served] = {}
@@ -139,6 +140,7 @@ class _Engine:
             mail, self._mailed = self._mailed + self._mail(), []
             self._turns_us, self._aside_us = [], 0.0
             self._act(self._policy.step(int(started_us), mail))
+            self._is_crowded = self._policy.is_crowded
             self._let_in(self._called_us)
             took_us = self._now_us - started_us - self._aside_us
             self._rest(RESTS * took_us - slept_us - self._aside_us)
@@ -165,9 +167,8 @@ class _Engine:
 
     def _has_cause_to_rest(self, seen: int) -> bool:
         new = self._mailed[seen:]
-        if any(isinstance(one, Arrive) and one.request.ids >= LARGE_IDS for one in new):
-            return False
-        return bool(new) or self._is_called()
+        is_large = any(isinstance(one, Arrive) and one.request.ids >= LARGE_IDS for one in new)
+        return not (self._is_crowded or is_large) and (bool(new) or self._is_called())
 
     def _is_called(self) -> bool:
         """Whether a caller is letting in a request that is not large."""
@@ -222,7 +223,8 @@ class _Engine:
                 self._launch(action.step)
 
     def _launch(self, step: Step) -> None:
-        launching_us, aside_us = self._host.launching_us(step), self._host.aside_us(step)
+        launching_us = self._host.launching_us(step)
+        aside_us = 0.0 if self._is_crowded else self._host.aside_us(step)
         started_us, self._now_us = self._now_us + aside_us, self._now_us + launching_us
         self._turns_us.append((started_us, self._now_us))
         self._aside_us += aside_us

@@ -60,6 +60,10 @@ class Watched:
         return self.policy.can_launch
 
     @property
+    def is_crowded(self) -> bool:
+        return self.policy.is_crowded
+
+    @property
     def idle(self) -> bool:
         return self.policy.idle
 

@@ -9,7 +9,7 @@ import pytest
 
 from fake_segments import OPTIONS, FakeSegments
 from recflow_jax.engine.engine import Engine
-from recflow_jax.engine.heap import FrozenHeap
+from recflow_jax.engine.heap import YOUNG_OBJECTS, FrozenHeap
 
 
 class Owner:
@@ -58,6 +58,40 @@ def test_an_owner_that_is_gone_thaws_it():
     FrozenHeap().freeze(owner)
     owner.me = None
     del owner
+
+
+@pytest.fixture
+def threshold() -> Iterator[tuple[int, int, int]]:
+    before = gc.get_threshold()
+    gc.set_threshold(700, 11, 12)
+    yield gc.get_threshold()
+    gc.set_threshold(*before)
+
+
+def test_fewer_collections_until_the_last_owner_has_thawed_it(threshold: tuple[int, int, int]):
+    heap, owners = FrozenHeap(), (Owner(), Owner())
+    first, second = (heap.freeze(owner) for owner in owners)
+    assert gc.get_threshold() == (YOUNG_OBJECTS, *threshold[1:])
+    first()
+    assert gc.get_threshold() == (YOUNG_OBJECTS, *threshold[1:])
+    second()
+    assert gc.get_threshold() == threshold
+
+
+@pytest.mark.parametrize("own", [0, YOUNG_OBJECTS + 1])
+def test_who_wants_none_or_even_fewer_keeps_his_own(own: int, threshold: tuple[int, int, int]):
+    gc.set_threshold(own, *threshold[1:])
+    thaw = FrozenHeap().freeze(Owner())
+    assert gc.get_threshold() == (own, *threshold[1:])
+    thaw()
+    assert gc.get_threshold() == (own, *threshold[1:])
+
+
+def test_what_was_set_meanwhile_stays(threshold: tuple[int, int, int]):
+    thaw = FrozenHeap().freeze(owner := Owner())
+    gc.set_threshold(5000, *threshold[1:])
+    thaw()
+    assert gc.get_threshold() == (5000, *threshold[1:]) and owner.me is owner
 
 
 def test_an_engine_freezes_the_heap_while_it_is_open():

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -36,6 +37,7 @@ from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
 from scheduling.pipeline import Action, Cancel, Event, Pipeline
 from scheduling.request import WHOLE
+from scheduling.serial_batching import Collecting
 
 SOON_S = 30
 
@@ -230,6 +232,20 @@ def test_callers_go_on_while_an_executable_is_called(
         called.set()
         assert (result(first), result(second)) == (scores(1), scores(2))
     assert took_s < SOON_S / 2
+
+
+@pytest.mark.parametrize("batching", ["incremental", Collecting(wait_ms=0.0)])
+def test_a_launcher_says_whether_it_is_crowded(batching: Any):
+    """Eight samples make a batch."""
+    device = FakeSegments(replace(OPTIONS, batching=batching))
+    with Engine.from_segments(device) as engine, ExitStack() as leaving:
+        leaving.callback(device.go_on)
+        device.hold()
+        answers = [engine.submit(samples(*range(4)), deadline_ms=1e6) for _ in range(12)]
+        eventually(lambda: engine._inbox.is_crowded)
+        device.go_on()
+        wait(answers, timeout=SOON_S)
+        eventually(lambda: not engine._inbox.is_crowded)
 
 
 def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(

@@ -218,6 +218,28 @@ def test_callers_go_on_while_a_launch_is_aside(monkeypatch: pytest.MonkeyPatch):
     assert (inbox.take_aside_us(), inbox.take_aside_us()) == (14, 0)
 
 
+def test_callers_wait_for_all_of_a_launch_where_it_is_crowded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages, "LONGEST_TURN_S", SOON_S)
+    inbox = Inbox()
+    inbox.is_crowded = True
+    with ThreadPoolExecutor(1) as pool:
+        with inbox.launching():
+            with inbox.aside():
+                called = pool.submit(_call, inbox)
+                time.sleep(0.01)
+                assert not called.done()
+        assert called.result(SOON_S) < SOON_S
+    assert inbox.take_aside_us() == 0
+
+
+def test_it_does_not_rest_where_it_is_crowded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages.time, "sleep", pytest.fail)
+    inbox = Inbox()
+    inbox.is_crowded = True
+    inbox.put(Dropped(0))
+    inbox.rest(10 * REST_STEP_US)
+
+
 def test_a_caller_does_not_wait_for_a_launch_that_hangs():
     inbox = Inbox()
     with inbox.launching(), ThreadPoolExecutor(1) as pool:

@@ -120,6 +120,16 @@ def test_a_launcher_rests_no_longer_than_something_comes():
     assert both.launched_us.tolist() == [1000, 1200 + 1000]
 
 
+def test_a_launcher_does_not_rest_where_it_is_crowded():
+    host = replace(FREE, sample_us=100)
+    crowd = [request(i, 10 * i) for i in range(40)]
+    policy = Pipeline(config(segments=1, batch_buckets=(4,), max_steps_in_flight=1))
+    busy = run(*crowd, policy=policy, host=host)
+    # The first is packed until 100 and rested for until 300; then 4 are packed, and end in 30 us.
+    # As many wait again and more: the next are packed at once.
+    assert busy.launched_us[:9].tolist() == [100, *[300 + 400] * 4, *[700 + 30 + 400] * 4]
+
+
 def test_a_launcher_rests_while_a_request_is_let_in():
     host = replace(FREE, request_us=1000, submit_us=450)
     three = run(request(0, 0), request(1, 0), request(2, 1940), host=host, segments=1)

@@ -21,9 +21,9 @@ def test_waits_are_of_the_last_requests_only():
 def test_percentiles_of_waits_and_none_before_the_first():
     tally = Tally(latency_window=1000)
     names = {"queued_samples": 0, "backend": "xla", "backend_reason": "", "profile": None}
-    assert np.isnan(tally.stats(**names).wait_p99_steps)
+    assert np.isnan(tally.stats(accepted=(0, 0), **names).wait_p99_steps)
     tally.launched(STEP, [(us, us // 50) for us in range(101)])
-    stats = tally.stats(**names)
+    stats = tally.stats(accepted=(0, 0), **names)
     assert (stats.wait_p50_us, stats.wait_p95_us, stats.wait_p99_us) == (50, 95, 99)
     assert (stats.wait_p50_steps, stats.wait_p99_steps) == (1, 1)
 

@@ -226,6 +226,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """What was accepted, answered, rejected, launched so far, and how long that took."""
         return self._tally.stats(
+            accepted=self._ledger.accepted,
             queued_samples=self._ledger.samples,
             backend=self.backend.name,
             backend_reason=self.backend.reason,

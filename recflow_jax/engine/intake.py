@@ -77,6 +77,7 @@ def new_request(
         id=request_id,
         samples=samples.samples,
         id_offsets=samples.id_offsets,
+        ids=len(samples.rows),
         priority=terms.priority,
         deadline_us=terms.deadline_us,
         arrived_us=terms.arrived_us,

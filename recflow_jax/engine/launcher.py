@@ -102,6 +102,7 @@ class Launcher:
                     messages += self._inbox.read()
                     actions = self._policy.step(started_us, [*self._events(messages)])
                     self._act(actions)
+                    self._inbox.is_crowded = self._policy.is_crowded
                 if actions:
                     aside_us = self._inbox.take_aside_us()
                     took_us = now_us() - started_us - aside_us

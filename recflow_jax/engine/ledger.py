@@ -56,6 +56,7 @@ class Ledger:
         self._inbox = inbox
         self._tally = tally
         self._open: dict[int, _Open] = {}
+        self._requests_accepted = self._samples_accepted = 0
         self._door = threading.Lock()
         self._shut = False
 
@@ -63,6 +64,12 @@ class Ledger:
     def samples(self) -> int:
         """Samples accepted and not yet answered."""
         return self._admission.samples
+
+    @property
+    def accepted(self) -> tuple[int, int]:
+        """Requests and samples so far."""
+        with self._door:
+            return self._requests_accepted, self._samples_accepted
 
     def expect(self, samples: int) -> None:
         """Raises what `accept` would now, so that a flood need not be made ready first. A request
@@ -79,9 +86,10 @@ class Ledger:
         answer = Answer(partial(self._cancel, request.id))
         with self._door:
             self._let_in(request.samples)
+            self._requests_accepted += 1
+            self._samples_accepted += request.samples
             self._open[request.id] = _Open(request, answer, request.samples)
             self._tell(submitted)
-        self._tally.accepted(request.samples)
         return answer
 
     def pass_on(self, update: Update) -> None:

@@ -99,7 +99,8 @@ class Inbox:
     """The launcher's mail: any thread puts, one thread takes all that is there.
 
     Putting rings the bell only where that thread sleeps, and would want to know. has_berths: in a
-    launch, whether it alone may use berths now.
+    launch, whether it alone may use berths now. is_crowded: as the launcher says, whether enough
+    waits for its next launch.
     """
 
     def __init__(self) -> None:
@@ -110,6 +111,7 @@ class Inbox:
         self._has_large = False
         self._arrivals_to_wake = 1
         self._callers: set[int] = set()
+        self.is_crowded = False
         # A callback may submit on the launcher's own thread.
         self._turn, self._berthing = RLock(), RLock()
         self._launching = False
@@ -150,7 +152,12 @@ class Inbox:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """In a launch, while it leaves the interpreter to others: callers go on."""
+        """In a launch, while it leaves the interpreter to others: callers go on, unless it is
+        crowded, and more requests could wait no less where they are.
+        """
+        if self.is_crowded:
+            yield
+            return
         started_us = now_us()
         self._leave_turn()
         try:
@@ -211,10 +218,13 @@ class Inbox:
 
     def rest(self, longest_us: int) -> None:
         """Leaves the interpreter to others for so long, but only while messages come, or callers
-        make requests, and until a large one is there, which is worth a launch of its own.
+        make requests; not where it is crowded, and until a large request is there, which is worth a
+        launch of its own.
         """
         end_us, seen = now_us() + longest_us, 0
-        while not self._has_large and (self._callers or len(self._messages) > seen):
+        while not (self.is_crowded or self._has_large):
+            if not self._callers and len(self._messages) <= seen:
+                return
             left_us = end_us - now_us()
             if left_us <= 0:
                 return

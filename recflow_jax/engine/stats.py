@@ -108,11 +108,6 @@ class Tally:
         self._waits: deque[tuple[int, int]] = deque(maxlen=latency_window)
         self.steps_ended = 0
 
-    def accepted(self, samples: int) -> None:
-        with self._lock:
-            self._counts["requests_accepted"] += 1
-            self._counts["samples_accepted"] += samples
-
     def answered(self, samples: int, latencies_us: Sequence[int]) -> None:
         self._add(requests_answered=len(latencies_us), samples_answered=samples)
         self._latencies_us.extend(latencies_us)
@@ -175,9 +170,15 @@ class Tally:
         return Waits(us=waits[:, 0], steps=waits[:, 1])
 
     def stats(
-        self, *, queued_samples: int, backend: str, backend_reason: str, profile: str | None
+        self,
+        *,
+        accepted: tuple[int, int],
+        queued_samples: int,
+        backend: str,
+        backend_reason: str,
+        profile: str | None,
     ) -> EngineStats:
-        """All counters at one moment."""
+        """All counters at one moment; accepted: requests and samples."""
         with self._lock:
             n, rejected = Counter(self._counts), dict(self._rejected)
             batch_buckets, co_runs = dict(self._batch_buckets), dict(self._co_runs)
@@ -185,6 +186,7 @@ class Tally:
             slice_buckets = dict(self._slice_buckets)
             step_times = dict(self._step_times)
             latencies_ms = np.array(self._latencies_us) / 1000
+        n["requests_accepted"], n["samples_accepted"] = accepted
         waits = self.waits()
         percentiles: dict[str, Any] = {
             **_percentiles("latency", "ms", latencies_ms),
