@@ -39,7 +39,7 @@ class Completion:
         """Until the launcher says that there is no more."""
         while (flight := self._flights.get()) is not None:
             if isinstance(flight, Passed):
-                flight.event.set()
+                flight.set()
                 continue
             if isinstance(flight, Written):
                 self._finish_update(flight)

@@ -122,7 +122,7 @@ class Launcher:
         """A step is known to have ended before its answers are made."""
         passed = Passed()
         self._flights.put(passed)
-        passed.event.wait()
+        passed.wait()
 
     def _patience_s(self) -> float | None:
         deadline_us = self._policy.next_deadline_us

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Event as ThreadEvent
 from threading import RLock, get_ident
@@ -88,11 +88,8 @@ class Written:
     landed: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """Whoever launches waits until all that was launched before has been dealt with."""
-
-    event: ThreadEvent = field(default_factory=ThreadEvent)
+Passed = ThreadEvent
+"""Whoever launches waits until all that was launched before has been dealt with."""
 
 
 class Inbox:
