@@ -185,9 +185,9 @@ class Pipeline:
         actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
         actions += self._due_writes()
         while self.can_launch and self._has_work():
-            if self._running is None and not self._is_gathering():
+            if self._running is None and not self._is_gathering() and self._filling.rows:
                 self._run_filled()
-                actions += self._due_writes()
+            actions += self._due_writes()
             actions.append(Launch(step=self._next_step()))
         return actions
 

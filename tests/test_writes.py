@@ -16,7 +16,7 @@ from scheduling.pipeline import (
     StepDone,
     Write,
 )
-from test_pipeline import ARRIVALS, SMALL, arrive, configs, told, with_whole
+from test_pipeline import ARRIVALS, BATCHES_OF_32, SMALL, arrive, configs, told, with_whole
 
 
 def test_an_idle_pipeline_writes_at_once():
@@ -63,6 +63,18 @@ def test_a_request_that_has_begun_is_read_to_its_end_before_more_urgent_ones():
     ]
 
 
+def test_no_empty_batch_runs_where_a_write_waited_for_a_whole_one():
+    config = replace(BATCHES_OF_32, max_steps_in_flight=3)
+    pipeline = Pipeline(config, with_whole(config))
+    pipeline.step(0, [arrive(1, samples=32), arrive(2, samples=32), arrive(3, samples=48)])
+    ended = [StepDone(step_id=0), StepDone(step_id=1)]
+    assert told(pipeline.step(1, [*ended, Write(), arrive(4, samples=16)])) == [
+        "slice 3: r3[32:48] | segment 3.0",
+        "apply",
+        "slice 4: r4[0:16] | segment 4.0",
+    ]
+
+
 @dataclass
 class Versions:
     """What batches and requests have read, and how many writes had come before each request."""
@@ -86,6 +98,7 @@ class Versions:
                 self.applied += 1
             case Launch(step=step):
                 self.launched += 1
+                assert step.segment is None or step.segment.samples, "an empty batch runs"
                 if step.slice:
                     self._see_slice(step.slice)
 
