@@ -668,6 +668,58 @@ def bench_loadgen(
 
 
 @bench.command(
+    "front-ends",
+    epilog=_example(
+        "recflow bench front-ends --model dlrm-v2 --max-rows-per-table 2000000 --processes 1,2,4",
+        "recflow bench front-ends --model my.toml --processes 2 --load 0.5,0.9 --out apart.json",
+    ),
+)
+def bench_front_ends(
+    model: Model,
+    max_rows_per_table: MaxRows = None,
+    table_dtype: TableOption = None,
+    compute_dtype: ComputeOption = None,
+    processes: Annotated[str, typer.Option(help="Front ends at once.")] = "1,2,4",
+    load: Annotated[str, typer.Option(help="Shares of their saturation.")] = "0.5,0.8",
+    request_samples: Annotated[
+        int | None, typer.Option(help="Of every request.  [default: MLPerf's sizes]", min=1)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each measurement.", min=0.1)] = 5,
+    profile: ProfileTable = None,
+    backend: BackendName = "auto",
+    max_batch: MaxBatch = 8192,
+    segments: SegmentsOption = None,
+    ids: Ids = "uniform",
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """Measure front ends in processes of their own.
+
+    They check and copy their requests, and pass them on together to the engine of this process,
+    through memory that they share. Beside them, requests from this process. Answers are checked
+    before anything is timed. Latencies are those of the front end that fares worst. Lists are
+    separated by commas.
+    """
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype)
+    counts, loads = _list("--processes", processes, int), _list("--load", load, float)
+    from recflow_jax.commands.bench_front_ends import bench_front_ends
+    from recflow_jax.engine.options import EngineOptions
+
+    bench_front_ends(
+        config,
+        engine=EngineOptions(backend=backend, max_batch=max_batch, segments=segments),
+        front_ends=counts,
+        loads=loads,
+        request_samples=request_samples,
+        seconds=seconds,
+        profile=profile,
+        ids=ids,
+        seed=seed,
+        out=out,
+    )
+
+
+@bench.command(
     "soak",
     epilog=_example(
         "recflow bench soak --model dlrm-kaggle --max-rows-per-table 100000 --minutes 10",

@@ -74,7 +74,17 @@ def called(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> An
 
 COMPARING = [
     f"bench {name}"
-    for name in ("model", "kernels", "host", "plans", "serve", "loadgen", "soak", "traces")
+    for name in (
+        "model",
+        "kernels",
+        "host",
+        "plans",
+        "serve",
+        "loadgen",
+        "front-ends",
+        "soak",
+        "traces",
+    )
 ]
 
 

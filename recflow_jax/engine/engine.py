@@ -106,10 +106,10 @@ class Engine:
     ) -> None:
         self._segments = segments
         self._options = options
-        largest_slice = pipeline_config(segments, plans).largest_slice
-        max_ids = min(segments.max_ids_per_sample, largest_slice.ids)
+        self._largest_slice = pipeline_config(segments, plans).largest_slice
+        max_ids = self.max_ids_per_sample
         self._preparer = Preparer(segments.config, segments.layout, max_ids=max_ids)
-        self._berths = _berths(segments, largest_slice)
+        self._berths = _berths(segments, self._largest_slice)
         self._idle_times = None if table is None else IdleTimes(table, segments)
         self._profile = None if table is None else _profile_name(table, profile)
         self._request_ids = itertools.count()
@@ -144,6 +144,16 @@ class Engine:
     def options(self) -> EngineOptions:
         """What the engine was told."""
         return self._options
+
+    @property
+    def largest_slice(self) -> SliceBucket:
+        """What a slice has room for at most."""
+        return self._largest_slice
+
+    @property
+    def max_ids_per_sample(self) -> int:
+        """Of all features together, at most."""
+        return min(self._segments.max_ids_per_sample, self._largest_slice.ids)
 
     @property
     def backend(self) -> Backend:

@@ -20,6 +20,7 @@ from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.console import console
 from recflow_jax.engine.copy_threads import available_cores, threads
+from recflow_jax.measure.apart import ApartResult
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.corun import CorunResult
@@ -332,6 +333,26 @@ def loadgen_table(runs: Mapping[str, Any]) -> Table:
             f"{run.p99_ms:g}" if served else "",
             ("valid" if run.valid else "INVALID") + failed,
         )
+    return table
+
+
+def apart_table(results: Sequence[ApartResult]) -> Table:
+    """Front ends at once, what they are answered together, and how soon at each load."""
+    table = _table(
+        "front ends in processes of their own: saturation, and Poisson arrivals at shares of it",
+        *("front ends", "requests/s", "load", "offered/s", "p50 ms", "p99 ms", "answered/s"),
+        "failed",
+    )
+    for result in results:
+        first = (str(result.front_ends), f"{result.saturation:,.0f}")
+        for point in result.points:
+            table.add_row(
+                *first,
+                *(f"{point.share:.0%}", f"{point.qps:,.0f}"),
+                *(f"{point.p50_ms:,.2f}", f"{point.p99_ms:,.2f}"),
+                *(f"{point.answered_per_s:,.0f}", str(point.failed)),
+            )
+            first = ("", "")
     return table
 
 

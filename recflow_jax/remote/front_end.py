@@ -1,0 +1,293 @@
+"""A front end: requests of this process, passed on together to the engine of another."""
+
+import heapq
+import itertools
+import os
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, Thread, current_thread
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from recflow_jax.batch import InputError, JaggedBatch
+from recflow_jax.config import DLRMConfig
+from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, QueueFull
+from recflow_jax.engine.intake import Sparse, Terms
+from recflow_jax.engine.ledger import settle
+from recflow_jax.engine.messages import now_us
+from recflow_jax.engine.prepared import Preparer
+from recflow_jax.layout import Layout
+from recflow_jax.remote.arena import SLOTS, Arena, BundleShape, Samples
+from recflow_jax.remote.wire import (
+    MOST_BYTES,
+    Ask,
+    Greeting,
+    ProtocolError,
+    Reply,
+    new_socket,
+    send_handle,
+)
+from scheduling.admission import Admission
+
+CLOSED = "the front end is closed"
+GONE = "the engine's process sends no more answers"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Request:
+    """Samples that wait for their bundle, or for its scores."""
+
+    samples: Samples
+    answer: Answer
+    terms: Terms
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has come."""
+        return self.terms.deadline_us is not None and self.terms.deadline_us <= now_us()
+
+
+class FrontEnd:
+    """Asks the engine of another process, one that lets `FrontEnds` in at `path`; any thread may.
+
+    Requests are checked and copied here. What has come while bundles were under way goes together
+    in the next, of which the engine's process has no more to do than of one request. Nothing waits
+    for a bundle to fill. Raises OSError where nobody listens, and ProtocolError for a version that
+    differs.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._socket = new_socket()
+        try:
+            self._socket.connect(str(path))
+            greeting = Greeting.receive(self._socket)
+            self.config = DLRMConfig.from_toml(greeting.config, source=str(path))
+            self._room = BundleShape(config=self.config, samples=greeting.samples, ids=greeting.ids)
+            self._arena, handle = Arena.new(self._room)
+            try:
+                send_handle(self._socket, handle)
+            finally:
+                os.close(handle)
+        except BaseException:
+            self._socket.close()
+            raise
+        layout = Layout.of(self.config)
+        self._preparer = Preparer(self.config, layout, max_ids=greeting.ids_per_sample)
+        self._admission = Admission(greeting.queued_samples)
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[int, int, _Request]] = []
+        self._flying: dict[int, list[_Request]] = {}
+        self._free = [*range(SLOTS)]
+        self._changed = Condition()
+        self._refusal = ""  # why there are no more requests, once there are none
+        self._gone = False
+        self._threads = [
+            Thread(target=run, name=f"recflow-{name}", daemon=True)
+            for name, run in (("bundles", self._send), ("replies", self._receive))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        dense: Any,
+        sparse: Sparse | None = None,
+        *,
+        deadline_ms: float | None = None,
+        priority: int = 0,
+    ) -> Answer:
+        """As `Engine.submit`, but that all samples are checked before this returns, that they are
+        at most as many as a slice of the engine holds, and that an answer can be cancelled until
+        its bundle leaves. Raises InputError, QueueFull, EngineClosed and DeadlineExceeded.
+        """
+        terms = Terms.of(now_us(), deadline_ms, priority)
+        request = _Request(samples=self._checked(dense, sparse), answer=Answer(), terms=terms)
+        if request.is_late:
+            raise DeadlineExceeded(f"the deadline was {deadline_ms} ms after the call")
+        if not request.samples.count:
+            request.answer.set_result(np.zeros((0, self.config.outputs), np.float32))
+            return request.answer
+        with self._changed:
+            self._let_in(request.samples.count)
+            heapq.heappush(self._waiting, (terms.priority, next(self._numbers), request))
+            self._changed.notify_all()
+        return request.answer
+
+    def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
+        """Scores (logits), float32 [n, outputs]; waits for them. Raises what `submit` and its
+        answers do.
+        """
+        return self.submit(dense, sparse).result()
+
+    def close(self) -> None:
+        """Accepts nothing more, and waits for the answers of what was; in a callback of an answer
+        it does not wait. May be called again.
+        """
+        with self._changed:
+            self._refusal = self._refusal or CLOSED
+            self._changed.notify_all()
+            if current_thread() in self._threads:
+                return
+            self._changed.wait_for(lambda: self._gone or not (self._waiting or self._flying))
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked(self, dense: Any, sparse: Sparse | None) -> Samples:
+        """What a caller handed over, in copies, checked."""
+        batch = dense
+        if not isinstance(dense, JaggedBatch):
+            batch = JaggedBatch.from_features(self.config, dense, sparse or {})
+        elif sparse is not None:
+            raise InputError("sparse features beside a JaggedBatch, which has its own")
+        copied = _copied(batch)  # whatever its caller does to it meanwhile
+        prepared, room = self._preparer.prepare(copied), self._room
+        if prepared.samples > room.samples or len(prepared.rows) > room.ids:
+            raise InputError(
+                f"{prepared.samples} samples with {len(prepared.rows)} ids are more than a front "
+                f"end passes on at once, {room.samples} with {room.ids}"
+            )
+        are_fixed = prepared.slot_offsets is None
+        return Samples(
+            dense=prepared.dense,
+            values=copied.values.astype(np.int32, copy=False),
+            offsets=None if are_fixed else copied.offsets,
+            weights=prepared.weights,
+        )
+
+    def _let_in(self, samples: int) -> None:
+        if self._refusal:
+            raise EngineClosed(self._refusal)
+        if not self._admission.try_enter(samples):
+            waiting, most = self._admission.samples, self._admission.max_samples
+            raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
+
+    def _send(self) -> None:
+        """Bundle after bundle, as long as there are slots for them."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_cause_to_send)
+                if self._gone or not self._waiting:
+                    return
+                bundle, late = self._take()
+                slot = self._free.pop()
+                self._flying[slot] = bundle
+            self._fail(late, DeadlineExceeded("the deadline passed before the request was sent"))
+            if bundle:
+                self._ask(slot, bundle)
+            else:
+                self._free_slot(slot)
+
+    def _has_cause_to_send(self) -> bool:
+        is_through = bool(self._refusal) and not self._waiting
+        return self._gone or is_through or bool(self._waiting and self._free)
+
+    def _take(self) -> tuple[list[_Request], list[_Request]]:
+        """The next bundle, of one priority, and who is too late for it."""
+        bundle: list[_Request] = []
+        late: list[_Request] = []
+        samples, ids, first = self._room.samples, self._room.ids, self._waiting[0][0]
+        while self._waiting and self._waiting[0][0] == first:
+            request = self._waiting[0][-1]
+            samples -= request.samples.count
+            ids -= len(request.samples.values)
+            if bundle and min(samples, ids) < 0:
+                break
+            heapq.heappop(self._waiting)
+            if not request.answer.set_running_or_notify_cancel():
+                self._admission.leave(request.samples.count)
+            else:
+                (late if request.is_late else bundle).append(request)
+        return bundle, late
+
+    def _ask(self, slot: int, bundle: list[_Request]) -> None:
+        samples, ids, are_fixed = self._arena.write(slot, [one.samples for one in bundle])
+        ask = Ask(
+            slot=slot,
+            samples=samples,
+            ids=ids,
+            priority=bundle[0].terms.priority,
+            are_fixed=are_fixed,
+        )
+        with suppress(OSError):  # who receives hears of it as well
+            self._socket.send(ask.encoded())
+
+    def _receive(self) -> None:
+        """Replies, until there are no more."""
+        cause: Exception | None = None
+        try:
+            while message := self._socket.recv(MOST_BYTES):
+                self._land(Reply.decoded(message))
+        except (OSError, ProtocolError) as error:
+            cause = error
+        with self._changed:
+            self._gone, self._refusal = True, self._refusal or GONE
+            lost = [one for bundle in self._flying.values() for one in bundle]
+            waiting = [one for _, _, one in self._waiting]
+            self._flying.clear()
+            self._waiting.clear()
+            self._changed.notify_all()
+        lost += [one for one in waiting if one.answer.set_running_or_notify_cancel()]
+        error = EngineClosed(GONE)
+        error.__cause__ = cause
+        self._fail(lost, error)
+
+    def _land(self, reply: Reply) -> None:
+        bundle = self._flying.get(reply.slot)
+        if not bundle:
+            raise ProtocolError(f"nobody has asked for slot {reply.slot}")
+        scores = self._arena.scores(reply.slot, sum(one.samples.count for one in bundle)).copy()
+        self._free_slot(reply.slot)
+        if reply.error is not None:
+            return self._fail(bundle, reply.error)
+        stop = 0
+        for one in bundle:
+            start, stop = stop, stop + one.samples.count
+            self._admission.leave(one.samples.count)
+            if one.is_late:
+                settle(one.answer.set_exception, DeadlineExceeded("the answer came too late"))
+            else:
+                settle(one.answer.set_result, scores[start:stop].copy())
+
+    def _free_slot(self, slot: int) -> None:
+        with self._changed:
+            del self._flying[slot]
+            self._free.append(slot)
+            self._changed.notify_all()
+
+    def _fail(self, requests: Iterable[_Request], error: BaseException) -> None:
+        """Each with an error of its own."""
+        for one in requests:
+            own = type(error)(*error.args)
+            own.__cause__ = error.__cause__
+            self._admission.leave(one.samples.count)
+            settle(one.answer.set_exception, own)
+
+
+def _copied(batch: JaggedBatch) -> JaggedBatch:
+    """In arrays that nobody else writes to."""
+    return JaggedBatch(
+        dense=np.array(batch.dense),
+        values=np.array(batch.values),
+        offsets=np.array(batch.offsets),
+        weights=None if batch.weights is None else np.array(batch.weights),
+    ).frozen()

@@ -1,0 +1,175 @@
+"""The engine's end: front ends come and go, and each bundle of theirs is a request."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from recflow_jax.batch import InputError
+from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.errors import EngineError
+from recflow_jax.remote.arena import Arena, BundleShape
+from recflow_jax.remote.wire import (
+    MOST_BYTES,
+    Ask,
+    Greeting,
+    ProtocolError,
+    Reply,
+    new_socket,
+    receive_handle,
+)
+
+PAUSE_S = 0.01
+Outcome = Future[np.ndarray] | Exception
+
+
+class FrontEnds:
+    """Lets front ends (`FrontEnd`) ask an engine, from when this is made until it is closed.
+
+    They find it at `path`, a Unix socket that only this user may connect to. Closing leaves the
+    engine open. Raises OSError where something is at the path, or no such socket can be.
+    """
+
+    def __init__(self, engine: Engine, path: str | Path) -> None:
+        if sys.platform != "linux":
+            raise OSError(f"front ends share memory as Linux does, which {sys.platform} does not")
+        self.path = Path(path)
+        self._engine = engine
+        config, room = engine.config, engine.largest_slice
+        self._shape = BundleShape(config=config, samples=room.samples, ids=room.ids)
+        self._greeting = Greeting(
+            config=config.to_toml(),
+            samples=room.samples,
+            ids=room.ids,
+            ids_per_sample=engine.max_ids_per_sample,
+            queued_samples=engine.options.max_queued_samples,
+        )
+        self._guests: set[_Guest] = set()
+        self._closed = False
+        self._socket = new_socket()
+        before = os.umask(0o177)
+        try:
+            self._socket.bind(str(self.path))
+        except OSError:
+            self._socket.close()
+            raise
+        finally:
+            os.umask(before)
+        self._socket.listen()
+        self._thread = Thread(target=self._listen, name="recflow-front-ends", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Lets nobody in any more, and sends all home: what they have asked for raises EngineClosed
+        there. May be called again.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # who listens wakes up
+        self._thread.join()
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+        for guest in tuple(self._guests):
+            guest.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _listen(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed, of one who has left already, or one too many
+                time.sleep(PAUSE_S)
+                continue
+            guest = _Guest(self._engine, self._shape, connection)
+            self._guests.add(guest)
+            guest.enter(self._greeting, on_leave=partial(self._guests.discard, guest))
+
+
+class _Guest:
+    """One front end, as seen from here: a thread that listens to it, and one that replies."""
+
+    def __init__(self, engine: Engine, shape: BundleShape, connection: socket.socket) -> None:
+        self._engine = engine
+        self._shape = shape
+        self._connection = connection
+        self._replies: SimpleQueue[tuple[Ask, Outcome] | None] = SimpleQueue()
+
+    def enter(self, greeting: Greeting, *, on_leave: Callable[[], None]) -> None:
+        """Serves it, until it leaves."""
+        run = partial(self._serve, greeting, on_leave)
+        Thread(target=run, name="recflow-front-end", daemon=True).start()
+
+    def leave(self) -> None:
+        """Sends it home; also where it keeps the wrong protocol."""
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self, greeting: Greeting, on_leave: Callable[[], None]) -> None:
+        try:
+            with self._connection, suppress(OSError, ProtocolError):
+                greeting.send(self._connection)
+                self._listen(self._arena())
+        finally:
+            on_leave()
+
+    def _arena(self) -> Arena:
+        handle = receive_handle(self._connection)
+        try:
+            return Arena(self._shape, handle)
+        finally:
+            os.close(handle)
+
+    def _listen(self, arena: Arena) -> None:
+        replier = Thread(target=self._reply, args=(arena,), name="recflow-replies", daemon=True)
+        replier.start()
+        try:
+            while message := self._connection.recv(MOST_BYTES):
+                self._ask(Ask.decoded(message), arena)
+        finally:
+            self.leave()  # who replies may wait for it to read
+            self._replies.put(None)
+            replier.join()
+
+    def _ask(self, ask: Ask, arena: Arena) -> None:
+        try:
+            answer = self._engine.submit(arena.read(ask), priority=ask.priority)
+        except (InputError, EngineError) as error:
+            self._replies.put((ask, error))
+        else:
+            answer.add_done_callback(lambda done: self._replies.put((ask, done)))
+
+    def _reply(self, arena: Arena) -> None:
+        """Here, not in the callback: whoever does not read its replies holds up nobody else."""
+        while (found := self._replies.get()) is not None:
+            ask, outcome = found
+            error = outcome if isinstance(outcome, Exception) else outcome.exception()
+            if error is None and isinstance(outcome, Future):
+                arena.scores(ask.slot, ask.samples)[:] = outcome.result()
+            try:
+                self._connection.send(Reply(slot=ask.slot, error=error).encoded())
+            except OSError:
+                self.leave()
+                return
