@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,4 +115,18 @@ def test_too_little_memory_is_refused():
     os.ftruncate(handle, SLOTS * shape.slot_bytes - 1)
     with pytest.raises(ProtocolError, match="an arena of"):
         Arena(shape, handle)
+    os.close(handle)
+
+
+def test_memory_that_could_become_less_is_refused(tmp_path: Path):
+    """Whoever read it then would be killed."""
+    shape = shape_of(DOT)
+    for handle in (os.memfd_create("test"), os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)):
+        os.ftruncate(handle, SLOTS * shape.slot_bytes)
+        with pytest.raises(ProtocolError, match="could become smaller"):
+            Arena(shape, handle)
+        os.close(handle)
+    _, handle = Arena.new(shape)
+    with pytest.raises(PermissionError):
+        os.ftruncate(handle, SLOTS * shape.slot_bytes - 1)
     os.close(handle)

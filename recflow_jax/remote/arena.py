@@ -4,6 +4,7 @@ A front end writes samples there and reads scores; the engine's process reads sa
 it cannot write to, and writes scores. Nothing in it is trusted: the engine checks what it reads.
 """
 
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -82,19 +83,24 @@ class Arena:
     """The slots of one front end, in memory that a handle stands for."""
 
     def __init__(self, shape: BundleShape, handle: int) -> None:
-        """Raises ProtocolError for a handle of too little memory; takes no hold of the handle."""
+        """Raises ProtocolError for a handle of too little memory, or of memory that could become
+        less, which would end a process that reads it; takes no hold of the handle.
+        """
         size = SLOTS * shape.slot_bytes
         if os.fstat(handle).st_size < size:
             raise ProtocolError(f"an arena of {os.fstat(handle).st_size} bytes, not {size}")
+        if not _is_sealed(handle):
+            raise ProtocolError("an arena that could become smaller")
         self._shape = shape
         self._memory = np.frombuffer(mmap.mmap(handle, size), np.uint8).reshape(SLOTS, -1)
 
     @classmethod
     def new(cls, shape: BundleShape) -> tuple[Self, int]:
         """An arena of zeros and its handle, which is the caller's to close."""
-        handle = os.memfd_create("recflow")
+        handle = os.memfd_create("recflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(handle, SLOTS * shape.slot_bytes)
+            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
             return cls(shape, handle), handle
         except BaseException:
             os.close(handle)
@@ -157,3 +163,10 @@ class Arena:
 
     def _field(self, slot: int, name: str, dtype: np.typing.DTypeLike) -> np.ndarray:
         return self._memory[slot, self._shape.places[name]].view(dtype)
+
+
+def _is_sealed(handle: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(handle, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # a file, which can be cut
+        return False
