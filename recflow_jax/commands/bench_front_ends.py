@@ -17,14 +17,19 @@ from recflow_jax.console import console, progress
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
-from recflow_jax.measure.agreement import check_answers, reference_scores
 from recflow_jax.measure.apart import Pool, bench_apart
-from recflow_jax.measure.load import saturation_samples_per_s
-from recflow_jax.measure.online import mean_samples, request_pool
+from recflow_jax.measure.contenders import RECFLOW
+from recflow_jax.measure.online import (
+    OnlineOptions,
+    check_found,
+    check_served,
+    mean_samples,
+    request_pool,
+    saturate,
+)
 from recflow_jax.params import init_params
 from recflow_jax.remote.front_ends import FrontEnds
 
-IN_FLIGHT_BATCHES = 3
 MOST_QUEUED = 2**20
 
 
@@ -53,12 +58,11 @@ def bench_front_ends(
     config = ready(config, params, ids=ids, seed=seed)
     here = request_pool(config, ids=ids, seed=seed, request_samples=request_samples)
     engine = replace(engine, max_queued_samples=MOST_QUEUED)
-    inside = IN_FLIGHT_BATCHES * engine.max_batch
+    online = OnlineOptions(seconds=seconds)
+    inside = online.in_flight_batches * engine.max_batch
 
     def check(requests: Sequence[JaggedBatch], answers: Sequence[np.ndarray]) -> None:
-        reference = reference_scores(config, params, JaggedBatch.join(requests))
-        found = {"front end": np.concatenate(answers)}
-        check_answers(reference, found, dtype=config.compute_dtype)
+        check_found(config, params, requests, {"front end": np.concatenate(answers)})
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -66,11 +70,9 @@ def bench_front_ends(
         FrontEnds(system, Path(folder) / "engine") as listening,
     ):
         result = report.header(config, system.backend, ids=ids, seed=seed, versions=versions())
-        check(here, [system.predict(request) for request in here])
-        per_s = saturation_samples_per_s(
-            system.submit, here, in_flight_samples=inside, seconds=seconds
-        )
-        own = per_s / mean_samples(here)
+        servers = {RECFLOW: system.submit}
+        check_served(config, params, here, servers)
+        own = saturate(servers, here, engine.max_batch, online)[RECFLOW]
         console.print(f"from this process: {own:,.0f} requests/s at saturation", markup=False)
         pool = Pool(path=listening.path, ids=ids, seed=seed, request_samples=request_samples)
         apart = []

@@ -309,17 +309,12 @@ class Engine:
 
     def _enter(self, samples: Prepared, terms: Terms) -> Answer:
         if not samples.samples:
-            return self._empty_answer()
+            return Answer.of_no_samples(self.config.outputs)
         ended = self._tally.steps_ended
         submitted = new_request(next(self._request_ids), samples, terms, steps_ended=ended)
         if terms.deadline_us is not None:
             self._check_deadline(submitted.request, terms.deadline_us)
         return self._ledger.accept(submitted)
-
-    def _empty_answer(self) -> Answer:
-        answer = Answer()
-        answer.set_result(np.zeros((0, self.config.outputs), np.float32))
-        return answer
 
     def _check_deadline(self, request: Request, deadline_us: int) -> None:
         times = self._idle_times

@@ -53,6 +53,15 @@ def is_to_berth(dense: Any) -> bool:
     return not is_shared(dense.values) or (is_large(dense) and copy_threads.copy() is not None)
 
 
+def is_batch(dense: Any, sparse: Sparse | None) -> bool:
+    """Whether a caller handed over a JaggedBatch, not features. Raises InputError for both."""
+    if not isinstance(dense, JaggedBatch):
+        return False
+    if sparse is not None:
+        raise InputError("sparse features beside a JaggedBatch, which has its own")
+    return True
+
+
 def prepare(
     preparer: Preparer,
     dense: Any,
@@ -62,10 +71,8 @@ def prepare(
     find_room: FindRoom | None = None,
 ) -> Prepared:
     """What a caller handed over, checked as `Preparer.prepare` does. Raises InputError."""
-    if not isinstance(dense, JaggedBatch):
+    if not is_batch(dense, sparse):
         return preparer.prepare_features(dense, sparse or {})
-    if sparse is not None:
-        raise InputError("sparse features beside a JaggedBatch, which has its own")
     return preparer.prepare(dense, checks_later=checks_later, find_room=find_room)
 
 

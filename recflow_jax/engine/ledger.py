@@ -170,8 +170,7 @@ class Ledger:
 
     def _refuse_full(self, samples: int) -> NoReturn:
         self._tally.rejected("queue_full")
-        waiting, most = self._admission.samples, self._admission.max_samples
-        raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
+        raise queue_full(self._admission, samples)
 
     def _tell(self, submitted: Submitted) -> None:
         """The launcher has to see to a deadline in time, even if it can launch nothing."""
@@ -220,6 +219,12 @@ class Ledger:
         if entry is not None:
             self._admission.leave(entry.request.samples)
         return entry
+
+
+def queue_full(admission: Admission, samples: int) -> QueueFull:
+    """What so many samples are told that do not fit."""
+    waiting, most = admission.samples, admission.max_samples
+    return QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
 
 
 def settle(settle: Callable[[Any], None], outcome: Any) -> None:

@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.measure.load import (
-    LoadError,
-    LoadResult,
-    poisson_arrivals_s,
-    run_open_loop,
-    saturation_samples_per_s,
-)
-from recflow_jax.measure.online import request_pool
+from recflow_jax.measure.contenders import RECFLOW
+from recflow_jax.measure.load import LoadError, LoadResult, saturation_samples_per_s
+from recflow_jax.measure.online import mean_samples, offer, request_pool
 from recflow_jax.remote.front_end import FrontEnd
 
 PATIENCE_S = 120.0
@@ -165,7 +160,6 @@ def _front_end(pool: Pool, number: int, pipe: Connection) -> None:
         requests = pool.requests(front_end.config, number)
         answers = [front_end.submit(request) for request in requests]
         pipe.send((requests, [answer.result() for answer in answers]))
-        mean = float(np.mean([request.samples for request in requests]))
         while True:
             try:
                 what, rate, seconds = pipe.recv()
@@ -174,7 +168,7 @@ def _front_end(pool: Pool, number: int, pipe: Connection) -> None:
             if what == "saturate":
                 limits = {"in_flight_samples": rate, "seconds": seconds}
                 per_s = saturation_samples_per_s(front_end.submit, requests, **limits)
-                pipe.send(per_s / mean)
+                pipe.send(per_s / mean_samples(requests))
             else:
-                due_s = poisson_arrivals_s(rate, max(int(rate * seconds), 20), seed=number)
-                pipe.send(run_open_loop(front_end.submit, requests, due_s))
+                servers = {RECFLOW: front_end.submit}
+                pipe.send(offer(servers, requests, rate, seconds, number)[RECFLOW])

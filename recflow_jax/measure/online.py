@@ -171,6 +171,16 @@ def check_served(
         name: np.concatenate([answer.result() for answer in answers])
         for name, answers in sent.items()
     }
+    check_found(config, params, requests, answers)
+
+
+def check_found(
+    config: DLRMConfig,
+    params: Params,
+    requests: Sequence[JaggedBatch],
+    answers: Mapping[str, np.ndarray],
+) -> None:
+    """Compares what each server answered to all these requests, in order. Raises WrongAnswers."""
     reference = reference_scores(config, params, JaggedBatch.join(requests))
     check_answers(reference, answers, dtype=config.compute_dtype)
 

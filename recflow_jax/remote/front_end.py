@@ -17,9 +17,9 @@ import numpy as np
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
-from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, QueueFull
-from recflow_jax.engine.intake import Sparse, Terms
-from recflow_jax.engine.ledger import settle
+from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
+from recflow_jax.engine.intake import Sparse, Terms, is_batch
+from recflow_jax.engine.ledger import queue_full, settle
 from recflow_jax.engine.messages import now_us
 from recflow_jax.engine.prepared import Preparer
 from recflow_jax.layout import Layout
@@ -111,8 +111,7 @@ class FrontEnd:
         if request.is_late:
             raise DeadlineExceeded(f"the deadline was {deadline_ms} ms after the call")
         if not request.samples.count:
-            request.answer.set_result(np.zeros((0, self.config.outputs), np.float32))
-            return request.answer
+            return Answer.of_no_samples(self.config.outputs)
         with self._changed:
             self._let_in(request.samples.count)
             heapq.heappush(self._waiting, (terms.priority, next(self._numbers), request))
@@ -155,10 +154,8 @@ class FrontEnd:
     def _checked(self, dense: Any, sparse: Sparse | None) -> Samples:
         """What a caller handed over, in copies, checked."""
         batch = dense
-        if not isinstance(dense, JaggedBatch):
+        if not is_batch(dense, sparse):
             batch = JaggedBatch.from_features(self.config, dense, sparse or {})
-        elif sparse is not None:
-            raise InputError("sparse features beside a JaggedBatch, which has its own")
         copied = _copied(batch)  # whatever its caller does to it meanwhile
         prepared, room = self._preparer.prepare(copied), self._room
         if prepared.samples > room.samples or len(prepared.rows) > room.ids:
@@ -178,8 +175,7 @@ class FrontEnd:
         if self._refusal:
             raise EngineClosed(self._refusal)
         if not self._admission.try_enter(samples):
-            waiting, most = self._admission.samples, self._admission.max_samples
-            raise QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
+            raise queue_full(self._admission, samples)
 
     def _send(self) -> None:
         """Bundle after bundle, as long as there are slots for them."""
