@@ -76,3 +76,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_bad_numbers(bad: list[str], capsys: pytest.CaptureFixture[str]):
     assert cli.run(["bench", "front-ends", "--model", "dlrm-kaggle", *bad]) != 0
     assert "above 0" in capsys.readouterr().err
+
+
+def test_requests_larger_than_a_batch_are_refused_at_once(capsys: pytest.CaptureFixture[str]):
+    of = ["bench", "front-ends", "--model", "dlrm-kaggle", "--max-rows-per-table", "50"]
+    assert cli.run([*of, "--max-batch", "8", "--request-samples", "9"]) != 0
+    assert "no more than the largest batch, 8" in capsys.readouterr().err

@@ -245,15 +245,18 @@ def test_who_is_refused_leaves_no_gap():
 
 @pytest.mark.parametrize("many_copy", [False, True])
 def test_what_needs_no_copy_gets_no_berth(many_copy: bool, monkeypatch: pytest.MonkeyPatch):
-    """Unless it is large, and several threads would copy it."""
+    """Unless it is large, fills most of a slice, and several threads would copy it."""
     monkeypatch.setattr(intake.copy_threads, "copy", lambda: print if many_copy else None)
     batch = generate(FIXED, 2, seed=0)
-    monkeypatch.setattr(intake, "LARGE_IDS", len(batch.values))
+    ids = len(batch.values)
+    monkeypatch.setattr(intake, "LARGE_IDS", ids)
     small = generate(FIXED, 1, seed=0)
-    assert is_to_berth(batch) and is_to_berth(small)
-    assert is_to_berth(batch.frozen()) == many_copy
-    assert not is_to_berth(small.frozen())
-    assert not is_to_berth(batch.dense)
+    for one in (batch, small):
+        assert is_to_berth(one, slice_ids=2 * ids)
+    assert is_to_berth(batch.frozen(), slice_ids=2 * ids - 1) == many_copy
+    assert not is_to_berth(batch.frozen(), slice_ids=2 * ids)
+    assert not is_to_berth(small.frozen(), slice_ids=ids)
+    assert not is_to_berth(batch.dense, slice_ids=ids)
 
 
 def test_who_finds_room_is_copied_there():

@@ -201,9 +201,9 @@ def test_deadlines(front_end: FrontEnd, engine: Engine, device: FakeSegments):
     with pytest.raises(DeadlineExceeded):
         front_end.submit(samples(1), deadline_ms=-1)
     fill_the_slots(front_end, engine, device)
-    unsent = front_end.submit(samples(1), deadline_ms=1)
+    unsent = front_end.submit(samples(1), deadline_ms=20)
     timely = front_end.submit(samples(2), deadline_ms=1000 * SOON_S)
-    time.sleep(0.01)
+    time.sleep(0.03)
     device.go_on()
     with pytest.raises(DeadlineExceeded, match="before the request was sent"):
         result(unsent)

@@ -48,8 +48,8 @@ def bench_front_ends(
 ) -> dict[str, Any]:
     """Measures, prints a table, writes JSON to `out`; returns the JSON.
 
-    Raises ValueError for no front ends and loads that are not above 0, WrongAnswers before anything
-    is timed, LoadError.
+    Raises ValueError for no front ends, loads that are not above 0 and requests larger than a
+    batch; WrongAnswers before anything is timed, LoadError.
     """
     bad = [n for n in (*front_ends, *loads) if not n > 0]
     if bad or not front_ends or not loads:
@@ -57,6 +57,12 @@ def bench_front_ends(
     params = init_params(config, seed=seed)
     config = ready(config, params, ids=ids, seed=seed)
     here = request_pool(config, ids=ids, seed=seed, request_samples=request_samples)
+    largest = max(request.samples for request in here)
+    if largest > engine.max_batch:
+        raise ValueError(
+            f"requests of up to {largest} samples: a front end passes on no more than the largest "
+            f"batch, {engine.max_batch}, at once (request_samples asks for smaller ones)"
+        )
     engine = replace(engine, max_queued_samples=MOST_QUEUED)
     online = OnlineOptions(seconds=seconds)
     inside = online.in_flight_batches * engine.max_batch

@@ -182,11 +182,12 @@ class Engine:
         self._ledger.expect(dense.samples if isinstance(dense, JaggedBatch) else length_hint(dense))
         find_room, has_berths = None, False
         try:
+            wants_berth = is_to_berth(dense, slice_ids=self._largest_slice.ids)
             if is_large(dense):
-                find_room = self._large_room if is_to_berth(dense) else None
+                find_room = self._large_room if wants_berth else None
             else:
                 self._inbox.caller_enters()
-                if self._berths and is_to_berth(dense) and self._inbox.may_berth():
+                if self._berths and wants_berth and self._inbox.may_berth():
                     find_room, has_berths = self._berths.room, True
             most = self._options.max_queued_samples
             samples = self._prepared(

@@ -17,6 +17,15 @@ def copy(array: np.ndarray, out: np.ndarray) -> None:
     memoryview(out)[:] = memoryview(array)
 
 
+def kept(array: np.ndarray) -> np.ndarray:
+    """A copy, unless it is in one piece and nobody writes to it."""
+    if not array.flags.writeable and array.flags.c_contiguous:
+        return array
+    kept = np.empty(array.shape, array.dtype)
+    copy(array.reshape(-1), kept.reshape(-1))
+    return kept
+
+
 def join(arrays: Sequence[np.ndarray], out: np.ndarray) -> None:
     """`np.concatenate(arrays, out=out)`, of one dimension and the same dtype."""
     if len(out) <= UNSEEN * len(arrays):

@@ -43,14 +43,18 @@ def is_large(dense: Any) -> bool:
     return isinstance(dense, JaggedBatch) and len(dense.values) >= LARGE_IDS
 
 
-def is_to_berth(dense: Any) -> bool:
+def is_to_berth(dense: Any, *, slice_ids: int) -> bool:
     """Whether this request's ids lie in an array and are to be copied: others who want berths are
-    not to wait until one has been made. What nobody writes to is, too, where several threads copy:
-    on the caller's thread, while the launcher launches.
+    not to wait until one has been made. What nobody writes to is, too, where several threads copy
+    and it fills most of a slice, the largest of which has `slice_ids`: on the caller's thread,
+    while the launcher launches. Of several in a slice all but one would be copied twice.
     """
     if not isinstance(dense, JaggedBatch):
         return False
-    return not is_shared(dense.values) or (is_large(dense) and copy_threads.copy() is not None)
+    if not is_shared(dense.values):
+        return True
+    fills = len(dense.values) > slice_ids // 2
+    return fills and is_large(dense) and copy_threads.copy() is not None
 
 
 def is_batch(dense: Any, sparse: Sparse | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import expected_ids_per_sample
+from recflow_jax.engine.switching import SHORT_MS
 from scheduling.buckets import ladder
 from scheduling.planner import Objective
 from scheduling.request import SliceBucket
@@ -74,7 +75,7 @@ class EngineOptions:
     compilation_cache: str | Path | None = "auto"
     latency_window: int = 8192
     freeze_heap: bool = True
-    switch_interval_ms: float | None = 0.2
+    switch_interval_ms: float | None = SHORT_MS
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -22,7 +22,7 @@ from recflow_jax.batch import (
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.berths import Berth, Room
 from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids
-from recflow_jax.engine.held_copies import copy
+from recflow_jax.engine.held_copies import kept
 from recflow_jax.layout import Layout
 
 FindRoom = Callable[[int], Room | None]
@@ -221,7 +221,7 @@ def _with_floats(
     *,
     is_checked: bool = True,
 ) -> Prepared | None:
-    dense, weights = _kept(dense), None if weights is None else _kept(weights)
+    dense, weights = kept(dense), None if weights is None else kept(weights)
     if is_checked and not _are_finite(dense, weights):
         return None
     return Prepared(
@@ -232,15 +232,6 @@ def _with_floats(
         weights=weights,
         is_checked=is_checked,
     )
-
-
-def _kept(array: np.ndarray) -> np.ndarray:
-    """A copy, unless it is in one piece and nobody writes to it."""
-    if not array.flags.writeable and array.flags.c_contiguous:
-        return array
-    kept = np.empty(array.shape, array.dtype)
-    copy(array.reshape(-1), kept.reshape(-1))
-    return kept
 
 
 def _are_finite(dense: np.ndarray, weights: np.ndarray | None) -> bool:

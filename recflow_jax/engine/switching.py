@@ -10,6 +10,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+SHORT_MS = 0.2
+
 
 class SwitchInterval:
     """Python's switch interval, as short as open engines want it; afterwards what it was."""

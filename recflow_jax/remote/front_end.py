@@ -14,14 +14,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from recflow_jax.batch import InputError, JaggedBatch
+from recflow_jax.batch import InputError, JaggedBatch, check_shapes
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
+from recflow_jax.engine.heap import HEAP
+from recflow_jax.engine.held_copies import kept
 from recflow_jax.engine.intake import Sparse, Terms, is_batch
 from recflow_jax.engine.ledger import queue_full, settle
 from recflow_jax.engine.messages import now_us
 from recflow_jax.engine.prepared import Preparer
+from recflow_jax.engine.switching import SHORT_MS, SWITCH_INTERVAL
 from recflow_jax.layout import Layout
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape, Samples
 from recflow_jax.remote.wire import (
@@ -58,7 +61,8 @@ class FrontEnd:
 
     Requests are checked and copied here. What has come while bundles were under way goes together
     in the next, of which the engine's process has no more to do than of one request. Nothing waits
-    for a bundle to fill. Raises OSError where nobody listens, and ProtocolError for a version that
+    for a bundle to fill. Until it is closed, Python switches threads and collects garbage as beside
+    an open engine. Raises OSError where nobody listens, and ProtocolError for a version that
     differs.
     """
 
@@ -93,6 +97,10 @@ class FrontEnd:
         ]
         for thread in self._threads:
             thread.start()
+        self._restore = (
+            HEAP.freeze(self),
+            SWITCH_INTERVAL.shorten(self, SHORT_MS / 1000),
+        )
 
     def submit(
         self,
@@ -139,6 +147,8 @@ class FrontEnd:
         for thread in self._threads:
             thread.join()
         self._socket.close()
+        for restore in self._restore:
+            restore()
 
     def __enter__(self) -> Self:
         return self
@@ -152,12 +162,13 @@ class FrontEnd:
         self.close()
 
     def _checked(self, dense: Any, sparse: Sparse | None) -> Samples:
-        """What a caller handed over, in copies, checked."""
+        """What a caller handed over, checked, in arrays that nobody writes to."""
         batch = dense
         if not is_batch(dense, sparse):
             batch = JaggedBatch.from_features(self.config, dense, sparse or {})
-        copied = _copied(batch)  # whatever its caller does to it meanwhile
-        prepared, room = self._preparer.prepare(copied), self._room
+        check_shapes(self.config, batch)
+        own = _kept(batch)  # whatever its caller does to it meanwhile
+        prepared, room = self._preparer.prepare(own), self._room
         if prepared.samples > room.samples or len(prepared.rows) > room.ids:
             raise InputError(
                 f"{prepared.samples} samples with {len(prepared.rows)} ids are more than a front "
@@ -166,8 +177,8 @@ class FrontEnd:
         are_fixed = prepared.slot_offsets is None
         return Samples(
             dense=prepared.dense,
-            values=copied.values.astype(np.int32, copy=False),
-            offsets=None if are_fixed else copied.offsets,
+            values=own.values.astype(np.int32, copy=False),
+            offsets=None if are_fixed else own.offsets,
             weights=prepared.weights,
         )
 
@@ -279,11 +290,11 @@ class FrontEnd:
             settle(one.answer.set_exception, own)
 
 
-def _copied(batch: JaggedBatch) -> JaggedBatch:
-    """In arrays that nobody else writes to."""
+def _kept(batch: JaggedBatch) -> JaggedBatch:
+    """In arrays that nobody writes to, copies where somebody could."""
     return JaggedBatch(
-        dense=np.array(batch.dense),
-        values=np.array(batch.values),
-        offsets=np.array(batch.offsets),
-        weights=None if batch.weights is None else np.array(batch.weights),
+        dense=kept(batch.dense),
+        values=kept(batch.values),
+        offsets=kept(batch.offsets),
+        weights=None if batch.weights is None else kept(batch.weights),
     ).frozen()
