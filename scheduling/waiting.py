@@ -9,7 +9,8 @@ from scheduling.request import Part, Request, SliceBucket
 SWEEP_AT_LEAST = 64
 WHOLE_SHARE = 16
 """A request of up to such a part of a slice's room is not cut: what it would fill is worth less
-than the second slice that its answer would wait for."""
+than the second slice that its answer would wait for. Nor is one that takes more than half of it:
+its ids may lie where the slice is made, and would all be copied."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,10 +36,14 @@ class _Waiting:
         return min(stop, int(within_ids))
 
     def goes_whole(self, room: SliceBucket) -> bool:
-        """Whether it takes so little of a slice with so much room that it is not cut."""
-        request, share = self.request, WHOLE_SHARE
-        is_small = share * request.samples <= room.samples and share * request.ids <= room.ids
-        return self.start == 0 and is_small
+        """Whether it takes so little of a slice with so much room, or so much of it, that it is not
+        cut.
+        """
+        samples, ids = self.request.samples, self.request.ids
+        if self.start or samples > room.samples or ids > room.ids:
+            return False
+        is_small = WHOLE_SHARE * samples <= room.samples and WHOLE_SHARE * ids <= room.ids
+        return is_small or 2 * samples > room.samples or 2 * ids > room.ids
 
     def cut(self, stop: int) -> tuple[Part, int]:
         """The part up to `stop` and its ids, which no longer wait."""
@@ -122,7 +127,8 @@ class WaitingQueue:
         self, room: SliceBucket, *, of: SliceBucket | None = None, begun: bool = False
     ) -> tuple[tuple[Part, ...], int]:
         """As many samples as fit, strictly in order; their parts and how many ids they have. A
-        request that takes little of a slice with the room `of` (None: this one) is not cut.
+        request that takes little, or most, of a slice with the room `of` (None: this one) is not
+        cut.
 
         begun: only of requests of which some samples have left.
         """

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
+from recflow_jax.engine.berths import AROUND
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape, Samples
 from recflow_jax.remote.wire import Ask, ProtocolError
 from small_models import CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE
@@ -21,7 +22,7 @@ MODELS = (CONCAT, DOT, FIXED, NO_DENSE, NO_SPARSE)
 
 
 def shape_of(config: DLRMConfig, samples: int = 12) -> BundleShape:
-    return BundleShape(config=config, samples=samples, ids=40 * samples)
+    return BundleShape(config=config, samples=samples, ids=40 * samples, length=60 * samples)
 
 
 def arena_of(shape: BundleShape) -> Arena:
@@ -77,6 +78,20 @@ def test_bundles_are_read_as_written(
         expected[slot] = (ask_for(arena, slot, bundle), JaggedBatch.join(parts))
     for ask, batch in expected.values():
         assert_are(arena.read(ask), batch)
+
+
+def test_ids_lie_in_a_berth_and_nothing_else_does():
+    arena = arena_of(shape_of(FIXED))
+    batch = generate(FIXED, 3, seed=0)
+    ask = ask_for(arena, 1, [samples_of(batch, fixed=False)])
+    arena.scores(1, 3)[:] = 7
+    berth = arena.berth(1)
+    assert np.shares_memory(berth.room(ask.ids).array, arena.read(ask).values)
+    ids = slice(AROUND, AROUND + ask.ids)
+    berth.array[: ids.start] = berth.array[ids.stop :] = -1
+    assert len(berth.array) >= 2 * AROUND + shape_of(FIXED).length
+    assert_are(arena.read(ask), batch)
+    assert np.all(arena.scores(1, 3) == 7)
 
 
 def test_both_ends_see_the_same_memory():

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine import berths as berths_module
-from recflow_jax.engine import intake, stays
-from recflow_jax.engine.berths import Berths, Room
+from recflow_jax.engine import fixed_bags, intake, stays
+from recflow_jax.engine.berths import Berth, Berths, Room
 from recflow_jax.engine.intake import is_to_berth
 from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
@@ -257,6 +257,21 @@ def test_what_needs_no_copy_gets_no_berth(many_copy: bool, monkeypatch: pytest.M
     assert not is_to_berth(batch.frozen(), slice_ids=2 * ids)
     assert not is_to_berth(small.frozen(), slice_ids=ids)
     assert not is_to_berth(batch.dense, slice_ids=ids)
+
+
+def test_what_lies_in_a_berth_already_stays_there(monkeypatch: pytest.MonkeyPatch):
+    host, batch = Host(), generate(FIXED, 5, seed=0)
+    length = host.staging.shape(LARGEST).length
+    berth = Berth(np.zeros(length + 2 * berths_module.AROUND, np.int32))
+    room = berth.room(len(batch.values))
+    room.array[:] = batch.values
+    monkeypatch.setattr(fixed_bags, "copy_ids", None)
+    batch = dataclasses.replace(batch, values=room.array).frozen()
+    prepared = host.preparer.prepare(batch, checks_later=True, find_room=berth.room)
+    host.waiting.append((batch, prepared))
+    buffer = host.launch(5)
+    assert buffer is not None and buffer.berth is berth
+    host.check()
 
 
 def test_who_finds_room_is_copied_there():

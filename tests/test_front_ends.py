@@ -45,7 +45,9 @@ def visitor(front_ends: FrontEnds) -> Iterator[socket.socket]:
 
 def bring_arena(visitor: socket.socket, engine: Engine) -> None:
     room = engine.largest_slice
-    shape = BundleShape(config=engine.config, samples=room.samples, ids=room.ids)
+    shape = BundleShape(
+        config=engine.config, samples=room.samples, ids=room.ids, length=engine.slice_length
+    )
     _, handle = Arena.new(shape)
     send_handle(visitor, handle)
     os.close(handle)

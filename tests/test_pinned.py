@@ -1,13 +1,14 @@
 """Staging memory on a GPU is pinned, in pages of its own, for as long as anybody sees it."""
 
 import gc
+import mmap
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from recflow_jax.engine.pinned import pinned_zeros
+from recflow_jax.engine.pinned import pin, pinned_zeros
 
 PAGE = 4096
 
@@ -49,6 +50,22 @@ def test_all_of_it_is_pinned_and_nothing_else_is_in_its_pages(
     assert isinstance(memory, np.ndarray)
     assert memory.ctypes.data <= address
     assert address + size <= memory.ctypes.data + memory.nbytes
+
+
+def test_memory_of_others_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    pin(np.frombuffer(mmap.mmap(-1, PAGE), np.uint8))
+    on_a_gpu(monkeypatch, client)
+    memory = np.frombuffer(mmap.mmap(-1, 2 * PAGE), np.uint8)
+    pin(memory)
+    assert client.pinned == {memory.ctypes.data: 2 * PAGE}
+    view = memory[PAGE:]
+    del memory
+    gc.collect()
+    assert client.pinned
+    del view
+    gc.collect()
+    assert not client.pinned
 
 
 def test_it_stays_pinned_until_the_last_view_goes(monkeypatch: pytest.MonkeyPatch) -> None:

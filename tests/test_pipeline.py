@@ -142,11 +142,11 @@ def test_a_large_request_is_split_over_batches_and_rejoined_in_order():
 
 
 def test_what_waits_for_an_idle_engine_is_gathered_before_the_segments_start():
-    events = [arrive(id, samples=3) for id in range(3)]
+    events = [arrive(id, samples=n) for id, n in enumerate((3, 2, 2, 2))]
     assert told(Pipeline(SMALL).step(0, events))[:3] == [
         "slice 0: r0[0:3],r1[0:1]",
-        "slice 0: r1[1:3],r2[0:2]",
-        "slice 1: r2[2:3] | segment 0.0",
+        "slice 0: r1[1:2],r2[0:2],r3[0:1]",
+        "slice 1: r3[1:2] | segment 0.0",
     ]
 
 
@@ -315,10 +315,19 @@ def test_a_slice_ends_before_the_sample_whose_ids_do_not_fit():
         (31, 2, [20, 21], [(0, 31), (0, 1)]),
         (32, 2, [1, 1], [(0, 32)]),
         (30, 2, [1, 1], [(0, 30), (0, 2)]),
+        (31, 16, [1] * 16, [(0, 31), (0, 1)]),
+        (31, 17, [1] * 17, [(0, 31)]),
+        (31, 3, [1, 1, 320], [(0, 31)]),
+        (31, 32, [20] * 32, [(0, 31)]),
+        (31, 33, [1] * 33, [(0, 31), (0, 1)]),
+        (31, 3, [1, 320, 320], [(0, 31), (0, 1)]),
     ],
-    ids=["small", "more samples", "more ids", "full", "fits"],
+    ids=[
+        *("small", "more samples", "more ids", "full", "fits"),
+        *("half", "most samples", "most ids", "all", "more samples than all", "more ids than all"),
+    ],
 )
-def test_a_request_that_takes_little_of_a_slice_is_not_cut(before, samples, ids, first):
+def test_a_request_that_takes_little_of_a_slice_or_most_is_not_cut(before, samples, ids, first):
     room, queue = SliceBucket(samples=32, ids=640), WaitingQueue()
     queue.push(request(1, before))
     queue.push(request(2, samples, ids))
@@ -741,15 +750,24 @@ class Audit:
         assert self._takes_as_much_as_fits(slice_.row, samples, ids)
 
     def _takes_as_much_as_fits(self, row: int, samples: int, ids: int) -> bool:
-        """Whether no bucket that fits the batch at this row has room for one more sample, unless it
-        is as small as the plans say.
+        """Whether no bucket that fits the batch at this row has room for one more sample, or for
+        all of a request that is not cut, unless it is as small as the plans say.
         """
         if self.may_be_small or not (waiting := self.waiting()):
             return True
-        more = waiting[0].ids(waiting[0].launched, waiting[0].launched + 1)
-        room = self.config.largest_batch - row
+        first, room = waiting[0], self.config.largest_batch - row
+        stop = first.request.samples if self._is_most(first) else first.launched + 1
+        samples += stop - first.launched
+        ids += first.ids(first.launched, stop)
         buckets = [b for b in self.config.slice_buckets if b.samples <= room]
-        return not any(b.samples > samples and b.ids >= ids + more for b in buckets)
+        return not any(b.samples >= samples and b.ids >= ids for b in buckets)
+
+    def _is_most(self, asked: Asked) -> bool:
+        """Of a slice by itself, which it fits."""
+        request, slice_ = asked.request, self.config.largest_slice
+        if asked.launched or request.samples > slice_.samples or request.ids > slice_.ids:
+            return False
+        return 2 * request.samples > slice_.samples or 2 * request.ids > slice_.ids
 
     def _check_state(self) -> None:
         pipeline, waiting = self.pipeline, self.waiting()

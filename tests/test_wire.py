@@ -23,7 +23,9 @@ from recflow_jax.remote.wire import (
     send_handle,
 )
 
-GREETING = Greeting(config="c" * 500_000, samples=8, ids=20, ids_per_sample=9, queued_samples=64)
+GREETING = Greeting(
+    config="c" * 500_000, samples=8, ids=20, length=40, ids_per_sample=9, queued_samples=64
+)
 Pair = tuple[socket.socket, socket.socket]
 
 

@@ -28,6 +28,7 @@ from recflow_jax.measure.online import (
     saturate,
 )
 from recflow_jax.params import init_params
+from recflow_jax.remote.arena import SLOTS
 from recflow_jax.remote.front_ends import FrontEnds
 
 MOST_QUEUED = 2**20
@@ -65,7 +66,7 @@ def bench_front_ends(
         )
     engine = replace(engine, max_queued_samples=MOST_QUEUED)
     online = OnlineOptions(seconds=seconds)
-    inside = online.in_flight_batches * engine.max_batch
+    inside = (SLOTS + 1) * engine.max_batch  # what is under way, and what waits for it
 
     def check(requests: Sequence[JaggedBatch], answers: Sequence[np.ndarray]) -> None:
         check_found(config, params, requests, {"front end": np.concatenate(answers)})

@@ -18,7 +18,8 @@ AROUND = LARGE_IDS  # ids before and behind the room of a berth, for those of ot
 
 
 class Berth:
-    """An int32 buffer, of which requests have filled [AROUND, end).
+    """An int32 buffer, as long as that of the largest slice and AROUND on either side, of which
+    requests have filled [AROUND, end).
 
     has_left: whether a slice has been launched from it: no other one is.
     """
@@ -27,6 +28,10 @@ class Berth:
         self.array = array
         self.end = AROUND
         self.has_left = False
+
+    def room(self, ids: int) -> "Room":
+        """The next `ids`, for as many as there is room for."""
+        return Room(self, self.end, ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class Berths:
             if only_free and not self._free:
                 return None
             berth = self._open = self._new()
-        return Room(berth, berth.end, ids)
+        return berth.room(ids)
 
     def _new(self) -> Berth:
         array = self._free.pop() if self._free else pinned_zeros(self._length)

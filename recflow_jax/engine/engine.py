@@ -22,7 +22,7 @@ from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
-from recflow_jax.engine.berths import Berths, Room
+from recflow_jax.engine.berths import Berth, Berths, Room
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
@@ -151,6 +151,11 @@ class Engine:
         return self._largest_slice
 
     @property
+    def slice_length(self) -> int:
+        """int32 elements of the buffer of the largest slice."""
+        return self._segments.staging.shape(self._largest_slice).length
+
+    @property
     def max_ids_per_sample(self) -> int:
         """Of all features together, at most."""
         return min(self._segments.max_ids_per_sample, self._largest_slice.ids)
@@ -198,6 +203,17 @@ class Engine:
             if has_berths:
                 self._inbox.leave_berths()
             self._inbox.caller_leaves()
+
+    def submit_in_place(self, batch: JaggedBatch, berth: Berth, *, priority: int = 0) -> Answer:
+        """As `submit`, of int32 ids with fixed bags that lie in a berth already, alone and from its
+        start on: there they stay, so nobody is to write to it before the answer is there.
+        """
+        terms = Terms.of(now_us(), None, priority)
+        self._ledger.expect(batch.samples)
+        most = self._options.max_queued_samples
+        return self._enter(
+            self._prepared(batch, None, most=most, checks_later=True, find_room=berth.room), terms
+        )
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.

@@ -23,6 +23,12 @@ def pinned_zeros(length: int) -> np.ndarray:
     return memory[start : start + 4 * length].view(np.int32)
 
 
+def pin(memory: np.ndarray) -> None:
+    """The same for uint8 memory in whole pages of its own, until there is no view of it."""
+    if jax.default_backend() == "gpu":
+        _pin(memory, memory.ctypes.data, memory.nbytes)
+
+
 def _pin(memory: np.ndarray, address: int, size: int) -> None:
     """For as long as there is a view of `memory`."""
     client = jax.devices()[0].client

@@ -1,7 +1,10 @@
 """Memory that a front end shares with its engine's process: a few slots, a bundle in each.
 
-A front end writes samples there and reads scores; the engine's process reads samples, whose arrays
-it cannot write to, and writes scores. Nothing in it is trusted: the engine checks what it reads.
+A front end writes samples there and reads scores; the engine's process reads samples and writes
+scores. Where bags are fixed, the ids of a bundle lie in a berth of the engine's, from which the
+device reads them: nobody copies them once more. The engine checks what it reads. A front end is
+trusted to leave a slot alone from when it asks until it is answered, and that is all: of its own
+scores it would spoil what it likes, but in a berth lies also what the engine put around its ids.
 """
 
 import fcntl
@@ -18,7 +21,9 @@ import numpy as np
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine import free_copies
+from recflow_jax.engine.berths import AROUND, Berth
 from recflow_jax.engine.fixed_bags import bag_offsets
+from recflow_jax.engine.pinned import pin
 from recflow_jax.remote.wire import Ask, ProtocolError
 
 SLOTS = 3  # one runs, one waits behind it, one is filled
@@ -45,26 +50,32 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleShape:
-    """Room for `samples` samples of a model with `ids` ids in all."""
+    """Room for `samples` samples of a model with `ids` ids in all, of which a slice has a buffer of
+    `length` int32 elements.
+    """
 
     config: DLRMConfig
     samples: int
     ids: int
+    length: int
 
     @cached_property
     def places(self) -> dict[str, slice]:
         """The bytes of a slot that each field takes."""
         config = self.config
         sizes = {
+            "berth": 4 * (AROUND + self.length + AROUND),
             "dense": 4 * self.samples * config.dense_width,
-            "values": 4 * self.ids,
             "weights": 4 * self.ids if config.weighted else 0,
             "offsets": 8 * (self.samples * len(config.features) + 1),
             "scores": 4 * self.samples * config.outputs,
         }
         rooms = {name: -(-size // ALIGNED) * ALIGNED for name, size in sizes.items()}
         ends = accumulate(rooms.values())
-        return {name: slice(end - rooms[name], end) for name, end in zip(rooms, ends, strict=True)}
+        places = {
+            name: slice(end - rooms[name], end) for name, end in zip(rooms, ends, strict=True)
+        }
+        return places | {"values": slice(4 * AROUND, 4 * (AROUND + self.ids))}
 
     @property
     def slot_bytes(self) -> int:
@@ -105,6 +116,14 @@ class Arena:
         except BaseException:
             os.close(handle)
             raise
+
+    def pin(self) -> None:
+        """In the engine's process, whose device may read from it."""
+        pin(self._memory.reshape(-1))
+
+    def berth(self, slot: int) -> Berth:
+        """That of the next bundle there."""
+        return Berth(self._field(slot, "berth", np.int32))
 
     def write(self, slot: int, bundle: Sequence[Samples]) -> tuple[int, int, bool]:
         """The samples, one after the other: how many, of how many ids, and whether all bags are

@@ -72,7 +72,12 @@ class FrontEnd:
             self._socket.connect(str(path))
             greeting = Greeting.receive(self._socket)
             self.config = DLRMConfig.from_toml(greeting.config, source=str(path))
-            self._room = BundleShape(config=self.config, samples=greeting.samples, ids=greeting.ids)
+            self._room = BundleShape(
+                config=self.config,
+                samples=greeting.samples,
+                ids=greeting.ids,
+                length=greeting.length,
+            )
             self._arena, handle = Arena.new(self._room)
             try:
                 send_handle(self._socket, handle)

@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 
 from recflow_jax.batch import InputError
+from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import EngineError
 from recflow_jax.remote.arena import Arena, BundleShape
@@ -47,11 +48,14 @@ class FrontEnds:
         self.path = Path(path)
         self._engine = engine
         config, room = engine.config, engine.largest_slice
-        self._shape = BundleShape(config=config, samples=room.samples, ids=room.ids)
+        self._shape = BundleShape(
+            config=config, samples=room.samples, ids=room.ids, length=engine.slice_length
+        )
         self._greeting = Greeting(
             config=config.to_toml(),
             samples=room.samples,
             ids=room.ids,
+            length=engine.slice_length,
             ids_per_sample=engine.max_ids_per_sample,
             queued_samples=engine.options.max_queued_samples,
         )
@@ -138,9 +142,11 @@ class _Guest:
     def _arena(self) -> Arena:
         handle = receive_handle(self._connection)
         try:
-            return Arena(self._shape, handle)
+            arena = Arena(self._shape, handle)
         finally:
             os.close(handle)
+        arena.pin()
+        return arena
 
     def _listen(self, arena: Arena) -> None:
         replier = Thread(target=self._reply, args=(arena,), name="recflow-replies", daemon=True)
@@ -155,11 +161,18 @@ class _Guest:
 
     def _ask(self, ask: Ask, arena: Arena) -> None:
         try:
-            answer = self._engine.submit(arena.read(ask), priority=ask.priority)
+            answer = self._submitted(ask, arena)
         except (InputError, EngineError) as error:
             self._replies.put((ask, error))
         else:
             answer.add_done_callback(lambda done: self._replies.put((ask, done)))
+
+    def _submitted(self, ask: Ask, arena: Arena) -> Answer:
+        bundle = arena.read(ask)
+        if not ask.are_fixed:
+            return self._engine.submit(bundle, priority=ask.priority)
+        berth = arena.berth(ask.slot)
+        return self._engine.submit_in_place(bundle, berth, priority=ask.priority)
 
     def _reply(self, arena: Arena) -> None:
         """Here, not in the callback: whoever does not read its replies holds up nobody else."""

@@ -62,13 +62,15 @@ class ProtocolError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Greeting:
-    """What an engine serves. config: the model as TOML. samples, ids: of a bundle at most.
-    ids_per_sample: at most. queued_samples: of what a front end may have waiting.
+    """What an engine serves. config: the model as TOML. samples, ids: of a bundle at most. length:
+    int32 elements of the buffer of a slice of so many. ids_per_sample: at most. queued_samples: of
+    what a front end may have waiting.
     """
 
     config: str
     samples: int
     ids: int
+    length: int
     ids_per_sample: int
     queued_samples: int
 
