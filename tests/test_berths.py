@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine import berths as berths_module
-from recflow_jax.engine import fixed_bags, intake, stays
+from recflow_jax.engine import intake, stays
 from recflow_jax.engine.berths import Berth, Berths, Room
 from recflow_jax.engine.intake import is_to_berth
 from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
@@ -259,15 +259,14 @@ def test_what_needs_no_copy_gets_no_berth(many_copy: bool, monkeypatch: pytest.M
     assert not is_to_berth(batch.dense, slice_ids=ids)
 
 
-def test_what_lies_in_a_berth_already_stays_there(monkeypatch: pytest.MonkeyPatch):
+def test_what_lies_in_a_berth_already_stays_there():
     host, batch = Host(), generate(FIXED, 5, seed=0)
     length = host.staging.shape(LARGEST).length
     berth = Berth(np.zeros(length + 2 * berths_module.AROUND, np.int32))
     room = berth.room(len(batch.values))
     room.array[:] = batch.values
-    monkeypatch.setattr(fixed_bags, "copy_ids", None)
-    batch = dataclasses.replace(batch, values=room.array).frozen()
-    prepared = host.preparer.prepare(batch, checks_later=True, find_room=berth.room)
+    prepared = host.preparer.prepare_in_place(batch.dense, batch.weights, berth)
+    assert not prepared.is_checked
     host.waiting.append((batch, prepared))
     buffer = host.launch(5)
     assert buffer is not None and buffer.berth is berth

@@ -175,6 +175,39 @@ def test_bad_samples_are_named_and_go_nowhere(
     assert engine.stats().requests_accepted == 1
 
 
+def test_bad_samples_that_the_device_finds_harm_no_others(
+    front_end: FrontEnd, engine: Engine, device: FakeSegments
+):
+    held = fill_the_slots(front_end, engine, device)
+    bad_id = replace(samples(2, ids=2), values=np.array([5, 1000], np.int32))
+    bad_float = replace(samples(2, ids=2), dense=np.array([[np.inf]], np.float32))
+    answers = [
+        front_end.submit(batch)
+        for batch in (samples(1, ids=2), bad_id, samples(3, ids=2).frozen(), bad_float)
+    ]
+    device.go_on()
+    assert [result(answer) for answer in held] == [scores(i) for i in range(SLOTS)]
+    with pytest.raises(InputError, match="feature 'f', sample 0: id 1000"):
+        result(answers[1])
+    with pytest.raises(InputError, match="not finite"):
+        result(answers[3])
+    assert [result(answers[i]) for i in (0, 2)] == [scores(1, ids=2), scores(3, ids=2)]
+    assert engine.stats().requests_accepted == SLOTS + 2
+    front_end.close()
+    assert front_end._admission.samples == 0
+
+
+def test_a_bundle_that_is_refused_for_nothing_is_not_sent_again(
+    front_end: FrontEnd, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("the samples changed")
+
+    monkeypatch.setattr(engine, "submit_in_place", refuse)
+    with pytest.raises(InputError, match="the samples changed"):
+        result(front_end.submit(samples(1, ids=2)))
+
+
 def test_a_full_queue(front_end: FrontEnd, engine: Engine, device: FakeSegments):
     held = fill_the_slots(front_end, engine, device)
     most = OPTIONS.max_queued_samples

@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import os
 from types import SimpleNamespace
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from recflow_jax.engine.pinned import pin, pinned_zeros
+from recflow_jax.remote.arena import SLOTS, Arena, BundleShape
+from small_models import FIXED
 
 PAGE = 4096
 
@@ -64,6 +67,26 @@ def test_memory_of_others_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     gc.collect()
     assert client.pinned
     del view
+    gc.collect()
+    assert not client.pinned
+
+
+def test_an_arena_is_pinned_as_long_as_a_berth_of_it_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = Client()
+    on_a_gpu(monkeypatch, client)
+    shape = BundleShape(config=FIXED, samples=4, ids=80, length=100)
+    arena, handle = Arena.new(shape)
+    os.close(handle)
+    assert not client.pinned
+    arena.pin()
+    assert [*client.pinned.values()] == [SLOTS * shape.slot_bytes]
+    berth = arena.berth(1)
+    del arena
+    gc.collect()
+    assert client.pinned
+    del berth
     gc.collect()
     assert not client.pinned
 

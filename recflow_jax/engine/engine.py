@@ -204,16 +204,25 @@ class Engine:
                 self._inbox.leave_berths()
             self._inbox.caller_leaves()
 
-    def submit_in_place(self, batch: JaggedBatch, berth: Berth, *, priority: int = 0) -> Answer:
-        """As `submit`, of int32 ids with fixed bags that lie in a berth already, alone and from its
-        start on: there they stay, so nobody is to write to it before the answer is there.
+    def submit_in_place(
+        self,
+        dense: np.ndarray,
+        berth: Berth,
+        *,
+        weights: np.ndarray | None = None,
+        priority: int = 0,
+    ) -> Answer:
+        """As `submit`, of samples of a model with fixed bags whose ids lie in a berth already, from
+        its start on: there they stay, so nobody is to write to it before the answer is there.
         """
         terms = Terms.of(now_us(), None, priority)
-        self._ledger.expect(batch.samples)
-        most = self._options.max_queued_samples
-        return self._enter(
-            self._prepared(batch, None, most=most, checks_later=True, find_room=berth.room), terms
-        )
+        self._ledger.expect(len(dense))
+        try:
+            samples = self._preparer.prepare_in_place(dense, weights, berth)
+        except InputError:
+            self._tally.rejected("input")
+            raise
+        return self._enter(samples, terms)
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
         """Scores (logits), float32 [n, outputs], of any number of samples; waits for them.

@@ -81,11 +81,10 @@ class FixedBags:
     def as_int32(
         self, values: np.ndarray, *, out: np.ndarray | None = None, checks: bool = True
     ) -> np.ndarray | None:
-        """The ids; a copy, in `out` if that is given, else unless nobody writes to them; none where
-        they lie in `out` already. None if one is outside its table, where that is looked at, or too
-        large for int32.
+        """The ids; a copy, in `out` if that is given, else unless nobody writes to them. None if
+        one is outside its table, where that is looked at, or too large for int32.
         """
-        if is_shared(values) and (out is None or out.ctypes.data == values.ctypes.data):
+        if out is None and is_shared(values):
             return values if not checks or self.are_of_tables(values) else None
         copied = np.empty(len(values), np.int32) if out is None else out
         step = max(self._block if checks else len(values), 1)

@@ -24,7 +24,9 @@ def pinned_zeros(length: int) -> np.ndarray:
 
 
 def pin(memory: np.ndarray) -> None:
-    """The same for uint8 memory in whole pages of its own, until there is no view of it."""
+    """Pins uint8 memory in whole pages of its own, until this array and all views of it are gone;
+    not where there is no GPU, or the driver pins no more.
+    """
     if jax.default_backend() == "gpu":
         _pin(memory, memory.ctypes.data, memory.nbytes)
 

@@ -121,6 +121,23 @@ class Preparer:
             prepared = self._prepare_jagged(batch)
         return self._refuse(batch) if prepared is None else prepared
 
+    def prepare_in_place(self, dense: Any, weights: np.ndarray | None, berth: Berth) -> Prepared:
+        """Samples of a model with fixed bags whose ids lie in a berth, alone and from its start on;
+        they are left to `check`. Raises InputError.
+        """
+        bags = self._fixed
+        if bags is None:
+            raise InputError(f"{self._config.name} has no fixed bags")
+        dense = dense_array(self._config, dense)
+        room = berth.room(len(dense) * bags.ids)
+        room.keep()
+        offsets, is_checked = bags.id_offsets(len(dense)), not bags.ids
+        prepared = _with_floats(dense, weights, room.array, offsets, None, is_checked=is_checked)
+        if prepared is None:
+            raise InputError("a dense feature is not finite")
+        prepared.berth, prepared.place = berth, room.place
+        return prepared
+
     def check(self, samples: Prepared) -> None:
         """Raises the InputError that `prepare` would have raised, if that was left for later."""
         if samples.is_checked:

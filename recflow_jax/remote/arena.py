@@ -103,7 +103,7 @@ class Arena:
         if not _is_sealed(handle):
             raise ProtocolError("an arena that could become smaller")
         self._shape = shape
-        self._memory = np.frombuffer(mmap.mmap(handle, size), np.uint8).reshape(SLOTS, -1)
+        self._memory = np.frombuffer(mmap.mmap(handle, size), np.uint8)
 
     @classmethod
     def new(cls, shape: BundleShape) -> tuple[Self, int]:
@@ -119,7 +119,7 @@ class Arena:
 
     def pin(self) -> None:
         """In the engine's process, whose device may read from it."""
-        pin(self._memory.reshape(-1))
+        pin(self._memory)
 
     def berth(self, slot: int) -> Berth:
         """That of the next bundle there."""
@@ -145,23 +145,32 @@ class Arena:
         free_copies.join(*joins)
         return sum(s.count for s in bundle), sum(len(s.values) for s in bundle), are_fixed
 
-    def read(self, ask: Ask) -> JaggedBatch:
-        """The samples that somebody asks about, as they are now. Raises ProtocolError."""
+    def floats(self, ask: Ask) -> tuple[np.ndarray, np.ndarray | None]:
+        """Dense features and weights of the samples that somebody asks about, not to be written to.
+        Raises ProtocolError.
+        """
         shape, config = self._shape, self._shape.config
         if ask.slot >= SLOTS or not 0 < ask.samples <= shape.samples or ask.ids > shape.ids:
             raise ProtocolError(f"no slot holds this: {ask}")
         fixed = config.fixed_bags
         if ask.are_fixed and (fixed is None or ask.ids != ask.samples * sum(fixed)):
             raise ProtocolError(f"not the ids of fixed bags: {ask}")
-        bags = ask.samples * len(config.features)
         dense = self._field(ask.slot, "dense", np.float32)[: ask.samples * config.dense_width]
-        offsets = shape.fixed_offsets if ask.are_fixed else self._field(ask.slot, "offsets", "i8")
         weights = self._field(ask.slot, "weights", np.float32)[: ask.ids]
+        for array in (dense, weights):
+            array.setflags(write=False)
+        dense = dense.reshape(ask.samples, config.dense_width)
+        return dense, weights if config.weighted else None
+
+    def read(self, ask: Ask) -> JaggedBatch:
+        """Jagged samples that somebody asks about, as they are now. Raises ProtocolError."""
+        dense, weights = self.floats(ask)
+        bags = ask.samples * len(self._shape.config.features)
         return JaggedBatch(
-            dense=dense.reshape(ask.samples, config.dense_width),
+            dense=dense,
             values=self._field(ask.slot, "values", np.int32)[: ask.ids],
-            offsets=offsets[: bags + 1],
-            weights=weights if config.weighted else None,
+            offsets=self._field(ask.slot, "offsets", np.int64)[: bags + 1],
+            weights=weights,
         ).frozen()
 
     def scores(self, slot: int, samples: int) -> np.ndarray:
@@ -181,7 +190,8 @@ class Arena:
         return np.concatenate(offsets)
 
     def _field(self, slot: int, name: str, dtype: np.typing.DTypeLike) -> np.ndarray:
-        return self._memory[slot, self._shape.places[name]].view(dtype)
+        start, place = slot * self._shape.slot_bytes, self._shape.places[name]
+        return self._memory[start + place.start : start + place.stop].view(dtype)
 
 
 def _is_sealed(handle: int) -> bool:

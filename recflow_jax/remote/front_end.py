@@ -4,7 +4,7 @@ import heapq
 import itertools
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from recflow_jax.engine.held_copies import kept
 from recflow_jax.engine.intake import Sparse, Terms, is_batch
 from recflow_jax.engine.ledger import queue_full, settle
 from recflow_jax.engine.messages import now_us
-from recflow_jax.engine.prepared import Preparer
+from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.switching import SHORT_MS, SWITCH_INTERVAL
 from recflow_jax.layout import Layout
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape, Samples
@@ -44,11 +44,22 @@ GONE = "the engine's process sends no more answers"
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Request:
-    """Samples that wait for their bundle, or for its scores."""
+    """Samples that wait for their bundle, or for its scores. prepared: the same as they can be
+    checked.
+    """
 
+    number: int
     samples: Samples
+    prepared: Prepared
     answer: Answer
     terms: Terms
+    has_begun: bool = False
+
+    def begins(self) -> bool:
+        """Whether its answer is still wanted; after that it cannot be cancelled."""
+        if not self.has_begun:
+            self.has_begun = self.answer.set_running_or_notify_cancel()
+        return self.has_begun
 
     @property
     def is_late(self) -> bool:
@@ -59,9 +70,10 @@ class _Request:
 class FrontEnd:
     """Asks the engine of another process, one that lets `FrontEnds` in at `path`; any thread may.
 
-    Requests are checked and copied here. What has come while bundles were under way goes together
-    in the next, of which the engine's process has no more to do than of one request. Nothing waits
-    for a bundle to fill. Until it is closed, Python switches threads and collects garbage as beside
+    Requests are copied and checked here, but for what a device finds out by itself, as
+    `Engine.submit` says. What has come while bundles were under way goes together in the next, of
+    which the engine's process has no more to do than of one request. Nothing waits for a bundle to
+    fill. Until it is closed, Python switches threads and collects garbage as beside
     an open engine. Raises OSError where nobody listens, and ProtocolError for a version that
     differs.
     """
@@ -115,20 +127,19 @@ class FrontEnd:
         deadline_ms: float | None = None,
         priority: int = 0,
     ) -> Answer:
-        """As `Engine.submit`, but that all samples are checked before this returns, that they are
-        at most as many as a slice of the engine holds, and that an answer can be cancelled until
-        its bundle leaves. Raises InputError, QueueFull, EngineClosed and DeadlineExceeded.
+        """As `Engine.submit`, but that samples are at most as many as a slice of the engine holds,
+        and that an answer can be cancelled until its bundle leaves. Raises InputError, QueueFull,
+        EngineClosed and DeadlineExceeded.
         """
         terms = Terms.of(now_us(), deadline_ms, priority)
-        request = _Request(samples=self._checked(dense, sparse), answer=Answer(), terms=terms)
+        request = self._request(dense, sparse, terms)
         if request.is_late:
             raise DeadlineExceeded(f"the deadline was {deadline_ms} ms after the call")
         if not request.samples.count:
             return Answer.of_no_samples(self.config.outputs)
         with self._changed:
             self._let_in(request.samples.count)
-            heapq.heappush(self._waiting, (terms.priority, next(self._numbers), request))
-            self._changed.notify_all()
+            self._wait(request)
         return request.answer
 
     def predict(self, dense: Any, sparse: Sparse | None = None) -> np.ndarray:
@@ -166,25 +177,32 @@ class FrontEnd:
     ) -> None:
         self.close()
 
-    def _checked(self, dense: Any, sparse: Sparse | None) -> Samples:
-        """What a caller handed over, checked, in arrays that nobody writes to."""
+    def _request(self, dense: Any, sparse: Sparse | None, terms: Terms) -> _Request:
+        """What a caller handed over, in arrays that nobody writes to."""
         batch = dense
         if not is_batch(dense, sparse):
             batch = JaggedBatch.from_features(self.config, dense, sparse or {})
         check_shapes(self.config, batch)
         own = _kept(batch)  # whatever its caller does to it meanwhile
-        prepared, room = self._preparer.prepare(own), self._room
+        prepared, room = self._preparer.prepare(own, checks_later=True), self._room
         if prepared.samples > room.samples or len(prepared.rows) > room.ids:
             raise InputError(
                 f"{prepared.samples} samples with {len(prepared.rows)} ids are more than a front "
                 f"end passes on at once, {room.samples} with {room.ids}"
             )
         are_fixed = prepared.slot_offsets is None
-        return Samples(
+        samples = Samples(
             dense=prepared.dense,
-            values=own.values.astype(np.int32, copy=False),
+            values=prepared.rows if are_fixed else own.values.astype(np.int32, copy=False),
             offsets=None if are_fixed else own.offsets,
             weights=prepared.weights,
+        )
+        return _Request(
+            number=next(self._numbers),
+            samples=samples,
+            prepared=prepared,
+            answer=Answer(),
+            terms=terms,
         )
 
     def _let_in(self, samples: int) -> None:
@@ -192,6 +210,11 @@ class FrontEnd:
             raise EngineClosed(self._refusal)
         if not self._admission.try_enter(samples):
             raise queue_full(self._admission, samples)
+
+    def _wait(self, request: _Request) -> None:
+        """Until its bundle leaves."""
+        heapq.heappush(self._waiting, (request.terms.priority, request.number, request))
+        self._changed.notify_all()
 
     def _send(self) -> None:
         """Bundle after bundle, as long as there are slots for them."""
@@ -225,7 +248,7 @@ class FrontEnd:
             if bundle and min(samples, ids) < 0:
                 break
             heapq.heappop(self._waiting)
-            if not request.answer.set_running_or_notify_cancel():
+            if not request.begins():
                 self._admission.leave(request.samples.count)
             else:
                 (late if request.is_late else bundle).append(request)
@@ -258,7 +281,7 @@ class FrontEnd:
             self._flying.clear()
             self._waiting.clear()
             self._changed.notify_all()
-        lost += [one for one in waiting if one.answer.set_running_or_notify_cancel()]
+        lost += [one for one in waiting if one.begins()]
         error = EngineClosed(GONE)
         error.__cause__ = cause
         self._fail(lost, error)
@@ -267,6 +290,8 @@ class FrontEnd:
         bundle = self._flying.get(reply.slot)
         if not bundle:
             raise ProtocolError(f"nobody has asked for slot {reply.slot}")
+        if isinstance(reply.error, InputError):
+            return self._sort_out(reply.slot, bundle, reply.error)
         scores = self._arena.scores(reply.slot, sum(one.samples.count for one in bundle)).copy()
         self._free_slot(reply.slot)
         if reply.error is not None:
@@ -280,10 +305,29 @@ class FrontEnd:
             else:
                 settle(one.answer.set_result, scores[start:stop].copy())
 
-    def _free_slot(self, slot: int) -> None:
+    def _sort_out(self, slot: int, bundle: list[_Request], error: InputError) -> None:
+        """Of a bundle that was refused, whoever has bad samples is told so, and the others go
+        again.
+        """
+        well = []
+        for one in bundle:
+            try:
+                self._preparer.check(one.prepared)
+                well.append(one)
+            except InputError as own:
+                self._fail([one], own)
+        if len(well) == len(bundle):
+            self._fail(well, error)
+            well = []
+        self._free_slot(slot, again=well)
+
+    def _free_slot(self, slot: int, *, again: Sequence[_Request] = ()) -> None:
+        """Of a bundle of which these requests are to be sent once more."""
         with self._changed:
             del self._flying[slot]
             self._free.append(slot)
+            for request in again:
+                self._wait(request)
             self._changed.notify_all()
 
     def _fail(self, requests: Iterable[_Request], error: BaseException) -> None:

@@ -168,11 +168,12 @@ class _Guest:
             answer.add_done_callback(lambda done: self._replies.put((ask, done)))
 
     def _submitted(self, ask: Ask, arena: Arena) -> Answer:
-        bundle = arena.read(ask)
+        engine, priority = self._engine, ask.priority
         if not ask.are_fixed:
-            return self._engine.submit(bundle, priority=ask.priority)
+            return engine.submit(arena.read(ask), priority=priority)
+        dense, weights = arena.floats(ask)
         berth = arena.berth(ask.slot)
-        return self._engine.submit_in_place(bundle, berth, priority=ask.priority)
+        return engine.submit_in_place(dense, berth, weights=weights, priority=priority)
 
     def _reply(self, arena: Arena) -> None:
         """Here, not in the callback: whoever does not read its replies holds up nobody else."""
