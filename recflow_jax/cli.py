@@ -849,6 +849,14 @@ def serve(
     row_updates: Annotated[
         bool, typer.Option("--row-updates", help="Clients may write rows of tables.")
     ] = False,
+    front_ends: Annotated[
+        Path | None,
+        typer.Option(help="A Unix socket: servers with --engine find this one's engine there."),
+    ] = None,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="Serve the engine of the server whose --front-ends this is."),
+    ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8001,
@@ -880,29 +888,12 @@ def serve(
     Speaks the Open Inference Protocol v2 until SIGTERM; then it answers what it has accepted, and
     ends. See docs/serving.md.
     """
-    varied = any((max_rows_per_table, table_dtype, compute_dtype))
-    if varied and not model:
-        raise ValueError("serve: --max-rows-per-table and dtypes vary --model, which is missing")
-    config = _config(model, max_rows_per_table, table_dtype, compute_dtype) if model else None
-    from recflow_jax.commands.serve import serve
+    from recflow_jax.commands.serve import serve, serve_engine_of
     from recflow_jax.engine.options import EngineOptions
     from recflow_jax.serving.options import ServerOptions
 
-    serve(
-        config,
-        params=params,
-        random=random_params,
-        profile=profile,
-        engine=EngineOptions(
-            backend=backend,
-            max_batch=max_batch,
-            segments=segments,
-            objective=objective,
-            p99_ms=p99_ms,
-            max_queued_samples=max_queued_samples,
-            max_update_rows=MOST_ROWS_WRITTEN if row_updates else None,
-        ),
-        server=ServerOptions(
+    shared: dict[str, Any] = {
+        "server": ServerOptions(
             host=host,
             http_port=http_port,
             grpc_port=grpc_port if grpc else None,
@@ -915,11 +906,38 @@ def serve(
             tls_key=tls_key,
             token=token_file.read_text().strip() if token_file else None,
         ),
-        name=name,
-        version=model_version,
+        "name": name,
+        "version": model_version,
+        "log_level": log_level,
+        "log_format": log_format,
+    }
+    options = EngineOptions(
+        backend=backend,
+        max_batch=max_batch,
+        segments=segments,
+        objective=objective,
+        p99_ms=p99_ms,
+        max_queued_samples=max_queued_samples,
+        max_update_rows=MOST_ROWS_WRITTEN if row_updates else None,
+    )
+    varied = any((max_rows_per_table, table_dtype, compute_dtype))
+    if engine is not None:
+        told = (params, model, varied, random_params, profile, model_control, front_ends)
+        if any(told) or options != EngineOptions():
+            raise ValueError("serve --engine: the model and its engine are the other server's")
+        return serve_engine_of(engine, **shared)
+    if varied and not model:
+        raise ValueError("serve: --max-rows-per-table and dtypes vary --model, which is missing")
+    config = _config(model, max_rows_per_table, table_dtype, compute_dtype) if model else None
+    serve(
+        config,
+        params=params,
+        random=random_params,
+        profile=profile,
+        engine=options,
         model_control=model_control,
-        log_level=log_level,
-        log_format=log_format,
+        front_ends=front_ends,
+        **shared,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import uvloop
 
-from recflow_jax.engine.engine import Engine
+from recflow_jax.serving.model import Served
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.repository import Repository
 from recflow_jax.serving.server import Ending, Ports, Server
@@ -23,7 +23,7 @@ class RunningServer:
     """What a test needs of it: addresses, a way to stop it, and how it ended."""
 
     def __init__(
-        self, load: Callable[[], Engine], repository: Repository | None = None, **options: Any
+        self, load: Callable[[], Served], repository: Repository | None = None, **options: Any
     ) -> None:
         self._ports: Future[Ports] = Future()
         self._ending: Future[Ending] = Future()
@@ -73,7 +73,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def serving(
-    load: Callable[[], Engine], repository: Repository | None = None, **options: Any
+    load: Callable[[], Served], repository: Repository | None = None, **options: Any
 ) -> Iterator[RunningServer]:
     """A server that is ready, and stopped at the end if the test has not done so."""
     server = RunningServer(load, repository, **options)

@@ -18,7 +18,7 @@ from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, QueueFull, StepFailed
 from recflow_jax.remote.arena import SLOTS
-from recflow_jax.remote.front_end import FrontEnd
+from recflow_jax.remote.front_end import FrontEnd, FrontEndStats
 from recflow_jax.remote.front_ends import FrontEnds
 from small_models import CONCAT, FIXED, compiled
 
@@ -208,6 +208,27 @@ def test_a_bundle_that_is_refused_for_nothing_is_not_sent_again(
         result(front_end.submit(samples(1, ids=2)))
 
 
+def test_everything_is_counted(front_end: FrontEnd, engine: Engine, device: FakeSegments):
+    held = fill_the_slots(front_end, engine, device)
+    waiting = [front_end.submit(samples(1, 2)), front_end.submit(samples(3))]
+    assert waiting[1].cancel()
+    assert front_end.stats() == FrontEndStats(
+        requests_accepted=SLOTS + 2,
+        samples_accepted=SLOTS + 3,
+        bundles=SLOTS,
+        queued_samples=SLOTS + 3,
+    )
+    device.break_next("embed")
+    waiting.append(front_end.submit(samples(5)))
+    device.go_on()
+    wait([*held, *waiting], timeout=SOON_S)
+    front_end.close()
+    found = front_end.stats()
+    assert found.requests_answered + found.failed == SLOTS + 2 and found.failed > 0
+    assert (found.cancelled, found.queued_samples) == (1, 0)
+    assert found.samples_answered >= found.requests_answered
+
+
 def test_a_full_queue(front_end: FrontEnd, engine: Engine, device: FakeSegments):
     held = fill_the_slots(front_end, engine, device)
     most = OPTIONS.max_queued_samples
@@ -272,6 +293,19 @@ def test_closing_waits_for_answers(path: Path, engine: Engine, device: FakeSegme
     assert [a.result(0).tolist() for a in answers] == [scores(0), scores(1), scores(2), scores(7)]
     with pytest.raises(EngineClosed, match="the front end is closed"):
         front_end.submit(samples(1))
+
+
+def test_closing_without_answers(path: Path, engine: Engine, device: FakeSegments):
+    front_end = FrontEnd(path)
+    lost = [*fill_the_slots(front_end, engine, device), front_end.submit(samples(1))]
+    assert not front_end.is_gone
+    front_end.close(drain=False)
+    assert front_end.is_gone
+    for answer in lost:
+        with pytest.raises(EngineClosed, match="the front end is closed"):
+            result(answer)
+    device.go_on()
+    eventually(lambda: engine.stats().queued_samples == 0)
 
 
 def test_an_engine_that_is_closed_says_so(front_end: FrontEnd, engine: Engine):

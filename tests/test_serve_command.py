@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from request_tensors import as_json, packed, request
 from running_server import SOON_S
 from small_models import NO_DENSE, reference_scores
 
-COMMAND = [sys.executable, "-m", "recflow_jax", "serve", "--http-port", "0", "--log-format", "json"]
-SMALL = ["--max-batch", "8", "--segments", "1", "--no-grpc"]
+COMMAND = [sys.executable, "-m", "recflow_jax", "serve", "--http-port", "0", "--no-grpc"]
+COMMAND += ["--log-format", "json"]
+SMALL = ["--max-batch", "8", "--segments", "1"]
 
 
 class Process:
     """A server of its own; its log as it comes."""
 
     def __init__(self, *arguments: str) -> None:
+        small = [] if "--engine" in arguments else SMALL
         self._process = subprocess.Popen(
-            [*COMMAND, *SMALL, *arguments],
+            [*COMMAND, *small, *arguments],
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
@@ -52,8 +55,15 @@ class Process:
             if told["event"] == event:
                 return told
 
+    @cached_property
+    def port(self) -> int:
+        return self.wait_for("listening")["http_port"]
+
     def end(self) -> int:
         self._process.send_signal(signal.SIGTERM)
+        return self.code()
+
+    def code(self) -> int:
         return self._process.wait(SOON_S)
 
     def kill(self) -> None:
@@ -77,7 +87,7 @@ def process(params: Path) -> Iterator[Process]:
 
 
 def test_it_serves_a_model_until_sigterm(process: Process) -> None:
-    url = f"http://127.0.0.1:{process.wait_for('listening')['http_port']}"
+    url = f"http://127.0.0.1:{process.port}"
     ready = process.wait_for("ready")
     assert (ready["model"], ready["backend"], ready["level"]) == ("no_dense", "xla", "info")
     batch = request(NO_DENSE, 3, seed=1)
@@ -87,6 +97,47 @@ def test_it_serves_a_model_until_sigterm(process: Process) -> None:
     assert answer.json()["outputs"][0]["data"] == pytest.approx(expected.ravel().tolist(), rel=1e-4)
     assert process.end() == 0
     assert process.wait_for("ended")["drained"] is True
+
+
+def test_servers_share_an_engine_until_it_is_gone(params: Path, tmp_path: Path) -> None:
+    """Whichever starts first."""
+    path = tmp_path / "engine"
+    other = Process("--engine", str(path))
+    engines = Process("--params", str(params), "--front-ends", str(path))
+    try:
+        urls = [f"http://127.0.0.1:{server.port}" for server in (other, engines)]
+        ready = other.wait_for("ready")
+        assert (ready["model"], ready["backend"]) == ("no_dense", "xla")
+        batch = request(NO_DENSE, 3, seed=1)
+        body = as_json(packed(NO_DENSE, batch))
+        expected = reference_scores(NO_DENSE, init_params(NO_DENSE, seed=1), batch).ravel().tolist()
+        engines.wait_for("ready")
+        for url in urls:
+            answer = httpx.post(f"{url}/v2/models/no_dense/infer", json=body, timeout=SOON_S)
+            assert answer.json()["outputs"][0]["data"] == pytest.approx(expected, rel=1e-4)
+        assert engines.end() == 0 and not path.exists()
+        assert other.wait_for("ended")["drained"] is True
+        assert other.code() == 1
+    finally:
+        other.kill()
+        engines.kill()
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["--engine", "e", "--model", "rm1"], "the model and its engine are the other server's"),
+        (["--engine", "e", "--max-batch", "8"], "the model and its engine are the other server's"),
+        (["--params", "p", "--front-ends", "f", "--model-control", "."], "--model-control not"),
+        (["--params", "p", "--front-ends", "."], "there is a . already"),
+    ],
+    ids=["engine and model", "engine and its size", "front ends and control", "taken"],
+)
+def test_what_does_not_go_together(
+    told: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["serve", *told]) == console.BAD_INPUT
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_it_says_what_it_needs(

@@ -24,7 +24,13 @@ from recflow_jax.remote.wire import (
 )
 
 GREETING = Greeting(
-    config="c" * 500_000, samples=8, ids=20, length=40, ids_per_sample=9, queued_samples=64
+    config="c" * 500_000,
+    samples=8,
+    ids=20,
+    length=40,
+    ids_per_sample=9,
+    queued_samples=64,
+    backend="xla",
 )
 Pair = tuple[socket.socket, socket.socket]
 

@@ -161,9 +161,19 @@ class Engine:
         return min(self._segments.max_ids_per_sample, self._largest_slice.ids)
 
     @property
+    def max_queued_samples(self) -> int:
+        """Accepted and not yet answered, at most."""
+        return self._options.max_queued_samples
+
+    @property
     def backend(self) -> Backend:
         """Which kernels run, and why."""
         return self._segments.backend
+
+    @property
+    def backend_name(self) -> str:
+        """Of `backend`."""
+        return self.backend.name
 
     def submit(
         self,

@@ -4,6 +4,7 @@ import heapq
 import itertools
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,6 +68,22 @@ class _Request:
         return self.terms.deadline_us is not None and self.terms.deadline_us <= now_us()
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrontEndStats:
+    """Counts since the front end was opened. failed: requests that ended with an error: of bad
+    samples, too late, or what the engine said. bundles: of requests, that were passed on.
+    """
+
+    requests_accepted: int = 0
+    samples_accepted: int = 0
+    requests_answered: int = 0
+    samples_answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    bundles: int = 0
+    queued_samples: int = 0
+
+
 class FrontEnd:
     """Asks the engine of another process, one that lets `FrontEnds` in at `path`; any thread may.
 
@@ -99,6 +116,9 @@ class FrontEnd:
             self._socket.close()
             raise
         layout = Layout.of(self.config)
+        self.max_ids_per_sample = greeting.ids_per_sample
+        self.max_queued_samples = greeting.queued_samples
+        self.backend_name = greeting.backend
         self._preparer = Preparer(self.config, layout, max_ids=greeting.ids_per_sample)
         self._admission = Admission(greeting.queued_samples)
         self._numbers = itertools.count()
@@ -106,8 +126,9 @@ class FrontEnd:
         self._flying: dict[int, list[_Request]] = {}
         self._free = [*range(SLOTS)]
         self._changed = Condition()
+        self._counts = Counter[str]()
         self._refusal = ""  # why there are no more requests, once there are none
-        self._gone = False
+        self._drops = self._gone = False
         self._threads = [
             Thread(target=run, name=f"recflow-{name}", daemon=True)
             for name, run in (("bundles", self._send), ("replies", self._receive))
@@ -139,6 +160,7 @@ class FrontEnd:
             return Answer.of_no_samples(self.config.outputs)
         with self._changed:
             self._let_in(request.samples.count)
+            self._counts.update(requests_accepted=1, samples_accepted=request.samples.count)
             self._wait(request)
         return request.answer
 
@@ -148,16 +170,31 @@ class FrontEnd:
         """
         return self.submit(dense, sparse).result()
 
-    def close(self) -> None:
-        """Accepts nothing more, and waits for the answers of what was; in a callback of an answer
-        it does not wait. May be called again.
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody answers any more."""
+        return self._gone
+
+    def stats(self) -> FrontEndStats:
+        """What was accepted, passed on and answered so far."""
+        with self._changed:
+            return FrontEndStats(**self._counts, queued_samples=self._admission.samples)
+
+    def close(self, drain: bool = True) -> None:
+        """Accepts nothing more; waits until its threads have ended, but not in a callback of an
+        answer. May be called again.
+
+        drain: first waits for the answers of what was accepted; else what is not answered raises
+        EngineClosed.
         """
         with self._changed:
-            self._refusal = self._refusal or CLOSED
+            self._refusal, self._drops = self._refusal or CLOSED, self._drops or not drain
             self._changed.notify_all()
             if current_thread() in self._threads:
                 return
-            self._changed.wait_for(lambda: self._gone or not (self._waiting or self._flying))
+            self._changed.wait_for(
+                lambda: self._gone or self._drops or not (self._waiting or self._flying)
+            )
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
@@ -224,6 +261,7 @@ class FrontEnd:
                 if self._gone or not self._waiting:
                     return
                 bundle, late = self._take()
+                self._counts.update(bundles=1 if bundle else 0)
                 slot = self._free.pop()
                 self._flying[slot] = bundle
             self._fail(late, DeadlineExceeded("the deadline passed before the request was sent"))
@@ -250,6 +288,7 @@ class FrontEnd:
             heapq.heappop(self._waiting)
             if not request.begins():
                 self._admission.leave(request.samples.count)
+                self._counts.update(cancelled=1)
             else:
                 (late if request.is_late else bundle).append(request)
         return bundle, late
@@ -282,7 +321,7 @@ class FrontEnd:
             self._waiting.clear()
             self._changed.notify_all()
         lost += [one for one in waiting if one.begins()]
-        error = EngineClosed(GONE)
+        error = EngineClosed(CLOSED if self._drops else GONE)
         error.__cause__ = cause
         self._fail(lost, error)
 
@@ -296,14 +335,24 @@ class FrontEnd:
         self._free_slot(reply.slot)
         if reply.error is not None:
             return self._fail(bundle, reply.error)
-        stop = 0
+        stop, late, timely = 0, [], []
         for one in bundle:
             start, stop = stop, stop + one.samples.count
-            self._admission.leave(one.samples.count)
             if one.is_late:
-                settle(one.answer.set_exception, DeadlineExceeded("the answer came too late"))
+                late.append(one)
             else:
-                settle(one.answer.set_result, scores[start:stop].copy())
+                timely.append((one, scores[start:stop].copy()))
+        self._fail(late, DeadlineExceeded("the answer came too late"))
+        self._count_answered([one for one, _ in timely])
+        for one, own in timely:
+            settle(one.answer.set_result, own)
+
+    def _count_answered(self, requests: Sequence[_Request]) -> None:
+        """Before anybody sees his answer."""
+        samples = sum([one.samples.count for one in requests])
+        self._admission.leave(samples)
+        with self._changed:
+            self._counts.update(requests_answered=len(requests), samples_answered=samples)
 
     def _sort_out(self, slot: int, bundle: list[_Request], error: InputError) -> None:
         """Of a bundle that was refused, whoever has bad samples is told so, and the others go
@@ -333,6 +382,8 @@ class FrontEnd:
     def _fail(self, requests: Iterable[_Request], error: BaseException) -> None:
         """Each with an error of its own."""
         for one in requests:
+            with self._changed:
+                self._counts.update(failed=1)
             own = type(error)(*error.args)
             own.__cause__ = error.__cause__
             self._admission.leave(one.samples.count)

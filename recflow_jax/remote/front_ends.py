@@ -57,7 +57,8 @@ class FrontEnds:
             ids=room.ids,
             length=engine.slice_length,
             ids_per_sample=engine.max_ids_per_sample,
-            queued_samples=engine.options.max_queued_samples,
+            queued_samples=engine.max_queued_samples,
+            backend=engine.backend_name,
         )
         self._guests: set[_Guest] = set()
         self._closed = False

@@ -64,7 +64,7 @@ class ProtocolError(ValueError):
 class Greeting:
     """What an engine serves. config: the model as TOML. samples, ids: of a bundle at most. length:
     int32 elements of the buffer of a slice of so many. ids_per_sample: at most. queued_samples: of
-    what a front end may have waiting.
+    what a front end may have waiting. backend: which kernels run.
     """
 
     config: str
@@ -73,6 +73,7 @@ class Greeting:
     length: int
     ids_per_sample: int
     queued_samples: int
+    backend: str
 
     def send(self, to: socket.socket) -> None:
         """In a file of its own, as a model with many features fits no message. Raises OSError."""

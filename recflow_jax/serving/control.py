@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recflow_jax.engine.engine import Engine
 from recflow_jax.serving.background import in_thread
 from recflow_jax.serving.failures import Forbidden, LoadFailed
 from recflow_jax.serving.metrics import Metrics
-from recflow_jax.serving.model import ServedModel
+from recflow_jax.serving.model import Served, ServedModel
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.pending import Landing
 from recflow_jax.serving.repository import Repository
@@ -51,7 +50,7 @@ class ModelControl:
         """Takes requests for `model` from now on."""
         self.model, self.name = model, model.name
 
-    def served(self, engine: Engine, version: str) -> ServedModel:
+    def served(self, engine: Served, version: str) -> ServedModel:
         """An engine as a version of this model."""
         return ServedModel(
             engine,
@@ -152,7 +151,7 @@ class ModelControl:
             del self._changing[version]
 
 
-async def _close(engine: Engine, drain: bool, within_s: float) -> bool:
+async def _close(engine: Served, drain: bool, within_s: float) -> bool:
     """Whether the engine's threads have ended in time: not if its device hangs.
 
     Without `drain`, what is still inside fails, so that its clients are told.

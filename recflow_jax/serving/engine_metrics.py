@@ -1,4 +1,4 @@
-"""The engine's own counters for Prometheus, read when they are asked for."""
+"""The own counters of an engine, or a front end, for Prometheus: read when they are asked for."""
 
 import itertools
 import math
@@ -15,7 +15,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.stats import STEP_BOUNDS_US, EngineStats
+from recflow_jax.remote.front_end import FrontEnd, FrontEndStats
 from recflow_jax.serving.calls import US_PER_S
 from recflow_jax.serving.model import ServedModel
 
@@ -39,6 +41,17 @@ GAUGES = {
 }
 
 
+FRONT_END_COUNTERS = {
+    "requests_accepted": "Requests that the front end let in.",
+    "samples_accepted": "Samples of those.",
+    "requests_answered": "Requests with an answer.",
+    "samples_answered": "Samples of those.",
+    "cancelled": "Requests that were given up.",
+    "failed": "Requests that ended with an error.",
+    "bundles": "Bundles of requests passed on to the engine.",
+}
+
+
 class EngineCollector(Collector):
     """Reports the engine of the model that is current, if there is one, under name and version."""
 
@@ -52,54 +65,20 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families, at one moment."""
         model = self._current()
-        return iter(()) if model is None else _Report(model).families()
+        if model is None:
+            return iter(())
+        labels = {"model": model.name, "version": model.version}
+        if isinstance(model.engine, FrontEnd):
+            return _FrontEndReport("recflow_front_end", labels).families(model.engine.stats())
+        return _EngineReport("recflow_engine", labels).families(model.engine)
 
 
 class _Report:
-    """What one engine tells."""
+    """Metrics whose names begin and whose labels are alike."""
 
-    def __init__(self, model: ServedModel) -> None:
-        self._engine = model.engine
-        self._labels = {"model": model.name, "version": model.version}
-
-    def families(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        for name, text in COUNTERS.items():
-            yield self._counter(name, text, "", {"": getattr(stats, name)})
-        yield self._counter("rejected", "Requests refused or too late.", "reason", stats.rejected)
-        text = "Steps that ran a segment and a slice in one executable."
-        yield self._counter("co_runs", text, "config", stats.co_runs)
-        text = "Batches by how many segments they were cut into."
-        cuts = {str(segments): count for segments, count in stats.batch_segments.items()}
-        yield self._counter("batch_segments", text, "segments", cuts)
-        yield from self._histograms(stats)
-        for name, text in GAUGES.items():
-            yield self._gauge(name, text, "", {"": getattr(stats, name)})
-        plan = {stats.profile or "none": 1}
-        yield self._gauge("plan", "The profile table in use.", "profile", plan)
-        yield self._gauge("in_use", "1 for the version that is served.", "", {"": 1})
-        yield self._gauge("device_bytes", "Memory in use by device.", "device", _device_bytes())
-
-    def _histograms(self, stats: EngineStats) -> Iterator[Metric]:
-        options, config = self._engine.options, self._engine.config
-        batches = {size: stats.batch_buckets.get(size, 0) for size in options.batch_buckets}
-        samples = stats.mean_batch * stats.batches
-        yield self._histogram("batch_samples", "Samples by batch.", batches, samples)
-        sizes = [bucket.samples for bucket in options.slice_buckets(config)]
-        slices = {size: stats.slice_buckets.get(size, 0) for size in sizes}
-        samples = stats.mean_slice * stats.slices
-        yield self._histogram("slice_samples", "Samples by slice.", slices, samples)
-        times_s = {bound / US_PER_S: stats.step_times.get(bound, 0) for bound in STEP_BOUNDS_US}
-        text = "A step's time from launch to end, behind whatever was in flight."
-        yield self._histogram("step_seconds", text, times_s, stats.steps_us / US_PER_S)
-
-    def _histogram(self, name: str, text: str, counts: Mapping[Any, int], total: float) -> Metric:
-        """counts: by ascending upper bound, each of its own bucket alone; `total` over all."""
-        family = HistogramMetricFamily(f"recflow_engine_{name}", text, labels=[*self._labels])
-        every = {**counts, math.inf: counts.get(math.inf, 0)}
-        below = zip(map(floatToGoString, every), itertools.accumulate(every.values()), strict=True)
-        family.add_metric([*self._labels.values()], list(below), total)
-        return family
+    def __init__(self, prefix: str, labels: Mapping[str, str]) -> None:
+        self._prefix = prefix
+        self._labels = labels
 
     def _counter(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
         return self._filled(CounterMetricFamily, name, text, label, values)
@@ -116,10 +95,63 @@ class _Report:
         values: Mapping[str, float],
     ) -> Metric:
         labels = [*self._labels, *([label] if label else [])]
-        family = kind(f"recflow_engine_{name}", text, labels=labels)
+        family = kind(f"{self._prefix}_{name}", text, labels=labels)
         for value, number in values.items():
             own = [value] if label else []
             family.add_metric([*self._labels.values(), *own], number)
+        return family
+
+
+class _FrontEndReport(_Report):
+    """What one front end tells."""
+
+    def families(self, stats: FrontEndStats) -> Iterator[Metric]:
+        for name, text in FRONT_END_COUNTERS.items():
+            yield self._counter(name, text, "", {"": getattr(stats, name)})
+        queued = {"": stats.queued_samples}
+        yield self._gauge("queued_samples", GAUGES["queued_samples"], "", queued)
+
+
+class _EngineReport(_Report):
+    """What one engine tells."""
+
+    def families(self, engine: Engine) -> Iterator[Metric]:
+        stats = engine.stats()
+        for name, text in COUNTERS.items():
+            yield self._counter(name, text, "", {"": getattr(stats, name)})
+        yield self._counter("rejected", "Requests refused or too late.", "reason", stats.rejected)
+        text = "Steps that ran a segment and a slice in one executable."
+        yield self._counter("co_runs", text, "config", stats.co_runs)
+        text = "Batches by how many segments they were cut into."
+        cuts = {str(segments): count for segments, count in stats.batch_segments.items()}
+        yield self._counter("batch_segments", text, "segments", cuts)
+        yield from self._histograms(engine, stats)
+        for name, text in GAUGES.items():
+            yield self._gauge(name, text, "", {"": getattr(stats, name)})
+        plan = {stats.profile or "none": 1}
+        yield self._gauge("plan", "The profile table in use.", "profile", plan)
+        yield self._gauge("in_use", "1 for the version that is served.", "", {"": 1})
+        yield self._gauge("device_bytes", "Memory in use by device.", "device", _device_bytes())
+
+    def _histograms(self, engine: Engine, stats: EngineStats) -> Iterator[Metric]:
+        options, config = engine.options, engine.config
+        batches = {size: stats.batch_buckets.get(size, 0) for size in options.batch_buckets}
+        samples = stats.mean_batch * stats.batches
+        yield self._histogram("batch_samples", "Samples by batch.", batches, samples)
+        sizes = [bucket.samples for bucket in options.slice_buckets(config)]
+        slices = {size: stats.slice_buckets.get(size, 0) for size in sizes}
+        samples = stats.mean_slice * stats.slices
+        yield self._histogram("slice_samples", "Samples by slice.", slices, samples)
+        times_s = {bound / US_PER_S: stats.step_times.get(bound, 0) for bound in STEP_BOUNDS_US}
+        text = "A step's time from launch to end, behind whatever was in flight."
+        yield self._histogram("step_seconds", text, times_s, stats.steps_us / US_PER_S)
+
+    def _histogram(self, name: str, text: str, counts: Mapping[Any, int], total: float) -> Metric:
+        """counts: by ascending upper bound, each of its own bucket alone; `total` over all."""
+        family = HistogramMetricFamily(f"{self._prefix}_{name}", text, labels=[*self._labels])
+        every = {**counts, math.inf: counts.get(math.inf, 0)}
+        below = zip(map(floatToGoString, every), itertools.accumulate(every.values()), strict=True)
+        family.add_metric([*self._labels.values()], list(below), total)
         return family
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from recflow_jax.engine.errors import EngineError
+from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.serving.failures import ServingError
 from recflow_jax.serving.service import Service
 
@@ -11,7 +12,8 @@ log = logging.getLogger("recflow.serving")
 
 
 async def watch(service: Service) -> None:
-    """Sets `service.healthy` every `heartbeat_s` seconds, until it is cancelled.
+    """Sets `service.healthy` every `heartbeat_s` seconds, until it is cancelled, or the engine is
+    one of another process, and gone.
 
     A device that hangs makes the server not ready until it answers again; requests are still let
     in, up to the bound of the queue, and fail at their deadlines.
@@ -19,12 +21,20 @@ async def watch(service: Service) -> None:
     every_s, answered_before = service.options.heartbeat_s, _answered(service)
     while True:
         await asyncio.sleep(every_s)
+        if _is_gone(service):
+            log.error("the engine is gone")
+            return
         answered = _answered(service)
         healthy = answered != answered_before or await _answers(service, every_s)
         answered_before = answered
         if healthy != service.healthy:
             service.healthy = healthy
             log.warning("health changed", extra={"healthy": healthy})
+
+
+def _is_gone(service: Service) -> bool:
+    model = service.control.model
+    return model is not None and isinstance(model.engine, FrontEnd) and model.engine.is_gone
 
 
 def _answered(service: Service) -> tuple[str, int] | None:

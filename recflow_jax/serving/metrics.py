@@ -8,6 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from recflow_jax.remote.front_end import FrontEndStats
 from recflow_jax.serving.engine_metrics import EngineCollector
 from recflow_jax.serving.model import ServedModel
 
@@ -88,12 +89,13 @@ class Metrics:
     def statistics(self, model: ServedModel) -> dict[str, Any]:
         """The same in Triton's terms."""
         stats = model.engine.stats()
+        executions = stats.bundles if isinstance(stats, FrontEndStats) else stats.batches
         return {
             "name": model.name,
             "version": model.version,
             "last_inference": self._last_ms,
             "inference_count": self._inferences[model.name, model.version],
-            "execution_count": stats.batches,
+            "execution_count": executions,
             "inference_stats": {
                 "success": self._duration("ok"),
                 "fail": self._duration("fail"),

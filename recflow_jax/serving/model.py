@@ -9,11 +9,13 @@ import numpy as np
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
+from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.serving.calls import InferCall
 from recflow_jax.serving.inputs import ModelInputs
 from recflow_jax.serving.pending import Landing, Pending
 from recflow_jax.serving.tensors import TensorSpec
 
+Served = Engine | FrontEnd  # of this process, or of another one
 PLATFORM = "recflow_jax"
 ID_BYTES = 8  # no request has more ids, laid out, than a body has room for
 
@@ -23,7 +25,7 @@ class ServedModel:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Served,
         *,
         name: str,
         version: str,
@@ -34,12 +36,10 @@ class ServedModel:
         self.name = name
         self.version = version
         self._landing = landing
-        options = engine.options
-        self._max_ids = options.max_ids_per_sample or options.slice_buckets(engine.config)[-1].ids
         self._inputs = ModelInputs(
             engine.config,
-            max_samples=options.max_queued_samples,
-            max_ids=self._max_ids,
+            max_samples=engine.max_queued_samples,
+            max_ids=engine.max_ids_per_sample,
             max_ids_in_all=max_body_bytes // ID_BYTES,
         )
 
@@ -110,9 +110,9 @@ class ServedModel:
         return {
             "features": json.dumps(features),
             "optional_inputs": json.dumps([s.name for s in self._inputs.specs if s.optional]),
-            "max_samples": str(self.engine.options.max_queued_samples),
-            "max_ids_per_sample": str(self._max_ids),
-            "backend": self.engine.backend.name,
+            "max_samples": str(self.engine.max_queued_samples),
+            "max_ids_per_sample": str(self.engine.max_ids_per_sample),
+            "backend": self.engine.backend_name,
             "fingerprint": config.fingerprint,
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import InputError
+from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
 from recflow_jax.serving.background import in_thread
 from recflow_jax.serving.failures import Forbidden
@@ -46,11 +47,12 @@ async def _accepted(
     """Checking takes the time of a thread, in which another model may have become current."""
     while True:
         model = current()
-        if not model.engine.options.update_sizes:
+        engine = model.engine
+        if not (isinstance(engine, Engine) and engine.options.update_sizes):
             raise Forbidden("rows are not to be changed here (--row-updates allows it)")
         ids, values = _rows(tensors)
         try:
-            updating = partial(model.engine.update_rows, table, ids, values)
+            updating = partial(engine.update_rows, table, ids, values)
             return model, await in_thread(updating, "recflow-rows")
         except EngineClosed:
             if current() is model:
