@@ -63,13 +63,15 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def fill_the_slots(front_end: FrontEnd, engine: Engine, device: FakeSegments) -> list[Future[Any]]:
+def fill_the_slots(
+    front_end: FrontEnd, engine: Engine, device: FakeSegments, *, before: int = 0
+) -> list[Future[Any]]:
     """Bundles of one request each that are held by the device."""
     device.hold()
     held = []
     for i in range(SLOTS):
         held.append(front_end.submit(samples(i)))
-        eventually(lambda: engine.stats().requests_accepted == len(held))
+        eventually(lambda: engine.stats().requests_accepted == before + len(held))
     return held
 
 
@@ -206,6 +208,24 @@ def test_a_bundle_that_is_refused_for_nothing_is_not_sent_again(
     monkeypatch.setattr(engine, "submit_in_place", refuse)
     with pytest.raises(InputError, match="the samples changed"):
         result(front_end.submit(samples(1, ids=2)))
+
+
+def test_one_bundle_at_a_time_goes_to_a_crowded_engine(
+    front_end: FrontEnd, engine: Engine, device: FakeSegments, monkeypatch: pytest.MonkeyPatch
+):
+    crowded = [True]
+    monkeypatch.setattr(Engine, "is_crowded", property(lambda _: crowded[0]))
+    front_end.predict(samples(1))
+    device.hold()
+    answers = [front_end.submit(samples(i)) for i in range(3)]
+    eventually(lambda: engine.stats().requests_accepted == 2)
+    time.sleep(0.05)
+    assert front_end.stats().bundles == engine.stats().requests_accepted == 2
+    crowded[0] = False
+    device.go_on()
+    assert [result(answer) for answer in answers] == [scores(i) for i in range(3)]
+    assert front_end.stats().bundles == 3
+    fill_the_slots(front_end, engine, device, before=3)
 
 
 def test_everything_is_counted(front_end: FrontEnd, engine: Engine, device: FakeSegments):

@@ -65,7 +65,8 @@ def test_an_error_arrives(kind: type[Exception]):
 
 
 def test_scores_arrive_and_other_errors_are_the_engines():
-    assert Reply.decoded(Reply(slot=1).encoded()) == Reply(slot=1)
+    for reply in (Reply(slot=1), Reply(slot=2, is_crowded=True)):
+        assert Reply.decoded(reply.encoded()) == reply
     found = Reply.decoded(Reply(slot=0, error=MemoryError("no room")).encoded())
     assert type(found.error) is EngineError and str(found.error) == "no room"
 

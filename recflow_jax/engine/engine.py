@@ -166,6 +166,11 @@ class Engine:
         return self._options.max_queued_samples
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether more waited, when it last launched, than one batch takes."""
+        return self._inbox.is_crowded
+
+    @property
     def backend(self) -> Backend:
         """Which kernels run, and why."""
         return self._segments.backend

@@ -90,9 +90,10 @@ class FrontEnd:
     Requests are copied and checked here, but for what a device finds out by itself, as
     `Engine.submit` says. What has come while bundles were under way goes together in the next, of
     which the engine's process has no more to do than of one request. Nothing waits for a bundle to
-    fill. Until it is closed, Python switches threads and collects garbage as beside
-    an open engine. Raises OSError where nobody listens, and ProtocolError for a version that
-    differs.
+    fill; but while more waits in the engine than a batch takes, one bundle is under way, not up to
+    three: they would only wait there, each a small one. Until it is closed, Python switches threads
+    and collects garbage as beside an open engine. Raises OSError where nobody listens, and
+    ProtocolError for a version that differs.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -125,6 +126,7 @@ class FrontEnd:
         self._waiting: list[tuple[int, int, _Request]] = []
         self._flying: dict[int, list[_Request]] = {}
         self._free = [*range(SLOTS)]
+        self._most_flying = SLOTS
         self._changed = Condition()
         self._counts = Counter[str]()
         self._refusal = ""  # why there are no more requests, once there are none
@@ -135,10 +137,7 @@ class FrontEnd:
         ]
         for thread in self._threads:
             thread.start()
-        self._restore = (
-            HEAP.freeze(self),
-            SWITCH_INTERVAL.shorten(self, SHORT_MS / 1000),
-        )
+        self._restore = (HEAP.freeze(self), SWITCH_INTERVAL.shorten(self, SHORT_MS / 1000))
 
     def submit(
         self,
@@ -160,7 +159,8 @@ class FrontEnd:
             return Answer.of_no_samples(self.config.outputs)
         with self._changed:
             self._let_in(request.samples.count)
-            self._counts.update(requests_accepted=1, samples_accepted=request.samples.count)
+            self._counts["requests_accepted"] += 1
+            self._counts["samples_accepted"] += request.samples.count
             self._wait(request)
         return request.answer
 
@@ -261,7 +261,7 @@ class FrontEnd:
                 if self._gone or not self._waiting:
                     return
                 bundle, late = self._take()
-                self._counts.update(bundles=1 if bundle else 0)
+                self._counts["bundles"] += bool(bundle)
                 slot = self._free.pop()
                 self._flying[slot] = bundle
             self._fail(late, DeadlineExceeded("the deadline passed before the request was sent"))
@@ -272,7 +272,8 @@ class FrontEnd:
 
     def _has_cause_to_send(self) -> bool:
         is_through = bool(self._refusal) and not self._waiting
-        return self._gone or is_through or bool(self._waiting and self._free)
+        may_fly = len(self._flying) < self._most_flying
+        return self._gone or is_through or (may_fly and bool(self._waiting))
 
     def _take(self) -> tuple[list[_Request], list[_Request]]:
         """The next bundle, of one priority, and who is too late for it."""
@@ -288,7 +289,7 @@ class FrontEnd:
             heapq.heappop(self._waiting)
             if not request.begins():
                 self._admission.leave(request.samples.count)
-                self._counts.update(cancelled=1)
+                self._counts["cancelled"] += 1
             else:
                 (late if request.is_late else bundle).append(request)
         return bundle, late
@@ -329,6 +330,7 @@ class FrontEnd:
         bundle = self._flying.get(reply.slot)
         if not bundle:
             raise ProtocolError(f"nobody has asked for slot {reply.slot}")
+        self._most_flying = 1 if reply.is_crowded else SLOTS
         if isinstance(reply.error, InputError):
             return self._sort_out(reply.slot, bundle, reply.error)
         scores = self._arena.scores(reply.slot, sum(one.samples.count for one in bundle)).copy()
@@ -352,7 +354,8 @@ class FrontEnd:
         samples = sum([one.samples.count for one in requests])
         self._admission.leave(samples)
         with self._changed:
-            self._counts.update(requests_answered=len(requests), samples_answered=samples)
+            self._counts["requests_answered"] += len(requests)
+            self._counts["samples_answered"] += samples
 
     def _sort_out(self, slot: int, bundle: list[_Request], error: InputError) -> None:
         """Of a bundle that was refused, whoever has bad samples is told so, and the others go
@@ -383,7 +386,7 @@ class FrontEnd:
         """Each with an error of its own."""
         for one in requests:
             with self._changed:
-                self._counts.update(failed=1)
+                self._counts["failed"] += 1
             own = type(error)(*error.args)
             own.__cause__ = error.__cause__
             self._admission.leave(one.samples.count)

@@ -183,8 +183,10 @@ class _Guest:
             error = outcome if isinstance(outcome, Exception) else outcome.exception()
             if error is None and isinstance(outcome, Future):
                 arena.scores(ask.slot, ask.samples)[:] = outcome.result()
+            is_crowded = self._engine.is_crowded
+            reply = Reply(slot=ask.slot, error=error, is_crowded=is_crowded)
             try:
-                self._connection.send(Reply(slot=ask.slot, error=error).encoded())
+                self._connection.send(reply.encoded())
             except OSError:
                 self.leave()
                 return

@@ -26,7 +26,7 @@ PROTOCOL = 1
 MOST_BYTES = 2**16  # of a message
 MOST_TEXT = 2**12  # of an error
 _ASK = struct.Struct("<IIIi?")
-_REPLY = struct.Struct("<IB")
+_REPLY = struct.Struct("<IB?")
 _ANSWERED = 0
 _ERRORS: tuple[type[Exception], ...] = (
     EngineError,
@@ -127,25 +127,29 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The scores of the bundle in `slot` are there, or never will be."""
+    """The scores of the bundle in `slot` are there, or never will be. is_crowded: whether more
+    waits than one batch takes.
+    """
 
     slot: int
     error: BaseException | None = None
+    is_crowded: bool = False
 
     def encoded(self) -> bytes:
         """As a message; an error of another kind becomes an EngineError."""
         if self.error is None:
-            return _REPLY.pack(self.slot, _ANSWERED)
+            return _REPLY.pack(self.slot, _ANSWERED, self.is_crowded)
         kind = _ERRORS.index(type(self.error)) if type(self.error) in _ERRORS else 0
-        return _REPLY.pack(self.slot, 1 + kind) + str(self.error).encode()[:MOST_TEXT]
+        head = _REPLY.pack(self.slot, 1 + kind, self.is_crowded)
+        return head + str(self.error).encode()[:MOST_TEXT]
 
     @classmethod
     def decoded(cls, message: bytes) -> Self:
         """Raises ProtocolError."""
         try:
-            slot, kind = _REPLY.unpack_from(message)
+            slot, kind, is_crowded = _REPLY.unpack_from(message)
             text = message[_REPLY.size :].decode(errors="replace")
             error = None if kind == _ANSWERED else _ERRORS[kind - 1](text)
         except (struct.error, IndexError) as wrong:
             raise ProtocolError(f"{len(message)} bytes reply to nothing") from wrong
-        return cls(slot=slot, error=error)
+        return cls(slot=slot, error=error, is_crowded=is_crowded)
