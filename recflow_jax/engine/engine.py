@@ -163,7 +163,7 @@ class Engine:
     @property
     def max_queued_samples(self) -> int:
         """Accepted and not yet answered, at most."""
-        return self._options.max_queued_samples
+        return self.options.max_queued_samples
 
     @property
     def is_crowded(self) -> bool:

@@ -77,6 +77,11 @@ class InstantEngine(Engine):
         return EngineOptions()
 
     @property
+    def max_ids_per_sample(self) -> int:
+        """As many as the largest slice would hold."""
+        return self.options.slice_buckets(self._of)[-1].ids
+
+    @property
     def backend(self) -> Backend:
         """None is used."""
         return choose_backend("xla")
