@@ -1,11 +1,13 @@
 """Who listens for front ends: nobody is harmed by one who does not keep to the protocol."""
 
 import os
+import re
 import socket
 import stat
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from fake_segments import FakeSegments, samples, scores
 from recflow_jax.engine.engine import Engine
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape
 from recflow_jax.remote.front_end import FrontEnd
-from recflow_jax.remote.front_ends import FrontEnds
+from recflow_jax.remote.front_ends import FrontEnds, check_free
 from recflow_jax.remote.wire import Ask, Greeting, new_socket, send_handle
 
 SOON_S = 20
@@ -65,10 +67,16 @@ def test_only_its_user_may_connect(front_ends: FrontEnds):
 
 
 def test_a_path_that_is_taken(front_ends: FrontEnds, engine: Engine):
-    with pytest.raises(OSError):
-        FrontEnds(engine, front_ends.path)
+    for wants in (partial(FrontEnds, engine), check_free):
+        with pytest.raises(OSError, match=re.escape(f"at {front_ends.path}: ")):
+            wants(front_ends.path)
     with FrontEnd(front_ends.path) as front_end:
         assert front_end.predict(samples(1)).tolist() == scores(1)
+
+
+def test_a_path_that_is_free_stays_so(tmp_path: Path):
+    for _ in range(2):
+        check_free(tmp_path / "engine")
 
 
 def test_the_path_is_free_again_when_it_is_closed(engine: Engine, tmp_path: Path):

@@ -129,9 +129,10 @@ def test_servers_share_an_engine_until_it_is_gone(params: Path, tmp_path: Path) 
         (["--engine", "e", "--model", "rm1"], "the model and its engine are the other server's"),
         (["--engine", "e", "--max-batch", "8"], "the model and its engine are the other server's"),
         (["--params", "p", "--front-ends", "f", "--model-control", "."], "--model-control not"),
-        (["--params", "p", "--front-ends", "."], "there is a . already"),
+        (["--params", "p", "--front-ends", "."], "front ends cannot be let in at .:"),
+        (["--params", "p", "--front-ends", 200 * "x"], "too long"),
     ],
-    ids=["engine and model", "engine and its size", "front ends and control", "taken"],
+    ids=["engine and model", "engine and its size", "front ends and control", "taken", "long"],
 )
 def test_what_does_not_go_together(
     told: list[str], message: str, capsys: pytest.CaptureFixture[str]

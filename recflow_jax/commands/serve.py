@@ -17,6 +17,7 @@ from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.params import init_params, load_params
 from recflow_jax.remote.front_end import FrontEnd
+from recflow_jax.remote.front_ends import check_free
 
 try:
     import uvloop
@@ -59,8 +60,8 @@ def serve(
         raise NotADirectoryError(f"--model-control: {model_control} is no folder")
     if front_ends is not None and model_control is not None:
         raise ValueError("--front-ends: they keep the engine that they found, --model-control not")
-    if front_ends is not None and front_ends.exists():
-        raise FileExistsError(f"--front-ends: there is a {front_ends} already")
+    if front_ends is not None:
+        check_free(front_ends)
     logs.set_up(log_level, log_format)
 
     def load(path: Path | None) -> Engine:

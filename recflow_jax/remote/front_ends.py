@@ -35,6 +35,12 @@ PAUSE_S = 0.01
 Outcome = Future[np.ndarray] | Exception
 
 
+def check_free(path: Path) -> None:
+    """Raises OSError where front ends could not be let in at `path`."""
+    _bound(path).close()
+    path.unlink()
+
+
 class FrontEnds:
     """Lets front ends (`FrontEnd`) ask an engine, from when this is made until it is closed.
 
@@ -43,8 +49,6 @@ class FrontEnds:
     """
 
     def __init__(self, engine: Engine, path: str | Path) -> None:
-        if sys.platform != "linux":
-            raise OSError(f"front ends share memory as Linux does, which {sys.platform} does not")
         self.path = Path(path)
         self._engine = engine
         config, room = engine.config, engine.largest_slice
@@ -62,15 +66,7 @@ class FrontEnds:
         )
         self._guests: set[_Guest] = set()
         self._closed = False
-        self._socket = new_socket()
-        before = os.umask(0o177)
-        try:
-            self._socket.bind(str(self.path))
-        except OSError:
-            self._socket.close()
-            raise
-        finally:
-            os.umask(before)
+        self._socket = _bound(self.path)
         self._socket.listen()
         self._thread = Thread(target=self._listen, name="recflow-front-ends", daemon=True)
         self._thread.start()
@@ -190,3 +186,18 @@ class _Guest:
             except OSError:
                 self.leave()
                 return
+
+
+def _bound(path: Path) -> socket.socket:
+    """At `path`, where only this user may connect. Raises OSError."""
+    if sys.platform != "linux":
+        raise OSError(f"front ends share memory as Linux does, which {sys.platform} does not")
+    bound, before = new_socket(), os.umask(0o177)
+    try:
+        bound.bind(str(path))
+    except OSError as error:
+        bound.close()
+        raise OSError(f"front ends cannot be let in at {path}: {error}") from error
+    finally:
+        os.umask(before)
+    return bound
