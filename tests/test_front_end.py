@@ -22,7 +22,7 @@ from recflow_jax.remote.front_end import FrontEnd, FrontEndStats
 from recflow_jax.remote.front_ends import FrontEnds
 from small_models import CONCAT, FIXED, compiled
 
-SOON_S = 20
+SOON_S = 60
 LARGEST = OPTIONS.max_slice
 
 
@@ -383,7 +383,7 @@ def test_processes_come_and_go(path: Path, engine: Engine):
     for other in others:
         other.start()
     killed.kill()
-    answers = sorted(found.get(timeout=3 * SOON_S) for _ in others)
+    answers = sorted(found.get(timeout=2 * SOON_S) for _ in others)
     assert answers == [[scores(v) for v in range(i, i + 9)] for i in (0, 100)]
     for process in (killed, *others):
         process.join(SOON_S)

@@ -110,15 +110,20 @@ class Preparer:
 
         Raises InputError that names feature, sample and value.
         """
+        prepared = self.prepare_fixed(batch, checks_later=checks_later, find_room=find_room)
+        prepared = prepared or self._prepare_jagged(batch)
+        return self._refuse(batch) if prepared is None else prepared
+
+    def prepare_fixed(
+        self, batch: JaggedBatch, *, checks_later: bool = False, find_room: FindRoom | None = None
+    ) -> Prepared | None:
+        """As `prepare`; None unless all bags are fixed."""
         check_shapes(self._config, batch)
         bags = self._fixed
-        if bags is not None and bags.are_in(batch):
-            given = (batch.dense, batch.values, batch.weights)
-            prepared = self._prepare_fixed(
-                bags, *given, checks_later=checks_later, find_room=find_room
-            )
-        else:
-            prepared = self._prepare_jagged(batch)
+        if bags is None or not bags.are_in(batch):
+            return None
+        given = (batch.dense, batch.values, batch.weights)
+        prepared = self._prepare_fixed(bags, *given, checks_later=checks_later, find_room=find_room)
         return self._refuse(batch) if prepared is None else prepared
 
     def prepare_in_place(self, dense: Any, weights: np.ndarray | None, berth: Berth) -> Prepared:

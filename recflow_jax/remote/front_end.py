@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from recflow_jax.batch import InputError, JaggedBatch, check_shapes
+from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
@@ -219,19 +219,21 @@ class FrontEnd:
         batch = dense
         if not is_batch(dense, sparse):
             batch = JaggedBatch.from_features(self.config, dense, sparse or {})
-        check_shapes(self.config, batch)
-        own = _kept(batch)  # whatever its caller does to it meanwhile
-        prepared, room = self._preparer.prepare(own, checks_later=True), self._room
+        values, offsets, room = None, None, self._room
+        prepared = self._preparer.prepare_fixed(batch, checks_later=True)
+        if prepared is None:
+            batch = _kept(batch)  # whatever its caller does to it meanwhile
+            prepared, offsets = self._preparer.prepare(batch), batch.offsets
+            values = batch.values.astype(np.int32, copy=False)
         if prepared.samples > room.samples or len(prepared.rows) > room.ids:
             raise InputError(
                 f"{prepared.samples} samples with {len(prepared.rows)} ids are more than a front "
                 f"end passes on at once, {room.samples} with {room.ids}"
             )
-        are_fixed = prepared.slot_offsets is None
         samples = Samples(
             dense=prepared.dense,
-            values=prepared.rows if are_fixed else own.values.astype(np.int32, copy=False),
-            offsets=None if are_fixed else own.offsets,
+            values=prepared.rows if values is None else values,
+            offsets=offsets,
             weights=prepared.weights,
         )
         return _Request(
