@@ -221,11 +221,16 @@ def test_one_bundle_at_a_time_goes_to_a_crowded_engine(
     eventually(lambda: engine.stats().requests_accepted == 2)
     time.sleep(0.05)
     assert front_end.stats().bundles == engine.stats().requests_accepted == 2
+    answers.append(front_end.submit(samples(3), priority=-1))
+    eventually(lambda: engine.stats().requests_accepted == 3)
+    answers.append(front_end.submit(samples(4), priority=-1))
+    time.sleep(0.05)
+    assert engine.stats().requests_accepted == 3
     crowded[0] = False
     device.go_on()
-    assert [result(answer) for answer in answers] == [scores(i) for i in range(3)]
-    assert front_end.stats().bundles == 3
-    fill_the_slots(front_end, engine, device, before=3)
+    assert [result(answer) for answer in answers] == [scores(i) for i in range(5)]
+    assert front_end.stats().bundles == 5
+    fill_the_slots(front_end, engine, device, before=5)
 
 
 def test_everything_is_counted(front_end: FrontEnd, engine: Engine, device: FakeSegments):

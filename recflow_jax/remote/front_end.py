@@ -91,9 +91,10 @@ class FrontEnd:
     `Engine.submit` says. What has come while bundles were under way goes together in the next, of
     which the engine's process has no more to do than of one request. Nothing waits for a bundle to
     fill; but while more waits in the engine than a batch takes, one bundle is under way, not up to
-    three: they would only wait there, each a small one. Until it is closed, Python switches threads
-    and collects garbage as beside an open engine. Raises OSError where nobody listens, and
-    ProtocolError for a version that differs.
+    three, unless another is more urgent: they would only wait there, each a small one.
+
+    Until it is closed, Python switches threads and collects garbage as beside an open engine.
+    Raises OSError where nobody listens, and ProtocolError for a version that differs.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -274,8 +275,14 @@ class FrontEnd:
 
     def _has_cause_to_send(self) -> bool:
         is_through = bool(self._refusal) and not self._waiting
-        may_fly = len(self._flying) < self._most_flying
-        return self._gone or is_through or (may_fly and bool(self._waiting))
+        return self._gone or is_through or bool(self._waiting and self._may_fly())
+
+    def _may_fly(self) -> bool:
+        """Whether the next bundle may be under way beside those that are; a more urgent one may."""
+        if not self._free or len(self._flying) < self._most_flying:
+            return bool(self._free)
+        first, *_ = self._waiting[0]
+        return first < min(bundle[0].terms.priority for bundle in self._flying.values())
 
     def _take(self) -> tuple[list[_Request], list[_Request]]:
         """The next bundle, of one priority, and who is too late for it."""
