@@ -13,7 +13,6 @@ from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -23,6 +22,7 @@ from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.berths import Berth, Berths, Room
+from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
@@ -46,7 +46,7 @@ from scheduling.serial_batching import Collecting
 from scheduling.table import ProfileTable
 
 
-class Engine:
+class Engine(Closing):
     """Scores samples with incremental batching: no request waits for a batch to fill.
 
     Compiles every size at start, and nothing after. `profile` is a profile table of this device
@@ -298,17 +298,6 @@ class Engine:
         for restore in (self._thaw, self._restore_switching):
             if restore is not None:
                 restore()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _prepared(
         self,

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any
 
 import grpc.aio
 import httptools
@@ -13,6 +13,7 @@ import numpy as np
 import uvloop
 
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.errors import DeadlineExceeded, QueueFull
 from recflow_jax.measure.encoded import grpc_request, http_request, packed_tensors
 from recflow_jax.serving.rpc_messages import MESSAGES, SERVICE
@@ -29,7 +30,7 @@ class ServerError(RuntimeError):
     """A server that answered otherwise than it should."""
 
 
-class Client:
+class Client(Closing):
     """Takes requests as `Engine.submit` does. Only those that were given to it at first.
 
     Answers raise QueueFull and DeadlineExceeded as the engine's do, and ServerError.
@@ -53,12 +54,6 @@ class Client:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

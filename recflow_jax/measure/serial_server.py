@@ -1,16 +1,16 @@
 """Serial batching on the segments of an engine: the same executables, batched another way."""
 
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.segments import Segments
 from scheduling import Collecting
 
 
-class SerialServer:
+class SerialServer(Closing):
     """An engine that collects, and can be told anew how, with nothing compiled again."""
 
     def __init__(self, segments: Segments, collecting: Collecting) -> None:
@@ -26,13 +26,6 @@ class SerialServer:
         """Queues a request."""
         return self._engine.submit(request)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Answers what is inside first."""
         self._engine.close()

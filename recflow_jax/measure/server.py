@@ -10,13 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float
 
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.engine.closing import Closing
 from recflow_jax.measure.baselines import PlainModel
 from recflow_jax.measure.stream import PlainRunner
 from recflow_jax.model import Params
@@ -33,7 +32,7 @@ class _Waiting:
     came_s: float
 
 
-class BatchingServer:
+class BatchingServer(Closing):
     """Serial batching in front of `run`, which gives the scores of several requests in a row.
 
     A request of more than `batch` samples makes a batch of its own.
@@ -66,17 +65,6 @@ class BatchingServer:
             self._closed = True
             self._changed.notify()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _serve(self) -> None:
         while batch := self._collect():

@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread, current_thread
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
 from recflow_jax.engine.heap import HEAP
 from recflow_jax.engine.held_copies import kept
@@ -84,7 +84,7 @@ class FrontEndStats:
     queued_samples: int = 0
 
 
-class FrontEnd:
+class FrontEnd(Closing):
     """Asks the engine of another process, one that lets `FrontEnds` in at `path`; any thread may.
 
     Requests are copied and checked here, but for what a device finds out by itself, as
@@ -203,17 +203,6 @@ class FrontEnd:
         self._socket.close()
         for restore in self._restore:
             restore()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _request(self, dense: Any, sparse: Sparse | None, terms: Terms) -> _Request:
         """What a caller handed over, in arrays that nobody writes to."""

@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from recflow_jax.batch import InputError
 from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import EngineError
 from recflow_jax.remote.arena import Arena, BundleShape
@@ -41,7 +40,7 @@ def check_free(path: Path) -> None:
     path.unlink()
 
 
-class FrontEnds:
+class FrontEnds(Closing):
     """Lets front ends (`FrontEnd`) ask an engine, from when this is made until it is closed.
 
     They find it at `path`, a Unix socket that only this user may connect to. Closing leaves the
@@ -85,17 +84,6 @@ class FrontEnds:
         self.path.unlink(missing_ok=True)
         for guest in tuple(self._guests):
             guest.leave()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _listen(self) -> None:
         while not self._closed:
