@@ -19,7 +19,7 @@ from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
 from recflow_jax.engine.staging import Buffer, Staging
 from recflow_jax.layout import Layout
 from scheduling.request import SliceBucket
-from small_models import FIXED, device_batch
+from small_models import FIXED, NO_SPARSE, device_batch
 
 PER_SAMPLE = sum(FIXED.fixed_bags or ())
 BUCKETS = [SliceBucket(samples=n, ids=n * PER_SAMPLE) for n in (2, 4, 8)]
@@ -271,6 +271,19 @@ def test_what_lies_in_a_berth_already_stays_there():
     buffer = host.launch(5)
     assert buffer is not None and buffer.berth is berth
     host.check()
+
+
+def test_samples_without_ids_are_looked_at_where_they_lie():
+    """No device does."""
+    preparer, batch = (
+        Preparer(NO_SPARSE, Layout.of(NO_SPARSE), max_ids=8),
+        generate(NO_SPARSE, 2, seed=0),
+    )
+    berth = Berth(np.zeros(2 * berths_module.AROUND, np.int32))
+    assert preparer.prepare_in_place(batch.dense, None, berth).is_checked
+    batch.dense[1, 0] = np.nan
+    with pytest.raises(InputError, match="dense feature 0, sample 1: nan"):
+        preparer.prepare_in_place(batch.dense, None, berth)
 
 
 def test_who_finds_room_is_copied_there():

@@ -134,13 +134,13 @@ class Preparer:
         if bags is None:
             raise InputError(f"{self._config.name} has no fixed bags")
         dense = dense_array(self._config, dense)
-        room = berth.room(len(dense) * bags.ids)
-        room.keep()
-        offsets, is_checked = bags.id_offsets(len(dense)), not bags.ids
-        prepared = _with_floats(dense, weights, room.array, offsets, None, is_checked=is_checked)
-        if prepared is None:
-            raise InputError("a dense feature is not finite")
-        prepared.berth, prepared.place = berth, room.place
+        room, offsets = berth.room(len(dense) * bags.ids), bags.id_offsets(len(dense))
+        prepared = _with_floats(dense, weights, room.array, offsets, None, is_checked=False)
+        assert prepared is not None
+        if not bags.ids:  # the device looks at samples that have ids
+            self.check(prepared)
+            prepared.is_checked = True
+        _stay_in(room, prepared)
         return prepared
 
     def check(self, samples: Prepared) -> None:
@@ -188,8 +188,7 @@ class Preparer:
         offsets = bags.id_offsets(len(dense))
         prepared = _with_floats(dense, weights, rows, offsets, None, is_checked=is_checked)
         if room is not None and prepared is not None:
-            room.keep()
-            prepared.berth, prepared.place = room.berth, room.place
+            _stay_in(room, prepared)
         return prepared
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
@@ -254,6 +253,12 @@ def _with_floats(
         weights=weights,
         is_checked=is_checked,
     )
+
+
+def _stay_in(room: Room, prepared: Prepared) -> None:
+    """Its rows lie in this room."""
+    room.keep()
+    prepared.berth, prepared.place = room.berth, room.place
 
 
 def _are_finite(dense: np.ndarray, weights: np.ndarray | None) -> bool:

@@ -24,7 +24,7 @@ from recflow_jax.engine import free_copies
 from recflow_jax.engine.berths import AROUND, Berth
 from recflow_jax.engine.fixed_bags import bag_offsets
 from recflow_jax.engine.pinned import pin
-from recflow_jax.remote.wire import Ask, ProtocolError
+from recflow_jax.remote.wire import Ask, Greeting, ProtocolError
 
 SLOTS = 3  # one runs, one waits behind it, one is filled
 ALIGNED = 4096
@@ -58,6 +58,12 @@ class BundleShape:
     samples: int
     ids: int
     length: int
+
+    @classmethod
+    def of(cls, config: DLRMConfig, greeting: Greeting) -> Self:
+        """Of the bundles that an engine takes, as it greets."""
+        room = {"samples": greeting.samples, "ids": greeting.ids, "length": greeting.length}
+        return cls(config=config, **room)
 
     @cached_property
     def places(self) -> dict[str, slice]:

@@ -103,12 +103,7 @@ class FrontEnd(Closing):
             self._socket.connect(str(path))
             greeting = Greeting.receive(self._socket)
             self.config = DLRMConfig.from_toml(greeting.config, source=str(path))
-            self._room = BundleShape(
-                config=self.config,
-                samples=greeting.samples,
-                ids=greeting.ids,
-                length=greeting.length,
-            )
+            self._room = BundleShape.of(self.config, greeting)
             self._arena, handle = Arena.new(self._room)
             try:
                 send_handle(self._socket, handle)
@@ -126,7 +121,6 @@ class FrontEnd(Closing):
         self._numbers = itertools.count()
         self._waiting: list[tuple[int, int, _Request]] = []
         self._flying: dict[int, list[_Request]] = {}
-        self._free = [*range(SLOTS)]
         self._most_flying = SLOTS
         self._changed = Condition()
         self._counts = Counter[str]()
@@ -254,7 +248,7 @@ class FrontEnd(Closing):
                     return
                 bundle, late = self._take()
                 self._counts["bundles"] += bool(bundle)
-                slot = self._free.pop()
+                slot = next(slot for slot in range(SLOTS) if slot not in self._flying)
                 self._flying[slot] = bundle
             self._fail(late, DeadlineExceeded("the deadline passed before the request was sent"))
             if bundle:
@@ -268,8 +262,10 @@ class FrontEnd(Closing):
 
     def _may_fly(self) -> bool:
         """Whether the next bundle may be under way beside those that are; a more urgent one may."""
-        if not self._free or len(self._flying) < self._most_flying:
-            return bool(self._free)
+        if len(self._flying) < self._most_flying:
+            return True
+        if len(self._flying) == SLOTS:
+            return False
         first, *_ = self._waiting[0]
         return first < min(bundle[0].terms.priority for bundle in self._flying.values())
 
@@ -375,7 +371,6 @@ class FrontEnd(Closing):
         """Of a bundle of which these requests are to be sent once more."""
         with self._changed:
             del self._flying[slot]
-            self._free.append(slot)
             for request in again:
                 self._wait(request)
             self._changed.notify_all()

@@ -51,9 +51,6 @@ class FrontEnds(Closing):
         self.path = Path(path)
         self._engine = engine
         config, room = engine.config, engine.largest_slice
-        self._shape = BundleShape(
-            config=config, samples=room.samples, ids=room.ids, length=engine.slice_length
-        )
         self._greeting = Greeting(
             config=config.to_toml(),
             samples=room.samples,
@@ -63,6 +60,7 @@ class FrontEnds(Closing):
             queued_samples=engine.max_queued_samples,
             backend=engine.backend_name,
         )
+        self._shape = BundleShape.of(config, self._greeting)
         self._guests: set[_Guest] = set()
         self._closed = False
         self._socket = _bound(self.path)

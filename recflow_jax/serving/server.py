@@ -80,7 +80,7 @@ class Server:
             if on_listening is not None:
                 on_listening(Ports(http=http, grpc=grpc))
             loaded = await self._load_before(stop)
-            with self._letting_in() if loaded else nullcontext():
+            with self._letting_in():
                 if loaded:
                     await self._beat_until(stop)
                 door = self._service.door
