@@ -82,8 +82,8 @@ class FakeArray:
 
 class FakeSegments(Segments):
     """`takes_s` is how long a result takes. `hold()` keeps every step from ending until `go_on()`;
-    `break_next(what)` makes one dispatch ("embed", "start", "run", "whole", "write") raise;
-    `lose_next(what)` makes one fail on the device, later.
+    `break_next(what)` makes one dispatch ("embed", "start", "run", "whole", "write") or "upload"
+    raise; `lose_next(what)` makes one fail on the device, later.
     """
 
     def __init__(self, options: EngineOptions = OPTIONS) -> None:
@@ -98,7 +98,7 @@ class FakeSegments(Segments):
         self.runs.set()
         self.takes_s = 0.0
         self.table = np.arange(CONFIG.tables[0].rows, dtype=np.float32)
-        self.states_made = 0
+        self.states_made = self.uploads = 0
         self.batches_seen: list[list[float]] = []
         self._break: set[str] = set()
         self._lose: set[str] = set()
@@ -165,6 +165,14 @@ class FakeSegments(Segments):
         if shape.bases and packed[shape.places["fixed_samples"]] >= 0:
             values[~state.landed.values] = np.nan
         return self._segment(cell.segment, FakeArray(self, values, lost))
+
+    def upload(self, packed: np.ndarray) -> np.ndarray:
+        self._is_next("upload")
+        self.uploads += 1
+        return packed
+
+    def bring_back(self, scores: Any) -> None:
+        scores.copy_to_host_async()
 
     def write_rows(self, new: NewRows) -> FakeArray:
         lost = self._is_next("write")

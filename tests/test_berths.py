@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine import berths as berths_module
-from recflow_jax.engine import intake, stays
+from recflow_jax.engine import free_copies, held_copies, intake, stays
+from recflow_jax.engine import prepared as prepared_module
 from recflow_jax.engine.berths import Berth, Berths, Room
 from recflow_jax.engine.intake import is_to_berth
 from recflow_jax.engine.prepared import FindRoom, Prepared, Preparer
@@ -29,9 +30,10 @@ AROUND_SAMPLES = 3
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Berths with little room around them."""
+    """Berths with little room around them, and requests that are large as soon as that is."""
     for module in (berths_module, stays):
         monkeypatch.setattr(module, "AROUND", AROUND_SAMPLES * PER_SAMPLE)
+    monkeypatch.setattr(prepared_module, "LARGE_IDS", AROUND_SAMPLES * PER_SAMPLE)
 
 
 class Host:
@@ -41,7 +43,9 @@ class Host:
         layout = Layout.of(FIXED)
         self.staging = Staging(FIXED, layout)
         self.preparer = Preparer(FIXED, layout, max_ids=LARGEST.ids)
-        self.berths = Berths(ids=LARGEST.ids, length=self.staging.shape(LARGEST).length)
+        shape = self.staging.shape(LARGEST)
+        dense_at = shape.places["dense"].start
+        self.berths = Berths(ids=LARGEST.ids, length=shape.length, dense_at=dense_at)
         self.waiting: list[tuple[JaggedBatch, Prepared]] = []
         self.reserved: list[tuple[int, int, Room]] = []
         self.launched: list[tuple[JaggedBatch, Buffer, SliceBucket]] = []
@@ -50,9 +54,9 @@ class Host:
     def submit(self, samples: int, seed: int, *, berthed: bool = True) -> Prepared:
         return self._prepare(samples, seed, self.berths.room if berthed else None)
 
-    def reserve(self, samples: int, seed: int) -> None:
+    def reserve(self, samples: int, seed: int, *, alone: bool = False) -> None:
         """A large request's room: others come and go before it is filled."""
-        room = self.berths.room(samples * PER_SAMPLE, only_free=True)
+        room = self.berths.room(samples * PER_SAMPLE, only_free=True, alone=alone)
         if room is not None:
             room.keep()
             self.reserved.append((samples, seed, room))
@@ -67,7 +71,7 @@ class Host:
         batch = generate(FIXED, samples, seed=seed)
         prepared = self.preparer.prepare(batch, checks_later=True, find_room=find_room)
         self.waiting.append((JaggedBatch.join([batch]), prepared))
-        batch.values[:] = -1  # its caller's again
+        batch.values[:] = batch.dense[:] = -1  # its caller's again
         return prepared
 
     def launch(self, samples: int, *, skip: int = 0) -> Buffer | None:
@@ -125,7 +129,7 @@ def test_nothing_that_waits_or_flies_is_written_over(data: st.DataObject):
         if act in ("submit", "private"):
             host.submit(data.draw(samples), seed, berthed=act == "submit")
         elif act == "reserve":
-            host.reserve(data.draw(samples), seed)
+            host.reserve(data.draw(st.integers(1, 8)), seed, alone=data.draw(st.booleans()))
         elif act == "fill":
             host.fill()
         elif act == "drop" and host.waiting:
@@ -332,3 +336,65 @@ def test_a_large_request_gets_no_array_of_its_own():
     host.launch(LARGEST.samples)
     host.check()
     assert (host.stayed, host.copied) == (1, 0)
+
+
+def test_of_a_request_that_has_a_berth_for_itself_nothing_is_copied_again(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    host = Host()
+    host.berths.reserve(1)
+    host.reserve(LARGEST.samples - 1, 0, alone=True)
+    host.fill()
+    for module in (free_copies, held_copies):
+        monkeypatch.setattr(
+            module, "join", lambda *joins: [len(a) and pytest.fail() for a in joins[:1]]
+        )
+    buffer = host.launch(LARGEST.samples)
+    host.check()
+    assert buffer is not None and buffer.berth is not None
+
+
+@pytest.mark.parametrize(("samples", "launched"), [(4, 4), (8, 4)])
+def test_dense_features_that_lie_elsewhere_than_their_slice_wants_them_are_not_written_over(
+    samples: int, launched: int
+):
+    """In a smaller slice, whose buffer has them in another place, also where that is a part."""
+    host = Host()
+    host.berths.reserve(1)
+    host.reserve(samples, 0, alone=True)
+    host.fill()
+    buffer = host.launch(launched)
+    host.check()
+    assert buffer is not None and buffer.berth is None
+
+
+def test_nobody_else_has_room_in_a_berth_with_dense_features():
+    host = Host()
+    berths = []
+    for alone in (True, False, True):
+        room = host.berths.room(PER_SAMPLE, alone=alone)
+        assert room is not None
+        room.keep()
+        berths.append(room.berth)
+    assert len({*map(id, berths)}) == 3
+
+
+def test_bags_that_are_not_fixed_are_seen_where_all_is_copied_at_once():
+    """As many ids as fixed bags have, in other bags."""
+    host, batch = Host(), generate(FIXED, 6, seed=0)
+    lengths = np.diff(batch.offsets)
+    lengths[0], lengths[1] = lengths[0] + 1, lengths[1] - 1
+    other = dataclasses.replace(batch, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+    found = host.preparer.prepare(other, checks_later=True, find_room=host.berths.room)
+    assert found.is_checked and found.berth is None and found.slot_offsets is not None
+
+
+@pytest.mark.parametrize("name", ["dense", "values"])
+def test_arrays_that_are_in_pieces_are_copied_one_by_one(name: str):
+    host, batch = Host(), generate(FIXED, 6, seed=0)
+    twice = np.repeat(getattr(batch, name), 2, axis=0)
+    in_pieces = dataclasses.replace(batch, **{name: twice[::2]})
+    found = host.preparer.prepare(in_pieces, checks_later=True, find_room=host.berths.room)
+    assert not found.is_checked and found.berth is not None
+    np.testing.assert_array_equal(found.rows, batch.values)
+    np.testing.assert_array_equal(found.dense, batch.dense)

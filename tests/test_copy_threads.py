@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recflow_jax.engine import copy_threads
-from recflow_jax.engine.copy_threads import MOST_THREADS, SAFE_LAYERS, copy_by, threads
+from recflow_jax.engine.copy_threads import MOST_THREADS, NOTHING, SAFE_LAYERS, copy_by, threads
 
 lengths = st.lists(st.integers(0, 200), max_size=6)
 
@@ -41,7 +41,7 @@ def test_bytes_arrive_in_order(data: st.DataObject, lengths: list[int], count: i
     cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=3)))
     out = np.full(total + 2, 255, np.uint8)
     targets = [out[1 + start : 1 + stop] for start, stop in pairwise([0, *cuts, total])]
-    copy(places(targets), places(sources))
+    copy(places(targets), places(sources), NOTHING)
     np.testing.assert_array_equal(out, np.concatenate([[255], *sources, [255]]))
 
 
@@ -52,7 +52,7 @@ def test_the_caller_keeps_its_number_of_threads():
     assert copy is not None
     try:
         numba.set_num_threads(1)
-        copy(places([]), places([]))
+        copy(places([]), places([]), NOTHING)
         assert numba.get_num_threads() == 1
     finally:
         numba.set_num_threads(before)

@@ -9,7 +9,7 @@ import pytest
 from computing import PATIENCE_S, computing
 from recflow_jax.engine import free_copies
 from recflow_jax.engine.copy_threads import copy_by
-from recflow_jax.engine.free_copies import MOST_ARRAYS, join
+from recflow_jax.engine.free_copies import MOST_ARRAYS, join, join_if_same
 
 LONG = 2**20
 
@@ -46,6 +46,18 @@ def test_arrays_are_joined(lengths: Sequence[int]):
     join(*[(arrays, around[dtype][1:-1]) for dtype, arrays in kinds.items()])
     for dtype, arrays in kinds.items():
         np.testing.assert_array_equal(around[dtype], np.concatenate([[-1], *arrays, [-1]]))
+
+
+@pytest.mark.usefixtures("help_of")
+@pytest.mark.parametrize("length", [0, 1, 7, LONG])
+def test_arrays_are_joined_if_others_are_the_same(length: int):
+    known, source, out = numbers(length, "int64"), numbers(5), np.zeros(5, np.int32)
+    assert join_if_same(known.copy(), known, ([source], out))
+    np.testing.assert_array_equal(out, source)
+    for place in {0, length // 2, length - 1} if length else ():
+        found = known.copy()
+        found[place] += 1 << 40
+        assert not join_if_same(found, known, ([source], out))
 
 
 @pytest.mark.parametrize("help_of", ["threads", "kernel"], indirect=True)

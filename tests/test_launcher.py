@@ -31,6 +31,7 @@ from recflow_jax.engine.errors import (
     QueueFull,
     StepFailed,
 )
+from recflow_jax.engine.launcher import BEFORE_HELD
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Inbox, Submitted
 from recflow_jax.engine.prepared import Prepared, Preparer
@@ -271,6 +272,141 @@ def test_requests_leave_a_launcher_that_can_launch_nothing_asleep(
     assert [result(answer) for answer in (held, *answers)][1:] == [scores(i) for i in range(4)]
 
 
+WHOLE_BATCHES = replace(OPTIONS, segments=None, smallest_batch=8, max_slice=8, smallest_slice=8)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, FakeSegments, list[str]]]:
+    """An engine of which every batch is large, its device, and what it was told, in order."""
+    told: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        method = getattr(FakeSegments, name)
+
+        def note(*of: Any) -> Any:
+            try:
+                return method(*of)
+            finally:
+                told.append(name)
+
+        return note
+
+    monkeypatch.setattr(launcher, "LARGE_IDS", 0)
+    for name in ("upload", "run_whole", "write_rows"):
+        monkeypatch.setattr(FakeSegments, name, noted(name))
+    device = FakeSegments(WHOLE_BATCHES)
+    with Engine.from_segments(device) as engine:
+        yield engine, device, told
+        device.go_on()
+
+
+def eight(value: int) -> JaggedBatch:
+    """A whole batch."""
+    return samples(*range(value, value + 8), ids=2)
+
+
+def answers_of(engine: Engine, told: list[str], count: int) -> list[Answer]:
+    """Of whole batches, submitted one by one to a device that is held."""
+    answers = []
+    for value in range(count):
+        answers.append(engine.submit(eight(value)))
+        eventually(lambda: told.count("upload") == min(len(answers), OPTIONS.max_steps_in_flight))
+        eventually(lambda: told.count("run_whole") == min(len(answers), BEFORE_HELD))
+    return answers
+
+
+def test_a_large_batch_is_on_its_way_before_the_one_in_front_is_called(
+    large: tuple[Engine, FakeSegments, list[str]],
+):
+    """Once two are under way: one that runs, and one behind it."""
+    engine, device, told = large
+    device.hold()
+    answers = answers_of(engine, told, 5)
+    assert told == ["upload", "run_whole", "upload", "run_whole", "upload"]
+    device.go_on()
+    assert [result(a) for a in answers] == [
+        scores(*range(value, value + 8), ids=2) for value in range(5)
+    ]
+    assert told[5:7] == ["upload", "run_whole"]
+
+
+def test_a_batch_that_nobody_comes_behind_is_called_when_its_turn_is_next(
+    large: tuple[Engine, FakeSegments, list[str]],
+):
+    engine, device, told = large
+    device.hold()
+    answers = answers_of(engine, told, 3)
+    assert told.count("run_whole") == 2
+    device.go_on()
+    assert [len(result(answer)) for answer in answers] == [8] * 3
+    assert told.count("upload") == told.count("run_whole") == 3
+
+
+@pytest.mark.parametrize("what", ["upload", "whole"])
+def test_a_batch_that_cannot_leave_fails_alone(
+    large: tuple[Engine, FakeSegments, list[str]], what: str
+):
+    engine, device, told = large
+    device.hold()
+    answers = answers_of(engine, told, 2)
+    device.break_next(what)
+    answers += [engine.submit(eight(value)) for value in (2, 3)]
+    eventually(lambda: told.count("upload") == 3)
+    device.go_on()
+    for value in (0, 1, 3):
+        assert result(answers[value]) == scores(*range(value, value + 8), ids=2)
+    with pytest.raises(StepFailed, match=f"{what} broke"):
+        result(answers[2])
+
+
+def test_a_batch_that_waits_to_be_called_is_lost_with_the_device(
+    large: tuple[Engine, FakeSegments, list[str]],
+):
+    """As what it would be built on may be; later ones are well again."""
+    engine, device, told = large
+    device.hold()
+    device.lose_next("whole")
+    answers = answers_of(engine, told, 3)
+    device.go_on()
+    for answer in (answers[0], answers[2]):
+        with pytest.raises(StepFailed, match="fell out"):
+            result(answer)
+    assert result(engine.submit(eight(5))) == scores(*range(5, 13), ids=2)
+
+
+def test_rows_are_written_behind_a_batch_that_waits_to_be_called(
+    large: tuple[Engine, FakeSegments, list[str]],
+):
+    engine, device, told = large
+    device.hold()
+    answers = answers_of(engine, told, 3)
+    written = engine.update_rows("t", [1], np.full((1, 4), 500.0))
+    eventually(lambda: "write_rows" in told)
+    assert told[-2:] == ["run_whole", "write_rows"]
+    device.go_on()
+    written.result(timeout=SOON_S)
+    assert [result(answer) for answer in answers] == [
+        scores(*range(value, value + 8), ids=2) for value in range(3)
+    ]
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_an_engine_can_be_closed_while_a_batch_waits_to_be_called(
+    large: tuple[Engine, FakeSegments, list[str]], drain: bool
+):
+    engine, device, told = large
+    device.hold()
+    answers = answers_of(engine, told, 3)
+    threading.Timer(0.1, device.go_on).start()
+    engine.close(drain=drain)
+    assert all(answer.done() for answer in answers)
+    if drain:
+        assert [len(result(answer)) for answer in answers] == [8] * 3
+    else:
+        with pytest.raises(EngineClosed):
+            result(answers[-1])
+
+
 def test_two_batch_buffers_serve_any_number_of_batches(engine: Engine, device: FakeSegments):
     for value in range(50):
         engine.submit(samples(*range(value, value + 12))).result(timeout=SOON_S)
@@ -286,6 +422,7 @@ def test_urgent_requests_overtake(engine: Engine, device: FakeSegments):
     urgent.add_done_callback(lambda _: order.append("urgent"))
     device.go_on()
     wait([held, later, urgent], timeout=SOON_S)
+    eventually(lambda: len(order) == 2)  # who waits may hear of an answer first
     assert order == ["urgent", "later"]
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from recflow_jax.engine.pinned import pin, pinned_zeros
+from recflow_jax.engine.pinned import host_place, pin, pinned_zeros
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape
 from small_models import FIXED
 
@@ -115,3 +115,12 @@ def test_without_a_gpu_nothing_is_pinned(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(client=client)])
     assert len(pinned_zeros(8)) == 8
     assert not client.pinned
+
+
+def test_results_have_a_place_on_the_host_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert host_place() is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    place = host_place()
+    assert place is not None and place.memory_kind == "pinned_host"

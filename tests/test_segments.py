@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 
 from recflow_jax.backend import choose_backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import generate
+from recflow_jax.engine import stages
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.model import REFERENCE, Params, forward, pool
@@ -143,6 +145,39 @@ def test_a_co_run_is_a_segment_and_a_slice(config: DLRMConfig, count: int, chain
             for shape in later:
                 x = segments.run(shape, x)
             np.testing.assert_array_equal(np.asarray(x)[4:12], expected[1])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_scores_land_where_the_host_has_a_place_for_them(
+    count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of each kind of executable, and nothing else."""
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    monkeypatch.setattr(stages, "host_place", lambda: place)
+    segments = riding.__wrapped__(CONCAT, dataclasses.replace(SMALL, segments=count))
+    (whole,), (bucket,) = whole_batches((8,), segments.slice_buckets), segments.slice_buckets
+    segments.compile_all(progress=False, cuts=(), co_runs=[whole])
+    samples = segments.preparer.prepare(generate(CONCAT, 8, seed=0))
+    packed = segments.staging.pack(bucket, 0, [samples]).array
+    state = segments.embed(segments.new_state(), packed)
+    assert kind(segments.run_whole(whole, packed)) == "pinned_host"
+    assert kind(state.landed) == "device"
+    first, *later = SegmentShape.all_of(count, 16)
+    x, state = segments.start(first, state)
+    kinds = [kind(x)]
+    for shape in later:
+        x = segments.run(shape, x)
+        kinds.append(kind(x))
+    assert kinds == ["device"] * (count - 1) + ["pinned_host"]
+    assert kind(state.vectors) == "device"
+    cell = CoRun(segment=first, slice=bucket, config=str(segments.rides[0]))
+    x, state, other = segments.start_with(cell, state, segments.new_state(), packed)
+    assert kind(x) == kinds[0]
+    assert kind(state.vectors) == kind(other.vectors) == "device"
+
+
+def kind(x: Any) -> str:
+    return x.sharding.memory_kind
 
 
 @functools.cache

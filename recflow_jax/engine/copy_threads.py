@@ -1,5 +1,5 @@
-"""Copies by several threads at once, which are none of Python's, while the interpreter is left to
-others.
+"""Copies and comparisons by several threads at once, which are none of Python's, while the
+interpreter is left to others.
 
 One thread reads and writes memory at a fraction of its rate; Python's own would wait for the
 interpreter when they begin and when they end. These are numba's, if it is installed (the extra
@@ -21,7 +21,8 @@ CORES_PER_THREAD = 4
 SAFE_LAYERS = ("omp", "tbb")
 WAIT_POLICY = "OMP_WAIT_POLICY"
 
-Copy = Callable[[np.ndarray, np.ndarray], None]
+Copy = Callable[[np.ndarray, np.ndarray, tuple[int, int, int]], bool]
+NOTHING = (0, 0, 0)
 
 
 def threads() -> int:
@@ -41,7 +42,8 @@ def copy_by(count: int) -> Copy | None:
     numba, without a layer for it, and for one thread.
 
     It takes two int64 arrays, [n, 2] and [m, 2]: addresses and bytes of what is written and what is
-    read, as many in all, in order.
+    read, as many in all, in order. And two addresses and how many bytes there are to be compared:
+    whether these are the same is what it returns.
     """
     if count < 2:
         return None
@@ -53,7 +55,7 @@ def copy_by(count: int) -> Copy | None:
             return None
         compiled = _compiled(numba, min(count, numba.config.NUMBA_NUM_THREADS))
         try:
-            compiled(nothing, nothing)
+            compiled(nothing, nothing, NOTHING)
         except ValueError:  # no layer at all
             return None
     return compiled if numba.threading_layer() in SAFE_LAYERS else None
@@ -62,12 +64,16 @@ def copy_by(count: int) -> Copy | None:
 def _compiled(numba: Any, count: int) -> Copy:
     word = numba.types.int64
     memcpy = numba.types.ExternalFunction("memcpy", word(word, word, word))
+    memcmp = numba.types.ExternalFunction("memcmp", numba.types.int32(word, word, word))
 
-    def copy(into: Any, of: Any) -> None:
+    def copy(into: Any, of: Any, compared: Any) -> Any:
         of_caller = numba.get_num_threads()
         numba.set_num_threads(count)
-        total = of[:, 1].sum()
+        total, (known, found, size) = of[:, 1].sum(), compared
+        differ = np.zeros(count, np.bool_)
         for share in numba.prange(count):
+            first, last = size * share // count, size * (share + 1) // count
+            differ[share] = memcmp(known + first, found + first, last - first) != 0
             start, stop = total * share // count, total * (share + 1) // count
             write, read, written, seen = 0, 0, 0, 0
             while start < stop:
@@ -81,8 +87,10 @@ def _compiled(numba: Any, count: int) -> Copy:
                 memcpy(into[write, 0] + start - written, of[read, 0] + start - seen, end - start)
                 start = end
         numba.set_num_threads(of_caller)
+        return not differ.any()
 
-    compile_it = numba.njit("void(int64[:, ::1], int64[:, ::1])", nogil=True, parallel=True)
+    signature = "boolean(int64[:, ::1], int64[:, ::1], UniTuple(int64, 3))"
+    compile_it = numba.njit(signature, nogil=True, parallel=True)
     return compile_it(unwrap(copy))  # without the checks that tests put around functions
 
 

@@ -26,7 +26,15 @@ from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
-from recflow_jax.engine.intake import Sparse, Terms, is_large, is_to_berth, new_request, prepare
+from recflow_jax.engine.intake import (
+    Sparse,
+    Terms,
+    fills,
+    is_large,
+    is_to_berth,
+    new_request,
+    prepare,
+)
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import Close, Flight, Inbox, Passed, Written, now_us
@@ -327,7 +335,8 @@ class Engine(Closing):
         if not self._berths or not self._inbox.may_berth():
             return None
         try:
-            room = self._berths.room(ids, only_free=True)
+            alone = fills(ids, self._largest_slice.ids)
+            room = self._berths.room(ids, only_free=True, alone=alone)
             if room is not None:
                 room.keep()
             return room
@@ -366,7 +375,8 @@ def _berths(segments: Segments, largest: SliceBucket) -> Berths | None:
     if not segments.config.fixed_bags:
         return None
     ids = min(largest.ids, largest.samples * sum(segments.config.fixed_bags))
-    berths = Berths(ids=ids, length=segments.staging.shape(largest).length)
+    shape = segments.staging.shape(largest)
+    berths = Berths(ids=ids, length=shape.length, dense_at=shape.places["dense"].start)
     berths.reserve(segments.options.max_steps_in_flight + 2)  # one waits, one is being filled
     return berths
 

@@ -50,6 +50,25 @@ class FixedBags:
                 return False
         return True
 
+    def can_copy(self, batch: JaggedBatch) -> bool:
+        """Whether `copy` takes `batch`: arrays in one piece, of the types that slices have."""
+        arrays = (batch.values, batch.dense, batch.offsets)
+        dtypes = (INT32, np.dtype(np.float32), np.dtype(np.int64))
+        return batch.samples <= self._kept_samples and all(
+            array.dtype == dtype and array.flags.c_contiguous
+            for array, dtype in zip(arrays, dtypes, strict=True)
+        )
+
+    def copy(self, batch: JaggedBatch, *, ids: np.ndarray, dense: np.ndarray) -> bool:
+        """As `are_in`. If so, ids and dense features have been copied; Python's interpreter was
+        left to others for all of it.
+        """
+        if len(batch.values) != batch.samples * self.ids:
+            return False
+        known = np.frombuffer(self._offset_bytes, np.int64)[: len(batch.offsets)]
+        joins = [([batch.values], ids), ([batch.dense.reshape(-1)], dense.reshape(-1))]
+        return free_copies.join_if_same(batch.offsets, known, *joins)
+
     def join(self, sparse: Mapping[str, Any], samples: int) -> np.ndarray | None:
         """The ids of features by name, sample after sample: int32 [samples * ids].
 

@@ -19,21 +19,43 @@ from recflow_jax.engine import copy_threads, held_copies
 
 MOST_ARRAYS = 1024  # UIO_MAXIOV of Linux: of one call
 
+Join = tuple[Sequence[np.ndarray], np.ndarray]
 
-def join(*joins: tuple[Sequence[np.ndarray], np.ndarray]) -> None:
+
+def join(*joins: Join) -> None:
     """`np.concatenate(arrays, out=out)` of each (arrays, out), of one dimension and the same dtype,
     each in one piece.
     """
-    sources, targets = [array for arrays, _ in joins for array in arrays], [out for _, out in joins]
+    sources, targets = _sides(joins)
     copy = copy_threads.copy()
     if copy is not None:
-        copy(_places(targets), _places(sources))
+        copy(_places(targets), _places(sources), copy_threads.NOTHING)
     elif len(sources) == len(joins):
         for arrays, out in joins:
             np.concatenate(arrays, out=out)
     elif not _read(_places(targets), _places(sources)):
         for arrays, out in joins:
             held_copies.join(arrays, out)
+
+
+def join_if_same(found: np.ndarray, known: np.ndarray, *joins: Join) -> bool:
+    """`join`, if two arrays of the same type and length, each in one piece, have the same items,
+    and whether they have; if not, anything may have been written where these were to be joined.
+    """
+    copy = copy_threads.copy()
+    if copy is not None:
+        sources, targets = _sides(joins)
+        compared = (_place(found)[0], *_place(known))
+        return copy(_places(targets), _places(sources), compared)
+    is_same = np.array_equal(found, known)
+    if is_same:
+        join(*joins)
+    return is_same
+
+
+def _sides(joins: Sequence[Join]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What is read, and what is written."""
+    return [array for arrays, _ in joins for array in arrays], [out for _, out in joins]
 
 
 def _read(targets: np.ndarray, sources: np.ndarray) -> bool:

@@ -53,8 +53,13 @@ def is_to_berth(dense: Any, *, slice_ids: int) -> bool:
         return False
     if not is_shared(dense.values):
         return True
-    fills = len(dense.values) > slice_ids // 2
-    return fills and is_large(dense) and copy_threads.copy() is not None
+    is_one = fills(len(dense.values), slice_ids)
+    return is_one and is_large(dense) and copy_threads.copy() is not None
+
+
+def fills(ids: int, slice_ids: int) -> bool:
+    """Whether a request is most of the largest slice."""
+    return ids > slice_ids // 2
 
 
 def is_batch(dense: Any, sparse: Sparse | None) -> bool:

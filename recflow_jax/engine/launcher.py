@@ -28,7 +28,7 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stages import BatchState
 from recflow_jax.engine.stats import Tally
 from recflow_jax.engine.updates import Update
-from scheduling.host_costs import RESTS
+from scheduling.host_costs import LARGE_IDS, RESTS
 from scheduling.pipeline import (
     Action,
     Apply,
@@ -41,6 +41,8 @@ from scheduling.pipeline import (
 )
 from scheduling.policy import Policy
 from scheduling.request import WHOLE, CoRun, Part, Segment, Slice, Step
+
+BEFORE_HELD = 2  # batches that are called and have not ended: one runs, one waits behind it
 
 
 @dataclass(slots=True)
@@ -60,12 +62,31 @@ class _Joining:
     samples: Sequence[Prepared] = ()
     requests: Sequence[Submitted] = ()
 
+    @property
+    def are_in_berths(self) -> bool:
+        """Then there are few to copy."""
+        return all([samples.berth is not None for samples in self.samples])
+
+
+@dataclass(slots=True, frozen=True)
+class _Held:
+    """A whole batch whose slice is on its way to the device, and which is not called yet."""
+
+    step: Step
+    flight: Flight
+    batch: _Batch
+    packed: Any
+
 
 class Launcher:
     """Turns the policy's steps into dispatches. All but the constructor runs on one thread.
 
     A launch that raises fails the requests of its batch. A fault on the device fails those of every
     batch that is not launched to its end, as its state may be lost; later batches get new states.
+
+    JAX lets a copy to the device wait for all that was called before it. So the last of three whole
+    batches, if it is large, is held: it is called when the copy of the next one is on its way, or
+    one of the two in front has ended. Then the device copies while it computes.
     """
 
     def __init__(
@@ -88,6 +109,8 @@ class Launcher:
         self._updates: deque[Update] = deque()
         self._batches: dict[int, _Batch] = {}
         self._free_states: list[BatchState] = []
+        self._held: _Held | None = None
+        self._under_way = 0
         self._close: Close | None = None
 
     def run(self) -> None:
@@ -102,8 +125,10 @@ class Launcher:
                     messages += self._inbox.read()
                     actions = self._policy.step(started_us, [*self._events(messages)])
                     self._act(actions)
+                    if self._under_way < BEFORE_HELD:
+                        self._call_held()
                     self._inbox.is_crowded = self._policy.is_crowded
-                if actions:
+                if actions and self._held is None:
                     aside_us = self._inbox.take_aside_us()
                     took_us = now_us() - started_us - aside_us
                     self._inbox.rest(RESTS * took_us - (started_us - asked_us) - aside_us)
@@ -148,6 +173,7 @@ class Launcher:
                     self._updates.append(message)
                     yield Write()
                 case StepDone():
+                    self._under_way -= 1
                     yield message
                 case Fault(error=error):
                     self._lose_states(error)
@@ -160,8 +186,9 @@ class Launcher:
                 case Expire(request_id=request_id):
                     self._ledger.expire(request_id)
                 case Launch(step=step):
-                    self._flights.put(self._launch(step))
+                    self._launch(step)
                 case Apply():
+                    self._call_held()
                     self._write(self._updates.popleft())
 
     def _write(self, update: Update) -> None:
@@ -172,21 +199,60 @@ class Launcher:
         else:
             self._flights.put(Written(update=update, landed=landed))
 
-    def _launch(self, step: Step) -> Flight:
+    def _launch(self, step: Step) -> None:
         flight = Flight(step_id=step.id, launched_us=now_us())
         filling, joining = self._load(step.slice) if step.slice else (_Batch(), _Joining())
         running = self._batches[step.segment.batch_id] if step.segment else _Batch()
+        if step.co_run == WHOLE and not running.fault:
+            return self._launch_whole(step, running, joining, flight)
+        self._call_held()
         if step.co_run is not None and not (running.fault or filling.fault):
             with _faults_of(running, filling):
                 self._co_run(step, running, filling, joining, flight)
         else:
             self._launch_in_turn(step, running, filling, joining, flight)
+        self._send(step, running, flight)
+
+    def _launch_whole(self, step: Step, batch: _Batch, joining: _Joining, flight: Flight) -> None:
+        """What is large leaves for the device before the batch in front is called."""
+        assert step.slice
+        is_large = step.slice.bucket.ids >= LARGE_IDS
+        if not (is_large and self._under_way and joining.are_in_berths):
+            self._call_held()
+        packed: Any = None
+        with _faults_of(batch):
+            packed = self._packed(step.slice, joining, flight)
+            if is_large:
+                packed = self._call(self._segments.upload, packed)
+        self._call_held()
+        self._held = _Held(step, flight, batch, packed)
+        if not is_large:
+            self._call_held()
+
+    def _call_held(self) -> None:
+        """Calls the batch that is held, if there is one."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        step, batch = held.step, held.batch
+        if not batch.fault:
+            assert step.segment and step.slice
+            cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=WHOLE)
+            with _faults_of(batch):
+                batch.x = self._call(self._segments.run_whole, cell, held.packed)
+                held.flight.is_whole = True
+                self._expect(step.segment, batch, held.flight)
+        self._send(step, batch, held.flight)
+
+    def _send(self, step: Step, running: _Batch, flight: Flight) -> None:
+        """To where its end is waited for."""
         if step.segment is not None:
             self._end_if_faulty(running)
             if step.segment.shape.last:
                 del self._batches[step.segment.batch_id]
         self._tally.launched(step, flight.waits)
-        return flight
+        self._under_way += 1
+        self._flights.put(flight)
 
     def _launch_in_turn(
         self,
@@ -253,10 +319,6 @@ class Launcher:
         assert step.segment and step.slice and step.co_run
         cell = CoRun(segment=step.segment.shape, slice=step.slice.bucket, config=step.co_run)
         packed = self._packed(step.slice, joining, flight)
-        if step.co_run == WHOLE:
-            running.x = self._call(self._segments.run_whole, cell, packed)
-            flight.is_whole = True
-            return self._expect(step.segment, running, flight)
         into = filling.state or self._take_state()
         if running.state is not None:
             running.x, free, filling.state = self._call(
@@ -282,7 +344,7 @@ class Launcher:
     def _expect(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
         flight.x = batch.x
         if segment.shape.last:
-            batch.x.copy_to_host_async()
+            self._segments.bring_back(batch.x)
             flight.parts = segment.parts
 
     def _take_state(self) -> BatchState:

@@ -9,6 +9,7 @@ import weakref
 
 import jax
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 
 def pinned_zeros(length: int) -> np.ndarray:
@@ -29,6 +30,15 @@ def pin(memory: np.ndarray) -> None:
     """
     if jax.default_backend() == "gpu":
         _pin(memory, memory.ctypes.data, memory.nbytes)
+
+
+def host_place() -> Sharding | None:
+    """Where results of executables land that the host reads without another copy; None where there
+    is no GPU, whose memory the host would have to copy them from.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    return SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
 
 
 def _pin(memory: np.ndarray, address: int, size: int) -> None:

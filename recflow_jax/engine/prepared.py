@@ -24,6 +24,7 @@ from recflow_jax.engine.berths import Berth, Room
 from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids
 from recflow_jax.engine.held_copies import kept
 from recflow_jax.layout import Layout
+from scheduling.host_costs import LARGE_IDS
 
 FindRoom = Callable[[int], Room | None]
 
@@ -120,7 +121,13 @@ class Preparer:
         """As `prepare`; None unless all bags are fixed."""
         check_shapes(self._config, batch)
         bags = self._fixed
-        if bags is None or not bags.are_in(batch):
+        if bags is None:
+            return None
+        if checks_later and find_room and len(batch.values) >= LARGE_IDS:
+            prepared = self._copied(bags, batch, find_room)
+            if prepared is not None:
+                return prepared
+        if not bags.are_in(batch):
             return None
         given = (batch.dense, batch.values, batch.weights)
         prepared = self._prepare_fixed(bags, *given, checks_later=checks_later, find_room=find_room)
@@ -189,6 +196,29 @@ class Preparer:
         prepared = _with_floats(dense, weights, rows, offsets, None, is_checked=is_checked)
         if room is not None and prepared is not None:
             _stay_in(room, prepared)
+        return prepared
+
+    def _copied(self, bags: FixedBags, batch: JaggedBatch, find_room: FindRoom) -> Prepared | None:
+        """A large request, looked at and copied at once, to be checked later; None where it can't
+        be.
+        """
+        if batch.weights is not None or not bags.can_copy(batch):
+            return None
+        room = find_room(len(batch.values))
+        if room is None:
+            return None
+        dense = room.dense(*batch.dense.shape)
+        if not bags.copy(batch, ids=room.array, dense=dense):
+            return None
+        prepared = Prepared(
+            dense=dense,
+            rows=room.array,
+            id_offsets=bags.id_offsets(batch.samples),
+            slot_offsets=None,
+            weights=None,
+            is_checked=False,
+        )
+        _stay_in(room, prepared)
         return prepared
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:

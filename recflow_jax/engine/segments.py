@@ -142,6 +142,17 @@ class Segments:
         """
         return self._executables[cell](*self.stages.whole_weights, self.tables.groups, packed)
 
+    def upload(self, packed: np.ndarray) -> Array:
+        """A slice on its way to the device, which may read `packed` until a step that takes the
+        array has ended.
+        """
+        return jax.device_put(packed)
+
+    def bring_back(self, scores: Array) -> None:
+        """Starts scores on their way to the host, unless they land there."""
+        if self.stages.scores_place is None:
+            scores.copy_to_host_async()
+
     def _with_slice(
         self, cell: CoRun, flow: tuple[Any, ...], filling: BatchState, packed: Any
     ) -> tuple[tuple[Any, ...], BatchState]:

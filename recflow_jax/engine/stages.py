@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from recflow_jax.backend import Backend
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.compilation import Job
 from recflow_jax.engine.live_tables import LiveTables
+from recflow_jax.engine.pinned import host_place
 from recflow_jax.engine.staging import PackedShape
 from recflow_jax.layout import Layout
 from recflow_jax.model import (
@@ -58,6 +60,7 @@ class Stages:
 
     `params` are prepared for the back end, their groups in `tables`; the batch's buffers have
     `rows` rows. Whatever takes a state's vectors is given them for good and gives them back.
+    scores_place: where scores land, if not on the device.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Stages:
         self._bound = {place: self._bind(backend, params, *place) for place in places}
         layers = (params.bottom, params.cross, params.top)
         self._whole, self.whole_weights = backend.bind(self._arithmetic.whole, layers)
+        self.scores_place = host_place()
 
     def weights(self, shape: SegmentShape) -> tuple[Any, ...]:
         """What a segment's executable is called with first (see Backend.bind)."""
@@ -119,7 +123,10 @@ class Stages:
         (x,).
         """
         fed = self._fed(segments, batch)
-        return [Job(shape, _donating(run, shape, flow), flow) for shape, (run, flow) in fed.items()]
+        return [
+            Job(shape, _donating(run, shape, flow, to=self._places(shape)), flow)
+            for shape, (run, flow) in fed.items()
+        ]
 
     def co_run_job(self, cell: CoRun, shape: PackedShape) -> Job:
         """The arguments of a segment, then those of a slice -> both of their results. Of a whole
@@ -127,13 +134,18 @@ class Stages:
         """
         groups, *_, packed = self._filling(shape)
         if cell.config == WHOLE:
-            run = jax.jit(partial(self._run_whole, shape))
+            run = jax.jit(partial(self._run_whole, shape), out_shardings=self.scores_place)
             return Job(cell, run, (*self.whole_weights, groups, packed))
         _, flow = self._fed(cell.segment.segments, cell.segment.batch)[cell.segment]
         run = partial(self._co_run, cell, shape)
-        donated = (len(flow) + 1, len(flow) + 2)
-        run = _donating(run, cell.segment, flow, *donated)
+        donated, to = (len(flow) + 1, len(flow) + 2), (self._places(cell.segment), None)
+        run = _donating(run, cell.segment, flow, *donated, to=to)
         return Job(cell, run, (*flow, *self._filling(shape)))
+
+    def _places(self, shape: SegmentShape) -> tuple[Sharding | None, ...]:
+        """Where the results of a segment land; None: on the device."""
+        x = self.scores_place if shape.last else None
+        return (x,) if shape.index else (x, None)
 
     def _of(self, shape: SegmentShape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return self._bound[shape.segments, shape.index]
@@ -279,11 +291,15 @@ class _Arithmetic:
 
 
 def _donating(
-    function: Callable[..., Any], shape: SegmentShape, flow: tuple[Any, ...], *others: int
+    function: Callable[..., Any],
+    shape: SegmentShape,
+    flow: tuple[Any, ...],
+    *others: int,
+    to: tuple[Any, ...],
 ) -> Any:
     """Jitted; a first segment's vectors, the last but one of what flows in, are used up."""
     own = (len(flow) - 2,) if shape.index == 0 else ()
-    return jax.jit(function, donate_argnums=(*own, *others))
+    return jax.jit(function, donate_argnums=(*own, *others), out_shardings=to)
 
 
 def _runs(config: DLRMConfig, segments: int) -> list[slice]:

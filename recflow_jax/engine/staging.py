@@ -222,12 +222,16 @@ class Buffer:
 def _joins(
     buffer: Buffer, parts: Sequence[Prepared], ids: int, run: Run
 ) -> list[tuple[list[np.ndarray], np.ndarray]]:
-    """Which arrays are to be joined, and where: of ids, those before and behind what stays."""
+    """Which arrays are to be joined, and where: of ids, those before and behind what stays, and
+    dense features that are not there already.
+    """
     rows = [part.rows for part in parts]
     before, behind = buffer.rows[: run.start], buffer.rows[run.stop : ids]
     joins = [(rows[: run.first], before), (rows[run.last :], behind)]
-    dense = [part.dense.reshape(-1) for part in parts]
-    joins.append((dense, buffer.dense[: buffer.samples].reshape(-1)))
+    stays = run.last if buffer.berth is not None and buffer.berth.has_dense else 0
+    there = sum([part.samples for part in parts[:stays]])
+    dense = [part.dense.reshape(-1) for part in parts[stays:]]
+    joins.append((dense, buffer.dense[there : buffer.samples].reshape(-1)))
     if len(buffer.weights):
         weights = [part.weights for part in parts if part.weights is not None]
         joins.append((weights, buffer.weights[:ids]))
@@ -286,7 +290,8 @@ class Staging:
         are_fixed = can_be_fixed and all([part.slot_offsets is None for part in parts])
         staying = None
         if may_stay and are_fixed:
-            staying = stay(parts, ids=shape.ids, length=shape.length)
+            dense_at = shape.places["dense"].start
+            staying = stay(parts, ids=shape.ids, length=shape.length, dense_at=dense_at)
         buffer = self._take(shape) if staying is None else Buffer.in_berth(shape, staying)
         buffer.first_row[0] = row
         buffer.dense[samples : buffer.samples] = 0

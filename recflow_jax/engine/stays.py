@@ -30,9 +30,10 @@ class Stay(NamedTuple):
     run: Run
 
 
-def stay(parts: Sequence[Prepared], *, ids: int, length: int) -> Stay | None:
-    """The buffer of a slice of `parts`, `length` long and with room for `ids`, around the longest
-    run of them that lie one behind the other; None where that would write over other requests.
+def stay(parts: Sequence[Prepared], *, ids: int, length: int, dense_at: int) -> Stay | None:
+    """The buffer of a slice of `parts`, `length` long, with room for `ids` and with dense features
+    from `dense_at` on, around the longest run of them that lie one behind the other; None where
+    that would write over other requests, or over dense features that wait there.
     """
     first, last = _longest_run(parts)
     berth = parts[first].berth if first < last else None
@@ -48,6 +49,8 @@ def stay(parts: Sequence[Prepared], *, ids: int, length: int) -> Stay | None:
     if not is_last and (behind or place + ids < berth.end):
         return None
     if place + length > len(berth.array):
+        return None
+    if berth.has_dense and (place, dense_at) != (AROUND, berth.dense_at):
         return None
     berth.has_left = True
     run = Run(first, last, before, end - place)
