@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -390,11 +391,16 @@ def test_bags_that_are_not_fixed_are_seen_where_all_is_copied_at_once():
 
 
 @pytest.mark.parametrize("name", ["dense", "values"])
-def test_arrays_that_are_in_pieces_are_copied_one_by_one(name: str):
+@pytest.mark.parametrize("alone", [True, False])
+def test_arrays_that_cannot_be_copied_at_once_are_copied_one_by_one(name: str, alone: bool):
+    """Then the dense features are not in the berth."""
     host, batch = Host(), generate(FIXED, 6, seed=0)
     twice = np.repeat(getattr(batch, name), 2, axis=0)
     in_pieces = dataclasses.replace(batch, **{name: twice[::2]})
-    found = host.preparer.prepare(in_pieces, checks_later=True, find_room=host.berths.room)
+    find_room = partial(host.berths.room, alone=alone)
+    found = host.preparer.prepare(in_pieces, checks_later=True, find_room=find_room)
     assert not found.is_checked and found.berth is not None
-    np.testing.assert_array_equal(found.rows, batch.values)
-    np.testing.assert_array_equal(found.dense, batch.dense)
+    host.waiting.append((batch, found))
+    host.launch(LARGEST.samples)
+    host.check()
+    assert host.stayed

@@ -22,16 +22,16 @@ class Berth:
     """An int32 buffer, as long as that of the largest slice and AROUND on either side, of which
     requests have filled [AROUND, end).
 
-    dense_at: where in that buffer the dense features start. has_dense: whether those of its only
-    request lie there, if AROUND is where the buffer starts. has_left: whether a slice has been
-    launched from it: no other one is.
+    dense_at: where in that buffer the dense features start. is_closed: whether no other request
+    has room. has_dense: whether the dense features of this one lie there, if AROUND is where the
+    buffer starts. has_left: whether a slice has been launched from it: no other one is.
     """
 
     def __init__(self, array: np.ndarray, dense_at: int = 0) -> None:
         self.array = array
         self.end = AROUND
         self.dense_at = dense_at
-        self.has_dense = self.has_left = False
+        self.is_closed = self.has_dense = self.has_left = False
 
     def room(self, ids: int) -> "Room":
         """The next `ids`, for as many as there is room for."""
@@ -54,6 +54,7 @@ class Room:
     def dense(self, samples: int, width: int) -> np.ndarray:
         """float32 [samples, width]: in the berth, if nobody else has room there."""
         berth = self.berth
+        berth.has_dense = berth.is_closed
         if not berth.has_dense:
             return np.empty((samples, width), np.float32)
         start = AROUND + berth.dense_at
@@ -98,12 +99,12 @@ class Berths:
             if only_free and not self._free:
                 return None
             berth = self._open = self._new()
-        berth.has_dense = alone
+        berth.is_closed = alone
         return berth.room(ids)
 
     def _has_room(self, berth: Berth, ids: int) -> bool:
-        is_closed = berth.has_left or berth.has_dense
-        return not is_closed and berth.end + ids <= AROUND + self._ids
+        is_open = not (berth.has_left or berth.is_closed)
+        return is_open and berth.end + ids <= AROUND + self._ids
 
     def _new(self) -> Berth:
         array = self._free.pop() if self._free else pinned_zeros(self._length)
