@@ -72,7 +72,7 @@ def foretold_and_measured(collecting: Collecting | None) -> tuple[Foretold, Load
         of = (segments, table, engine, requests)
         teller = Foreteller.calibrated(*of, ids="uniform", seed=0)
     assert min(teller.host.submit_us, teller.host.request_us, teller.host.launch_us) > 0
-    due_s = poisson_arrivals_s(300, 300, seed=1)
+    due_s = poisson_arrivals_s(150, 200, seed=1)
     with Engine.from_segments(segments, profile=table, batching=collecting) as engine:
         measured = run_open_loop(engine.submit, requests, due_s)
     return Foretold.of(teller.foretell(collecting, requests, due_s), measured), measured
