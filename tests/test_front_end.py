@@ -217,8 +217,9 @@ def test_one_bundle_at_a_time_goes_to_a_crowded_engine(
     monkeypatch.setattr(Engine, "is_crowded", property(lambda _: crowded[0]))
     front_end.predict(samples(1))
     device.hold()
-    answers = [front_end.submit(samples(i)) for i in range(3)]
+    answers = [front_end.submit(samples(0))]
     eventually(lambda: engine.stats().requests_accepted == 2)
+    answers += [front_end.submit(samples(i)) for i in (1, 2)]
     time.sleep(0.05)
     assert front_end.stats().bundles == engine.stats().requests_accepted == 2
     answers.append(front_end.submit(samples(3), priority=-1))

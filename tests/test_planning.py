@@ -36,8 +36,10 @@ def test_slices_that_ride_give_the_same_answers():
         assert [a.result(30).tolist() for a in answers] == [scores(n, n + 1) for n in range(20)]
         stats = engine.stats()
         assert stats.co_runs["deep/all"] > 0
-        whole = stats.co_runs[WHOLE]  # the first, when nothing was in flight
-        assert stats.batch_segments == {1: whole, 2: stats.batches - whole}
+        # The first is whole if it was alone, as nothing was in flight.
+        whole = stats.co_runs.get(WHOLE, 0)
+        assert stats.batch_segments.get(1, 0) == whole
+        assert sum(stats.batch_segments.values()) == stats.batches
 
 
 @pytest.mark.parametrize("what", ["start", "run", "embed"])
