@@ -24,6 +24,14 @@ jaxtyping.install_import_hook(["recflow_jax", "pallas_kernels"], "typecheck.chec
 
 
 @pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For what is done so often that checks of shapes and types would be most of it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def interpreted() -> Iterator[None]:
     """Runs Mosaic kernels on the CPU and watches for races, which print or raise."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

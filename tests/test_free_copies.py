@@ -1,5 +1,6 @@
 """Copies are right, with and without the kernel's help, and leave the interpreter to others."""
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -71,10 +72,14 @@ def test_others_help_where_they_can(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("help_of", ["threads", "kernel"], indirect=True)
 @pytest.mark.usefixtures("help_of")
 def test_another_thread_gets_its_turn_and_gives_it_back_once():
-    """numpy would wait for it once for each array."""
+    """numpy would wait for it once for each array, numba once for each operation on arrays."""
     arrays, out = [numbers(LONG)] * 8, np.zeros(8 * LONG, np.int32)
+    tooks_s, turns = [], 0
     with computing() as count:
-        before, started_s = count(), time.perf_counter()
-        join((arrays, out))
-        assert count() > before
-        assert time.perf_counter() - started_s < len(arrays) / 2 * PATIENCE_S
+        for _ in range(5):
+            before, started_s = count(), time.perf_counter()
+            join((arrays, out))
+            tooks_s.append(time.perf_counter() - started_s)
+            turns += count() > before
+    assert turns  # not each time, where no core is to spare
+    assert statistics.median(tooks_s) < 2.5 * PATIENCE_S

@@ -1013,6 +1013,7 @@ def test_latencies_are_of_the_last_answers_only(device: FakeSegments):
         assert engine.stats().latency_p99_ms < 200
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_ten_thousand_requests_leave_nothing_behind(engine: Engine, device: FakeSegments):
     def ask(times: int) -> weakref.ref:
         for _ in range(times):

@@ -150,6 +150,7 @@ def test_a_slow_device_answers_in_time_or_not_at_all() -> None:
 # --- clients that leave
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_ten_thousand_are_cancelled_at_random_moments() -> None:
     """Requests that wait, that are on the device, and whose answers are on their way."""
     device, random_, right, cancelled = FakeSegments(), random.Random(1), 0, 0
@@ -176,6 +177,7 @@ def test_ten_thousand_are_cancelled_at_random_moments() -> None:
     assert stats.queued_samples == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_thousands_of_calls_cancelled_at_random(start_grpc: Start) -> None:
     fake = start_grpc()
     fake.device.takes_s = 0.0005

@@ -69,11 +69,13 @@ def _compiled(numba: Any, count: int) -> Copy:
     def copy(into: Any, of: Any, compared: Any) -> Any:
         of_caller = numba.get_num_threads()
         numba.set_num_threads(count)
-        total, (known, found, size) = of[:, 1].sum(), compared
-        differ = np.zeros(count, np.bool_)
+        known, found, size = compared
+        total = differ = 0  # item by item: what numba makes of `sum` waits for the interpreter
+        for item in range(len(of)):
+            total += of[item, 1]
         for share in numba.prange(count):
             first, last = size * share // count, size * (share + 1) // count
-            differ[share] = memcmp(known + first, found + first, last - first) != 0
+            differ += memcmp(known + first, found + first, last - first) != 0
             start, stop = total * share // count, total * (share + 1) // count
             write, read, written, seen = 0, 0, 0, 0
             while start < stop:
@@ -87,7 +89,7 @@ def _compiled(numba: Any, count: int) -> Copy:
                 memcpy(into[write, 0] + start - written, of[read, 0] + start - seen, end - start)
                 start = end
         numba.set_num_threads(of_caller)
-        return not differ.any()
+        return differ == 0
 
     signature = "boolean(int64[:, ::1], int64[:, ::1], UniTuple(int64, 3))"
     compile_it = numba.njit(signature, nogil=True, parallel=True)

@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Thread
 
 import numpy as np
@@ -31,7 +30,6 @@ from recflow_jax.remote.wire import (
 )
 
 PAUSE_S = 0.01
-Outcome = Future[np.ndarray] | Exception
 
 
 def check_free(path: Path) -> None:
@@ -96,13 +94,12 @@ class FrontEnds(Closing):
 
 
 class _Guest:
-    """One front end, as seen from here: a thread that listens to it, and one that replies."""
+    """One front end, as seen from here, on a thread that listens to it."""
 
     def __init__(self, engine: Engine, shape: BundleShape, connection: socket.socket) -> None:
         self._engine = engine
         self._shape = shape
         self._connection = connection
-        self._replies: SimpleQueue[tuple[Ask, Outcome] | None] = SimpleQueue()
 
     def enter(self, greeting: Greeting, *, on_leave: Callable[[], None]) -> None:
         """Serves it, until it leaves."""
@@ -132,23 +129,16 @@ class _Guest:
         return arena
 
     def _listen(self, arena: Arena) -> None:
-        replier = Thread(target=self._reply, args=(arena,), name="recflow-replies", daemon=True)
-        replier.start()
-        try:
-            while message := self._connection.recv(MOST_BYTES):
-                self._ask(Ask.decoded(message), arena)
-        finally:
-            self.leave()  # who replies may wait for it to read
-            self._replies.put(None)
-            replier.join()
+        while message := self._connection.recv(MOST_BYTES):
+            self._ask(Ask.decoded(message), arena)
 
     def _ask(self, ask: Ask, arena: Arena) -> None:
         try:
             answer = self._submitted(ask, arena)
         except (InputError, EngineError) as error:
-            self._replies.put((ask, error))
+            self._reply(ask, error)
         else:
-            answer.add_done_callback(lambda done: self._replies.put((ask, done)))
+            answer.add_done_callback(partial(self._answer, ask, arena))
 
     def _submitted(self, ask: Ask, arena: Arena) -> Answer:
         engine, priority = self._engine, ask.priority
@@ -158,20 +148,20 @@ class _Guest:
         berth = arena.berth(ask.slot)
         return engine.submit_in_place(dense, berth, weights=weights, priority=priority)
 
-    def _reply(self, arena: Arena) -> None:
-        """Here, not in the callback: whoever does not read its replies holds up nobody else."""
-        while (found := self._replies.get()) is not None:
-            ask, outcome = found
-            error = outcome if isinstance(outcome, Exception) else outcome.exception()
-            if error is None and isinstance(outcome, Future):
-                arena.scores(ask.slot, ask.samples)[:] = outcome.result()
-            is_crowded = self._engine.is_crowded
-            reply = Reply(slot=ask.slot, error=error, is_crowded=is_crowded)
-            try:
-                self._connection.send(reply.encoded())
-            except OSError:
-                self.leave()
-                return
+    def _answer(self, ask: Ask, arena: Arena, done: Future[np.ndarray]) -> None:
+        """On the engine's thread: another one would wake up first, and wait for the interpreter."""
+        error = done.exception()
+        if error is None:
+            arena.scores(ask.slot, ask.samples)[:] = done.result()
+        self._reply(ask, error)
+
+    def _reply(self, ask: Ask, error: BaseException | None) -> None:
+        """Waits for nobody: who does not read its replies is sent home."""
+        reply = Reply(slot=ask.slot, error=error, is_crowded=self._engine.is_crowded)
+        try:
+            self._connection.send(reply.encoded(), socket.MSG_DONTWAIT)
+        except OSError:
+            self.leave()
 
 
 def _bound(path: Path) -> socket.socket:
