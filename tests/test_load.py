@@ -145,3 +145,9 @@ def test_saturation_of_a_failing_server_is_an_error() -> None:
 
     with pytest.raises(LoadError, match="no device"):
         saturation_samples_per_s(fail, [request(1)], in_flight_samples=1, seconds=0.05)
+
+
+def test_saturation_of_a_slow_server_takes_until_something_is_answered() -> None:
+    submit = answer_late(0.3)
+    rate = saturation_samples_per_s(submit, [request(2)], in_flight_samples=4, seconds=0.05)
+    assert 1 < rate <= 4 / 0.29

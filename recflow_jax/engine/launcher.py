@@ -128,10 +128,11 @@ class Launcher:
                     if self._under_way < BEFORE_HELD:
                         self._call_held()
                     self._inbox.is_crowded = self._policy.is_crowded
-                if actions and self._held is None:
+                if actions:
                     aside_us = self._inbox.take_aside_us()
                     took_us = now_us() - started_us - aside_us
-                    self._inbox.rest(RESTS * took_us - (started_us - asked_us) - aside_us)
+                    if self._held is None:
+                        self._inbox.rest(RESTS * took_us - (started_us - asked_us) - aside_us)
             if self._close is not None and self._close.drain:
                 self._wait_for_answers()
             self._give_up("the engine was closed before it came to the request")

@@ -190,22 +190,25 @@ def saturation_samples_per_s(
 ) -> float:
     """Samples answered per second while `in_flight_samples` of them are always inside.
 
-    The first fifth of the time warms up and is not counted.
+    The first fifth of the time warms up and is not counted. It takes longer if nothing was answered
+    in the rest.
     """
     inside = _Inside(in_flight_samples)
     start = time.perf_counter()
-    counted_from, index, before = start + seconds / 5, 0, None
-    while (now := time.perf_counter()) < start + seconds:
-        if before is None and now >= counted_from:
-            before = (now, inside.answered)
+    index, before = 0, None
+    while True:
+        now, answered = time.perf_counter(), inside.answered
+        if before is None and now >= start + seconds / 5:
+            before = (now, answered)
+        if before is not None and now >= start + seconds and answered > before[1]:
+            break
         request = requests[index % len(requests)]
         inside.enter(request.samples)
         submit(request).add_done_callback(lambda done, n=request.samples: inside.leave(n, done))
         index += 1
-    answered, stop = inside.answered, time.perf_counter()
     inside.wait_until_empty()
-    counted_from, answered_before = before or (start, 0)
-    return (answered - answered_before) / (stop - counted_from)
+    counted_from, answered_before = before
+    return (answered - answered_before) / (now - counted_from)
 
 
 class _Inside:
