@@ -215,6 +215,7 @@ def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / max(np.linalg.norm(expected), 1e-30))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("config", [TURNS, *TINY], ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -321,6 +322,7 @@ def test_units_cover_every_bag_once(slots_per_unit: int | None) -> None:
     assert relative_error(run_on_host(case, config, "float32"), case.expected()) < 1e-6
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("samples", [1, 5])
 @pytest.mark.parametrize("config", [TURNS, *TINY], ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
@@ -343,6 +345,7 @@ def test_columns_on_the_left_are_left_alone(left: int, config: GatherConfig) -> 
     assert relative_error(out[:, left:], case.expected()) < RELATIVE_ERROR["bfloat16"]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("config", TINY, ids=lambda c: f"{c.schedule}{c.rows_per_turn}")
 @pytest.mark.parametrize("right", [4, 60])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
