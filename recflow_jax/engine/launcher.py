@@ -204,7 +204,7 @@ class Launcher:
         flight = Flight(step_id=step.id, launched_us=now_us())
         filling, joining = self._load(step.slice) if step.slice else (_Batch(), _Joining())
         running = self._batches[step.segment.batch_id] if step.segment else _Batch()
-        if step.co_run == WHOLE and not running.fault:
+        if step.co_run == WHOLE:
             return self._launch_whole(step, running, joining, flight)
         self._call_held()
         if step.co_run is not None and not (running.fault or filling.fault):

@@ -80,7 +80,7 @@ class _Ready:
         self.thread = 0
 
     def copy_to_host_async(self) -> None:
-        """They are there, too."""
+        """They are there."""
 
     def block_until_ready(self) -> None:
         self.thread = get_ident()
