@@ -125,7 +125,7 @@ CONFIGS = {
     "bags": replace(CONFIG, gather=_BAGS),
     "long bags": replace(
         CONFIG,
-        gather=replace(_BAGS, warpgroups=1, rows_at_once=8),
+        gather=replace(_BAGS, warpgroups=1, rows_at_once=8, ids_per_stream=4),
         multiply_registers=168,
         gather_registers=136,
         load_registers=40,

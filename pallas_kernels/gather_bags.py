@@ -27,7 +27,6 @@ from pallas_kernels.simt import Value, WarpSimt, minimum
 from pallas_kernels.slots import Slot
 
 WARPGROUP_WARPS = 4
-IDS_PER_STREAM = 8  # of a bag, where there are bags for all streams
 TASKS_PER_WARP = 4  # at least, so that the last ones to end are short
 LONGEST_SPAN = 16
 
@@ -76,7 +75,7 @@ class _Kind(NamedTuple):
 def _kind_of(shape: GatherShape, slot: Slot) -> _Kind:
     row, expected = shape.rows[slot.group], slot.expected_ids
     at_once = max(1, shape.config.rows_at_once // row.vectors)
-    per_stream = at_once if shape.scarce else IDS_PER_STREAM
+    per_stream = at_once if shape.scarce else shape.config.ids_per_stream
     split = min(row.streams, _power_of_two(expected / per_stream))
     shared = shape.config.shares_bags and shape.scarce and expected > 2 * per_stream * split
     rows = min(at_once, _power_of_two(expected / split))

@@ -25,6 +25,7 @@ SHARED_BYTES = 227 * 1024
 Schedule = Literal["streams", "bags"]
 
 LONG_ROW_BYTES = 128
+LONG_BAG_BYTES = 1024
 SCARCE_TURNS = 64  # rows for each lane of a launch, on average, below which bags are split further
 
 
@@ -36,7 +37,8 @@ class GatherConfig:
     Of `streams`: ring_rows: rows in flight per stream. rows_per_turn: rows that a turn of a
     stream's loop adds. ids_ahead: how many rows before its use an id is loaded. units_per_stream:
     what samples are cut for. slots_per_unit: the longest span, instead of that. Of `bags`:
-    rows_at_once: rows that a stream has in flight. shares_bags: whether the warps of a warpgroup
+    rows_at_once: rows that a stream has in flight. ids_per_stream: so many of a bag's ids are worth
+    a stream of its own, where there are bags for all. shares_bags: whether the warps of a warpgroup
     share long bags, where bags are few.
     """
 
@@ -49,11 +51,12 @@ class GatherConfig:
     units_per_stream: int = 1
     slots_per_unit: int | None = None
     rows_at_once: int = 4
+    ids_per_stream: int = 1
     shares_bags: bool = True
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("blocks", "warpgroups", "ids_ahead", "rows_per_turn"), 1)
-        least |= {"units_per_stream": 1, "rows_at_once": 1, "ring_rows": 2}
+        least |= {"units_per_stream": 1, "ids_per_stream": 1, "rows_at_once": 1, "ring_rows": 2}
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"gather config: {name} is {getattr(self, name)}, below {limit}")
@@ -182,13 +185,20 @@ class GatherShape:
 def choose_config(
     samples: int, slots: tuple[Slot, ...], rows: tuple[RowShape, ...]
 ) -> GatherConfig:
-    """The fastest config, as measured on an H100: see docs/kernels.md."""
-    few = GatherConfig(schedule="bags")
-    if _turns(samples, slots, rows, few) < SCARCE_TURNS:
-        return few
+    """The fastest config, as measured on an H200: see docs/kernels.md."""
+    bags = GatherConfig(schedule="bags")
+    if _turns(samples, slots, rows, bags) < SCARCE_TURNS:
+        return bags
     if all(row.row_bytes >= LONG_ROW_BYTES for row in rows):
         return GatherConfig()
-    return GatherConfig(schedule="bags", warpgroups=4, rows_at_once=8)
+    if _bag_bytes(slots, rows) >= LONG_BAG_BYTES:
+        return GatherConfig(schedule="bags", warpgroups=5, rows_at_once=8, ids_per_stream=4)
+    return bags
+
+
+def _bag_bytes(slots: tuple[Slot, ...], rows: tuple[RowShape, ...]) -> float:
+    """Of the rows of a bag, on average."""
+    return sum(slot.expected_ids * rows[slot.group].row_bytes for slot in slots) / len(slots)
 
 
 def _turns(

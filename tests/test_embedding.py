@@ -35,7 +35,7 @@ CONFIGS = [
     GatherConfig(slots_per_unit=1),
     GatherConfig(rows_per_turn=4),
     GatherConfig(schedule="bags"),
-    GatherConfig(schedule="bags", warpgroups=4, rows_at_once=8),
+    GatherConfig(schedule="bags", warpgroups=5, rows_at_once=8, ids_per_stream=4),
 ]
 # |sum of bf16 roundings of the output| and float32 accumulation; see the docs of each dtype.
 RELATIVE_ERROR = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
@@ -293,7 +293,12 @@ def test_bag_plan_has_every_slot_in_one_span(samples: int) -> None:
 
 @pytest.mark.parametrize(
     ("samples", "dims", "schedule", "rows_at_once"),
-    [(1, (128, 128), "bags", 4), (8192, (128, 128), "streams", 4), (8192, (128, 4), "bags", 8)],
+    [
+        (1, (128, 128), "bags", 4),
+        (8192, (128, 128), "streams", 4),
+        (8192, (128, 4), "bags", 8),
+        (8192, (4, 4), "bags", 4),
+    ],
 )
 def test_schedule_follows_rows_and_load(
     samples: int, dims: tuple[int, int], schedule: str, rows_at_once: int
@@ -313,6 +318,15 @@ def test_long_bags_are_shared_where_there_are_few() -> None:
     (many,) = bag_plan(dataclasses.replace(shape, samples=8192)).classes
     assert (few.split, few.warps) == (2, 4)
     assert (many.split, many.warps) == (2, 1)
+
+
+@pytest.mark.parametrize(("ids_per_stream", "split"), [(1, 8), (4, 2), (16, 1)])
+def test_a_bag_has_as_many_streams_as_its_ids_are_worth(ids_per_stream: int, split: int) -> None:
+    case = make_case(make_slots((0, 8, False)), ["bfloat16"], samples=1, longest=1)
+    config = GatherConfig(schedule="bags", blocks=1, ids_per_stream=ids_per_stream)
+    shape = dataclasses.replace(shape_of(expecting(case, [5]), config), samples=100_000)
+    (cls,) = bag_plan(shape).classes
+    assert cls.split == split
 
 
 @pytest.mark.parametrize("slots_per_unit", [1, 2, 3, 5, None])
