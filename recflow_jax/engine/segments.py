@@ -24,6 +24,7 @@ from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.stages import BatchState, Stages
 from recflow_jax.engine.staging import Staging
 from recflow_jax.engine.updates import NewRows
+from recflow_jax.engine.upload import put
 from recflow_jax.layout import Layout
 from recflow_jax.model import Params, param_shapes
 from recflow_jax.rides import Ride, rides
@@ -146,7 +147,7 @@ class Segments:
         """A slice on its way to the device, which may read `packed` until a step that takes the
         array has ended.
         """
-        return jax.device_put(packed)
+        return put(packed)
 
     def bring_back(self, scores: Array) -> None:
         """Starts scores on their way to the host, unless they land there."""
