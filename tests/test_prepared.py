@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recflow_jax.batch import InputError, JaggedBatch, check_batch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig
 from recflow_jax.data.workloads import generate
-from recflow_jax.engine import fixed_bags, prepared
+from recflow_jax.engine import fixed_bags, jagged_bags
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.layout import Layout
 from recflow_jax.measure.host import by_name
@@ -45,12 +45,13 @@ def assert_is(config: DLRMConfig, found: Prepared, batch: JaggedBatch) -> None:
         np.testing.assert_array_equal(found.weights, plain.weights)
 
 
-@pytest.fixture(params=[1, 25, prepared.BLOCK_IDS])
+@pytest.fixture(params=[1, 25, jagged_bags.BLOCK_IDS])
 def block_ids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Ids, or bags, of a block: less than a sample has, those of two samples and some, all of a
-    test.
+    test. What is compiled has no blocks.
     """
-    monkeypatch.setattr(prepared, "BLOCK_IDS", request.param)
+    monkeypatch.setattr(jagged_bags, "one_pass", lambda *_, **__: None)
+    monkeypatch.setattr(jagged_bags, "BLOCK_IDS", request.param)
     for name in ("COPIED_IDS", "KEPT_BAGS"):
         monkeypatch.setattr(fixed_bags, name, request.param)
     return request.param

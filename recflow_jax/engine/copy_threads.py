@@ -45,20 +45,27 @@ def copy_by(count: int) -> Copy | None:
     read, as many in all, in order. And two addresses and how many bytes there are to be compared:
     whether these are the same is what it returns.
     """
-    if count < 2:
-        return None
     nothing = np.zeros((0, 2), np.int64)
+    return compiled(_compiled, count, nothing, nothing, NOTHING) if count > 1 else None
+
+
+def compiled[T: Callable[..., Any]](
+    compile_by: Callable[[Any, int], T], count: int, *probe: Any
+) -> T | None:
+    """What `compile_by` makes of numba and a number of threads, `count` at most, once it has been
+    called with `probe`; None without numba, and without a layer for several threads.
+    """
     with _sleeping_threads():
         try:
             numba = import_module("numba")
         except ImportError:
             return None
-        compiled = _compiled(numba, min(count, numba.config.NUMBA_NUM_THREADS))
+        found = compile_by(numba, min(count, numba.config.NUMBA_NUM_THREADS))
         try:
-            compiled(nothing, nothing, NOTHING)
+            found(*probe)
         except ValueError:  # no layer at all
             return None
-    return compiled if numba.threading_layer() in SAFE_LAYERS else None
+    return found if count == 1 or numba.threading_layer() in SAFE_LAYERS else None
 
 
 def _compiled(numba: Any, count: int) -> Copy:

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from recflow_jax.batch import (
-    MAX_IDS,
     InputError,
     JaggedBatch,
     check_batch,
@@ -21,14 +20,13 @@ from recflow_jax.batch import (
 )
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.berths import Berth, Room
-from recflow_jax.engine.fixed_bags import FixedBags, are_below, copy_ids
+from recflow_jax.engine.fixed_bags import FixedBags
 from recflow_jax.engine.held_copies import kept
+from recflow_jax.engine.jagged_bags import JaggedBags
 from recflow_jax.layout import Layout
 from scheduling.host_costs import LARGE_IDS
 
 FindRoom = Callable[[int], Room | None]
-
-BLOCK_IDS = 2**16  # made rows at a time, so that the arrays in between stay in the cache
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -91,14 +89,11 @@ class Preparer:
         self._config = config
         self._layout = layout
         self._max_ids = max_ids
-        self._limits = np.array(config.feature_rows, np.uint32)
-        self._bases = np.array(layout.feature_bases, np.int32)
-        self._longest = np.array([f.longest_bag or MAX_IDS for f in config.features])
-        self._bounded = bool((self._longest < MAX_IDS).any())
         self._fixed = None
         if config.fixed_bags is not None and sum(config.fixed_bags) <= max_ids:
             lengths = dict(zip([f.name for f in config.features], config.fixed_bags, strict=True))
-            self._fixed = FixedBags(lengths, self._limits)
+            self._fixed = FixedBags(lengths, np.array(config.feature_rows, np.uint32))
+        self._jagged = JaggedBags(config, layout, compiles=False if self._fixed else None)
 
     def prepare(
         self, batch: JaggedBatch, *, checks_later: bool = False, find_room: FindRoom | None = None
@@ -222,45 +217,18 @@ class Preparer:
         return prepared
 
     def _prepare_jagged(self, batch: JaggedBatch) -> Prepared | None:
-        offsets, n = batch.offsets.copy(), batch.samples
-        lengths = offsets[1:] - offsets[:-1]
-        if not self._bags_are_well(batch, offsets, lengths):
-            return None
-        id_offsets = offsets[:: batch.features].copy() if batch.features else np.zeros(n + 1, int)
-        rows = self._jagged_rows(batch.values, id_offsets, lengths)
+        offsets = batch.offsets.copy()
+        rows = self._jagged.rows(batch.values, offsets)
         if rows is None:
             return None
+        id_offsets = offsets[:: len(self._config.features)].copy()
         _check_ids_per_sample(id_offsets, self._max_ids)
         slots = self._layout.slots_of(offsets)
         return _with_floats(batch.dense, batch.weights, rows, id_offsets, slots)
 
-    def _jagged_rows(
-        self, values: np.ndarray, id_offsets: np.ndarray, lengths: np.ndarray
-    ) -> np.ndarray | None:
-        """Block by block of samples: about BLOCK_IDS ids."""
-        samples, features = len(id_offsets) - 1, len(self._limits)
-        rows = np.empty(len(values), np.int32)
-        step = min(max(BLOCK_IDS * samples // max(len(values), 1), 1), samples)
-        limits, bases = np.tile(self._limits, step), np.tile(self._bases, step)
-        for start in range(0, samples, max(step, 1)):
-            ids = slice(id_offsets[start], id_offsets[min(start + step, samples)])
-            counts = lengths[start * features : (start + step) * features]
-            if not copy_ids(values[ids], out=rows[ids], of=len(values)):
-                return None
-            if not are_below(rows[ids], np.repeat(limits[: len(counts)], counts)):
-                return None
-            rows[ids] += np.repeat(bases[: len(counts)], counts)
-        return rows
-
     def _refuse(self, batch: JaggedBatch) -> NoReturn:
         check_batch(self._config, batch)
         raise InputError("the samples changed while they were checked")
-
-    def _bags_are_well(self, batch: JaggedBatch, offsets: np.ndarray, lengths: np.ndarray) -> bool:
-        if offsets[0] != 0 or offsets[-1] != len(batch.values) or np.count_nonzero(lengths < 0):
-            return False
-        too_long = self._bounded and lengths.reshape(-1, len(self._longest)) > self._longest
-        return not np.count_nonzero(too_long)
 
 
 def _with_floats(
