@@ -39,7 +39,7 @@ def test_it_does_without_what_python_does_around_it(monkeypatch: pytest.MonkeyPa
     [
         SimpleNamespace(),
         SimpleNamespace(batched_device_put=lambda *_: 1 / 0),
-        SimpleNamespace(batched_device_put=lambda *_: np.zeros(2)),
+        SimpleNamespace(batched_device_put=lambda *_: jax.numpy.zeros(2)),
     ],
     ids=["missing", "raises", "wrong"],
 )
