@@ -1,6 +1,7 @@
 """Samples made ready on their caller's thread: the same rows as plainly, and the same errors."""
 
 import dataclasses
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -118,6 +119,69 @@ def test_features_by_name_are_the_same_samples(config: DLRMConfig, samples: int)
     assert_is(config, found, batch)
 
 
+ONE_HOT = dataclasses.replace(
+    FIXED,
+    features=tuple(
+        FeatureConfig(name=name, table=table)
+        for name, table in (("a", "users"), ("b", "items"), ("c", "words"))
+    ),
+)
+
+
+def column(samples: int, dtype: str) -> np.ndarray:
+    return (np.arange(samples) % 20).astype(dtype)
+
+
+@pytest.mark.parametrize("samples", [1, 3, fixed_bags.UNSEEN, fixed_bags.UNSEEN + 1])
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        lambda n: {name: column(n + place, "int32")[place:] for place, name in enumerate("abc")},
+        lambda n: {name: column(n + i, "uint64")[i:][::-1] for i, name in enumerate("cab")},
+        lambda n: {"a": column(n, "int8"), "b": column(n, ">i4"), "c": column(n, "uint32")},
+        lambda n: {
+            "a": column(n, "int32"),
+            "b": column(n, "int32").tolist(),
+            "c": column(n, "<i4"),
+        },
+        lambda n: {
+            "a": column(n, "int64"),
+            "b": (column(n, "int64"), np.arange(n + 1)),
+            "c": column(n, "int64"),
+        },
+        lambda n: {
+            "a": [[int(i)] for i in column(n, "int64")],
+            "b": column(n, "int64"),
+            "c": column(n, "int64"),
+        },
+    ],
+    ids=["alike", "other order", "mixed types", "a list", "with offsets", "lists first"],
+)
+def test_one_id_of_each_feature_by_name(
+    sparse: Callable[[int], dict[str, Any]], samples: int
+) -> None:
+    dense, named = np.ones((samples, 5)), sparse(samples)
+    expected = JaggedBatch.from_features(ONE_HOT, dense, named)
+    assert_is(ONE_HOT, preparer(ONE_HOT).prepare_features(dense, named), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.array([1, 2, 50], np.int32), "50"),
+        (np.array([1, -2, 3], np.int32), "-2"),
+        (np.array([1, 2], np.int32), "b"),
+        (np.ones(3, np.float32), "b"),
+        (np.ones(3, bool), "b"),
+    ],
+    ids=["outside", "negative", "too few", "floats", "truths"],
+)
+def test_bad_ids_of_one_hot_features_are_named(wrong: np.ndarray, message: str) -> None:
+    named = {"a": column(3, "int32"), "b": wrong, "c": column(3, "int32")}
+    with pytest.raises(InputError, match=message):
+        preparer(ONE_HOT).prepare_features(np.ones((3, 5)), named)
+
+
 @pytest.fixture
 def fixed_features() -> dict[str, Any]:
     """Three samples of FIXED by name, of several integer types."""
@@ -144,8 +208,9 @@ def test_features_of_fixed_bags_need_no_batch(
         {"mean": (np.arange(3), np.array([0, 1, 2, 3]))},
         {"mean": (np.arange(6, dtype=np.uint64), np.array([0, 2, 4, 6], np.uint8))},
         {"items": (np.arange(12), [0, 4, 8, 12])},
+        dict.fromkeys(("user", "items", "mean", "laid_out"), np.arange(3)),
     ],
-    ids=["lists", "jagged lists", "jagged", "shorter", "other types", "listed offsets"],
+    ids=["lists", "jagged lists", "jagged", "shorter", "other types", "listed offsets", "one each"],
 )
 def test_features_of_any_form_are_the_same_samples(
     fixed_features: dict[str, Any], changed: dict[str, Any]

@@ -27,6 +27,7 @@ class FixedBags:
         self._lengths = tuple(lengths.items())
         per_sample = [*lengths.values()]
         self.ids = sum(per_sample)
+        self._is_one_hot = {*per_sample} == {1}
         self._block = max(1, COPIED_IDS // max(self.ids, 1)) * self.ids
         self._kept_samples = max(1, KEPT_BAGS // max(len(per_sample), 1))
         self._offset_bytes = bag_offsets(per_sample, self._kept_samples).tobytes()
@@ -76,13 +77,15 @@ class FixedBags:
         """
         if not self._lengths or len(sparse) != len(self._lengths):
             return None
-        columns = []
-        for name, length in self._lengths:
-            column = self._column(sparse.get(name), length, samples)
-            if column is None:
-                return None
-            columns.append(column)
-        joined = side_by_side(columns).reshape(-1)
+        joined = self._joined_one_hot(sparse, samples)
+        if joined is None:
+            columns = []
+            for name, length in self._lengths:
+                column = self._column(sparse.get(name), length, samples)
+                if column is None:
+                    return None
+                columns.append(column)
+            joined = side_by_side(columns).reshape(-1)
         if joined.dtype != INT32:
             # Unsigned and signed integers together may have become floats.
             return self.as_int32(joined) if joined.dtype.kind in "iu" else None
@@ -114,6 +117,19 @@ class FixedBags:
             if checks and not self.are_of_tables(copied[block]):
                 return None
         return copied
+
+    def _joined_one_hot(self, sparse: Mapping[str, Any], samples: int) -> np.ndarray | None:
+        """The ids of a few samples, where each feature has one and gives them in an array, all of
+        one type; looked at together they take a quarter of the time.
+        """
+        if not self._is_one_hot or samples > UNSEEN:
+            return None
+        columns = [sparse.get(name) for name, _ in self._lengths]
+        shape, dtype = (samples,), getattr(columns[0], "dtype", INT32)
+        for column in columns:
+            if type(column) is not np.ndarray or column.shape != shape or column.dtype != dtype:
+                return None
+        return np.array(columns).T.reshape(-1) if dtype.kind in "iu" else None
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""
