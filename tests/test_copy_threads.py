@@ -77,5 +77,9 @@ def test_nobody_copies_where_there_is_no_help(monkeypatch: pytest.MonkeyPatch):
         patch.setitem(sys.modules, "numba", None)
         assert copy_by(2) is None
     copy_by.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("numba.config.NUMBA_NUM_THREADS", 1)
+        assert copy_by(2) is None
+    copy_by.cache_clear()
     monkeypatch.setattr(numba, "threading_layer", lambda: "workqueue")
     assert copy_by(2) is None

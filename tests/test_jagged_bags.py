@@ -147,3 +147,18 @@ def test_samples_of_many_ids_are_worth_compiling(
     for config in (CONCAT, DLRMConfig.shipped(name)):
         Preparer(config, Layout.of(config), max_ids=100_000)
     assert bool(asked) == compiles
+
+
+def test_where_numba_has_one_thread_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no layer is asked for."""
+    numba = pytest.importorskip("numba", reason="numba is an extra")
+
+    def no_layer() -> str:
+        raise ValueError("threading layer is not initialised")
+
+    one_pass.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("numba.config.NUMBA_NUM_THREADS", 1)
+        patch.setattr(numba, "threading_layer", no_layer)
+        assert one_pass(4, frees=True) is not None
+    one_pass.cache_clear()

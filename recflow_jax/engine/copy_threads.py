@@ -50,7 +50,7 @@ def copy_by(count: int) -> Copy | None:
 
 
 def compiled[T: Callable[..., Any]](
-    compile_by: Callable[[Any, int], T], count: int, *probe: Any
+    compile_by: Callable[[Any, int], T | None], count: int, *probe: Any
 ) -> T | None:
     """What `compile_by` makes of numba and a number of threads, `count` at most, once it has been
     called with `probe`; None without numba, and without a layer for several threads.
@@ -60,15 +60,20 @@ def compiled[T: Callable[..., Any]](
             numba = import_module("numba")
         except ImportError:
             return None
-        found = compile_by(numba, min(count, numba.config.NUMBA_NUM_THREADS))
+        count = min(count, numba.config.NUMBA_NUM_THREADS)
+        found = compile_by(numba, count)
+        if found is None:
+            return None
         try:
             found(*probe)
         except ValueError:  # no layer at all
             return None
-    return found if count == 1 or numba.threading_layer() in SAFE_LAYERS else None
+    return found if count < 2 or numba.threading_layer() in SAFE_LAYERS else None
 
 
-def _compiled(numba: Any, count: int) -> Copy:
+def _compiled(numba: Any, count: int) -> Copy | None:
+    if count < 2:
+        return None
     word = numba.types.int64
     memcpy = numba.types.ExternalFunction("memcpy", word(word, word, word))
     memcmp = numba.types.ExternalFunction("memcmp", numba.types.int32(word, word, word))

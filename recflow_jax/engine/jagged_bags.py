@@ -22,7 +22,6 @@ from scheduling.request import INT64
 WORTH_IDS = 256  # of a sample, expected: fewer are not worth the seconds that compiling takes
 BLOCK_IDS = 2**16  # made rows at a time, so that the arrays in between stay in the cache
 
-Limits = tuple[np.ndarray, np.ndarray, np.ndarray]
 Pass = Callable[..., bool]
 
 
