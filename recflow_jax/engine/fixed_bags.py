@@ -129,7 +129,7 @@ class FixedBags:
         for column in columns:
             if type(column) is not np.ndarray or column.shape != shape or column.dtype != dtype:
                 return None
-        return np.array(columns).T.reshape(-1) if dtype.kind in "iu" else None
+        return np.array(columns).T.reshape(-1)
 
     def _column(self, entry: Any, length: int, samples: int) -> np.ndarray | None:
         """ids [samples, length] of one feature."""

@@ -17,7 +17,6 @@ from recflow_jax.engine import copy_threads
 from recflow_jax.engine.fixed_bags import INT32, are_below, copy_ids
 from recflow_jax.layout import Layout
 from scheduling.host_costs import LARGE_IDS
-from scheduling.request import INT64
 
 WORTH_IDS = 256  # of a sample, expected: fewer are not worth the seconds that compiling takes
 BLOCK_IDS = 2**16  # made rows at a time, so that the arrays in between stay in the cache
@@ -27,16 +26,15 @@ Pass = Callable[..., bool]
 
 class JaggedBags:
     """The bags of a model's samples. compiles: with numba, if it is there: in a second or two, when
-    the first of these is made; None does so for samples of many ids.
+    the first of these is made.
     """
 
-    def __init__(self, config: DLRMConfig, layout: Layout, *, compiles: bool | None = None) -> None:
+    def __init__(self, config: DLRMConfig, layout: Layout, *, compiles: bool) -> None:
         self._limits = np.array(config.feature_rows, np.uint32)
         self._bases = np.array(layout.feature_bases, np.int32)
         self._longest = np.array([f.longest_bag or MAX_IDS for f in config.features], np.int64)
         self._small = self._large = None
-        expected = sum(slot.expected_ids for slot in layout.slots)
-        if expected >= WORTH_IDS if compiles is None else compiles:
+        if compiles:
             self._small, self._large = one_pass(1), one_pass(copy_threads.threads(), frees=True)
 
     def rows(self, values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
@@ -47,28 +45,26 @@ class JaggedBags:
         if offsets[0] != 0 or offsets[-1] != len(values):
             return None
         one_pass = self._large if len(values) >= LARGE_IDS else self._small
-        are_plain = values.dtype == INT32 and values.flags.c_contiguous
-        if one_pass is None or not are_plain or offsets.dtype != INT64:
+        if one_pass is None or values.dtype != INT32 or not values.flags.c_contiguous:
             return self._by_numpy(values, offsets)
         rows = np.empty(len(values), np.int32)
         of_features = (self._limits, self._bases, self._longest)
         return rows if one_pass(values, offsets, *of_features, rows) else None
 
     def _by_numpy(self, values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-        lengths = offsets[1:] - offsets[:-1]
-        if np.count_nonzero(lengths < 0):
+        features, lengths = len(self._limits), offsets[1:] - offsets[:-1]
+        # As unsigned integers, lengths below 0 are above all others.
+        unsigned, longest = lengths.view(np.uint64), self._longest.view(np.uint64)
+        if np.count_nonzero(unsigned.reshape(-1, features) > longest):
             return None
-        if np.count_nonzero(lengths.reshape(-1, len(self._longest)) > self._longest):
-            return None
-        features = len(self._limits)
         samples = len(lengths) // features
         rows = np.empty(len(values), np.int32)
         step = min(max(BLOCK_IDS * samples // max(len(values), 1), 1), samples)
         limits, bases = np.tile(self._limits, step), np.tile(self._bases, step)
         for start in range(0, samples, max(step, 1)):
             counts = lengths[start * features : (start + step) * features]
-            first = offsets[start * features]
-            ids = slice(first, first + counts.sum())
+            first = start * features
+            ids = slice(offsets[first], offsets[first + len(counts)])
             if not copy_ids(values[ids], out=rows[ids], of=len(values)):
                 return None
             if not are_below(rows[ids], np.repeat(limits[: len(counts)], counts)):
@@ -90,6 +86,27 @@ def one_pass(count: int, *, frees: bool = False) -> Pass | None:
 
 
 def _compiled(numba: Any, count: int, *, frees: bool) -> Pass:
+    share, operands = _share(numba)
+
+    def alone(values: Any, offsets: Any, limits: Any, bases: Any, longest: Any, out: Any) -> Any:
+        return share(values, offsets, limits, bases, longest, out, 0, 1) == 0
+
+    def together(values: Any, offsets: Any, limits: Any, bases: Any, longest: Any, out: Any) -> Any:
+        of_caller = numba.get_num_threads()
+        numba.set_num_threads(count)
+        bad = 0
+        for part in numba.prange(count):
+            bad += share(values, offsets, limits, bases, longest, out, part, count)
+        numba.set_num_threads(of_caller)
+        return bad == 0
+
+    compile_it = numba.njit(numba.types.boolean(*operands), nogil=frees, parallel=count > 1)
+    return compile_it(unwrap(together if count > 1 else alone))  # without what tests put around it
+
+
+@cache
+def _share(numba: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A part of the pass, compiled, and the types of the operands of all of it."""
     types = numba.types
     int32s, int64s, uint32s = (
         types.Array(kind, 1, "C", readonly=True)
@@ -129,19 +146,4 @@ def _compiled(numba: Any, count: int, *, frees: bool) -> Pass:
         return 0
 
     counted = types.int64(*operands, types.int64, types.int64)
-    share = numba.njit(counted, nogil=True)(unwrap(share))  # without what tests put around it
-
-    def alone(values: Any, offsets: Any, limits: Any, bases: Any, longest: Any, out: Any) -> Any:
-        return share(values, offsets, limits, bases, longest, out, 0, 1) == 0
-
-    def together(values: Any, offsets: Any, limits: Any, bases: Any, longest: Any, out: Any) -> Any:
-        of_caller = numba.get_num_threads()
-        numba.set_num_threads(count)
-        bad = 0
-        for part in numba.prange(count):
-            bad += share(values, offsets, limits, bases, longest, out, part, count)
-        numba.set_num_threads(of_caller)
-        return bad == 0
-
-    compile_it = numba.njit(types.boolean(*operands), nogil=frees, parallel=count > 1)
-    return compile_it(unwrap(together if count > 1 else alone))
+    return numba.njit(counted, nogil=True)(unwrap(share)), operands

@@ -19,10 +19,11 @@ from recflow_jax.batch import (
     dense_array,
 )
 from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import expected_ids_per_sample
 from recflow_jax.engine.berths import Berth, Room
 from recflow_jax.engine.fixed_bags import FixedBags
 from recflow_jax.engine.held_copies import kept
-from recflow_jax.engine.jagged_bags import JaggedBags
+from recflow_jax.engine.jagged_bags import WORTH_IDS, JaggedBags
 from recflow_jax.layout import Layout
 from scheduling.host_costs import LARGE_IDS
 
@@ -93,7 +94,8 @@ class Preparer:
         if config.fixed_bags is not None and sum(config.fixed_bags) <= max_ids:
             lengths = dict(zip([f.name for f in config.features], config.fixed_bags, strict=True))
             self._fixed = FixedBags(lengths, np.array(config.feature_rows, np.uint32))
-        self._jagged = JaggedBags(config, layout, compiles=False if self._fixed else None)
+        is_worth = self._fixed is None and expected_ids_per_sample(config) >= WORTH_IDS
+        self._jagged = JaggedBags(config, layout, compiles=is_worth)
 
     def prepare(
         self, batch: JaggedBatch, *, checks_later: bool = False, find_room: FindRoom | None = None
