@@ -11,10 +11,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fake_segments import FakeSegments, samples, scores
 from recflow_jax.engine.engine import Engine
+from recflow_jax.engine.errors import QueueFull
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape
 from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.remote.front_ends import FrontEnds, check_free
@@ -61,6 +63,16 @@ def assert_sent_home(visitor: socket.socket) -> None:
         assert visitor.recv(100) == b""
     except ConnectionResetError:
         pass
+
+
+def answered(front_end: FrontEnd) -> np.ndarray:
+    """Scores of one sample, asked for again for as long as others fill the engine's queue."""
+    limit = time.monotonic() + SOON_S
+    while True:
+        try:
+            return front_end.predict(samples(1))
+        except QueueFull:
+            assert time.monotonic() < limit, "nobody else is answered"
 
 
 def test_only_its_user_may_connect(front_ends: FrontEnds):

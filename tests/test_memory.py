@@ -1,6 +1,8 @@
 """When memory counts as flat, and that a process's is seen."""
 
 import os
+import sys
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -39,10 +41,27 @@ def test_the_device_counts_too() -> None:
     assert not is_flat(grown)
 
 
+GROWS = f"""
+print("small", flush=True)
+input()
+kept = b"x" * {64 * MIB}
+print("grown", flush=True)
+input()
+"""
+
+
 def test_a_process_is_seen() -> None:
-    before, kept = rss_bytes(os.getpid()), bytearray(64 * MIB)
-    kept[::1024] = b"x" * len(kept[::1024])
-    assert rss_bytes(os.getpid()) - before > 32 * MIB
+    """One that frees nothing meanwhile, as the threads of this one may."""
+    command = [sys.executable, "-c", GROWS]
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "small\n"
+        before = rss_bytes(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "grown\n"
+        assert rss_bytes(process.pid) - before > 32 * MIB
+        process.communicate("\n")
 
 
 def test_samples_are_taken_meanwhile() -> None:
