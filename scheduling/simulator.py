@@ -1,23 +1,26 @@
 """The engine on a virtual clock: the same pipeline, a device of known times, a host of known costs.
 
-As in the engine, callers let requests in one after the other, but begin with none while the
-launcher launches; it takes all mail there is, asks the policy and launches step after step; copies
-to the device go one after the other, the device runs the steps in their order, and one thread
-answers.
+As in the engine, three threads share one interpreter. Callers let requests in one after the other,
+but begin with none while the launcher launches; it takes all mail there is, asks the policy and
+launches step after step; a third answers. Copies to the device go one after the other, the device
+runs the steps in their order.
 """
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from scheduling.costs import StepTimes
 from scheduling.host_costs import LARGE_IDS, REST_STEP_US, RESTS, HostCosts
-from scheduling.pipeline import Action, Arrive, Event, Launch, StepDone
+from scheduling.interpreter import Compute, Interpreter, Sleep
+from scheduling.pipeline import Arrive, Event, Launch, StepDone
 from scheduling.policy import Policy
-from scheduling.request import Part, Request, Step, StepShape
+from scheduling.request import Request, Step, StepShape
+
+Doing = Iterator[Compute | Sleep]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,149 +100,125 @@ class _Served:
     answered_us: float = math.nan
 
 
-@dataclass(slots=True)
-class _Launched:
-    """All steps so far; `flights` are those that the launcher does not know the end of."""
-
-    by_shape: Counter[StepShape] = field(default_factory=Counter)
-    flights: deque[tuple[float, int]] = field(default_factory=deque)
-    batch_samples: list[int] = field(default_factory=list)
-    batch_buckets: list[int] = field(default_factory=list)
-
-
 class _Engine:
-    """Five clocks: the callers', the launcher's, the copies', the device's, and the answers'."""
+    """Three threads, copies to the device, and the device."""
 
     def __init__(
         self, policy: Policy, requests: Iterable[Request], times: StepTimes, host: HostCosts
     ) -> None:
         self._policy = policy
-        self._requests = iter(requests)
         self._times = times
         self._host = host
-        self._called_us = self._entered_us = 0.0
-        self._turns_us: list[tuple[float, float]] = []
-        self._aside_us = 0.0
-        self._is_crowded = False
-        self._next: Request | None = None
-        self._draw_next()
         self._served: dict[int, _Served] = {}
-        self._launched = _Launched()
-        self._mailed: list[Event] = []
-        self._now_us = 0.0
-        self._copied_us = 0.0
-        self._device_free_us = 0.0
-        self._answering_us = 0.0
-        self._device_busy_us = 0.0
-        self._launcher_busy_us = 0.0
+        self._mail: list[Event] = []
+        self._flights: deque[tuple[float, Step]] = deque()
+        self._launches = self._is_called = self._is_crowded = self._expects_mail = False
+        self._copied_us = self._device_free_us = 0.0
+        self._device_busy_us = self._launcher_busy_us = 0.0
+        self._steps_by_shape = Counter[StepShape]()
+        self._batch_samples: list[int] = []
+        self._batch_buckets: list[int] = []
+        self._python = Interpreter(host.switch_us)
+        self._launcher = self._python.start(self._launch(), is_last=True)
+        self._answerer = self._python.start(self._answer())
+        self._callers = self._python.start(self._let_in(requests))
 
     def run(self) -> None:
-        while (next_us := self._next_mail_us()) < math.inf:
-            slept_us = max(next_us - self._now_us, 0)
-            self._now_us = started_us = self._now_us + slept_us
-            mail, self._mailed = self._mailed + self._mail(), []
-            self._turns_us, self._aside_us = [], 0.0
-            self._act(self._policy.step(int(started_us), mail))
-            self._is_crowded = self._policy.is_crowded
-            self._let_in(self._called_us)
-            took_us = self._now_us - started_us - self._aside_us
-            self._rest(RESTS * took_us - slept_us - self._aside_us)
+        self._python.run()
 
-    def _next_mail_us(self) -> float:
-        """When the launcher has something to do: an arrival, a step's end, a deadline."""
-        if self._mailed:
-            return self._now_us
-        flights, deadline_us = self._launched.flights, self._policy.next_deadline_us
-        return min(
-            math.inf if self._next is None else self._entered_us,
-            flights[0][0] if flights else math.inf,
-            math.inf if deadline_us is None else deadline_us,
-        )
+    # --- callers ---
 
-    def _rest(self, longest_us: float) -> None:
-        """See REST_STEP_US."""
-        end_us, seen = self._now_us + longest_us, 0
-        self._mailed += self._mail()
-        while self._now_us < end_us and self._has_cause_to_rest(seen):
-            seen = len(self._mailed)
-            self._now_us = min(self._now_us + REST_STEP_US, end_us)
-            self._mailed += self._mail()
+    def _let_in(self, requests: Iterable[Request]) -> Doing:
+        """Begins with the next one when the launcher has launched; with a large one at once."""
+        before: Request | None = None
+        for request in requests:
+            self._check(request, before)
+            before = request
+            if request.arrived_us > self._now_us:
+                yield Sleep(request.arrived_us + self._host.wake_us)
+            is_large = request.ids >= LARGE_IDS
+            self._is_called = not is_large
+            while self._launches and not is_large:
+                yield Sleep()
+            yield Compute(self._host.submitting_us(request))
+            if is_large:
+                yield Sleep(self._now_us + self._host.copying_in_us(request))
+            self._is_called = False
+            self._served[request.id] = _Served(
+                arrived_us=request.arrived_us,
+                samples=request.samples,
+                deadline_us=math.inf if request.deadline_us is None else request.deadline_us,
+            )
+            self._post(Arrive(request=request))
 
-    def _has_cause_to_rest(self, seen: int) -> bool:
-        new = self._mailed[seen:]
-        is_large = any(isinstance(one, Arrive) and one.request.ids >= LARGE_IDS for one in new)
-        return not (self._is_crowded or is_large) and (bool(new) or self._is_called())
-
-    def _is_called(self) -> bool:
-        """Whether a caller is letting in a request that is not large."""
-        is_small = self._next is not None and self._next.ids < LARGE_IDS
-        return is_small and self._called_us <= self._now_us
-
-    def _mail(self) -> list[Event]:
-        """What came since it was asked before."""
-        events: list[Event] = []
-        while self._next is not None and self._entered_us <= self._now_us:
-            events.append(Arrive(request=self._next))
-            self._take_next(self._next)
-        flights = self._launched.flights
-        while flights and flights[0][0] <= self._now_us:
-            events.append(StepDone(step_id=flights.popleft()[1]))
-        return events
-
-    def _draw_next(self) -> None:
-        """The next request, which is known of when those before it have been let in, too."""
-        self._next = next(self._requests, None)
-        if self._next is not None:
-            self._let_in(max(self._entered_us, self._next.arrived_us + self._host.wake_us))
-
-    def _let_in(self, called_us: float) -> None:
-        """Begins with the next request at `called_us`, or when the launcher has launched; with a
-        large one at once.
-        """
-        if self._next is None:
-            return
-        turns_us = self._turns_us if self._next.ids < LARGE_IDS else []
-        for started_us, ended_us in turns_us:
-            if started_us <= called_us < ended_us:
-                called_us = ended_us
-        self._called_us = called_us
-        self._entered_us = self._called_us + self._host.submitting_us(self._next)
-
-    def _take_next(self, request: Request) -> None:
+    def _check(self, request: Request, before: Request | None) -> None:
         if request.id in self._served:
             raise ValueError(f"request {request.id} arrives twice")
-        self._served[request.id] = _Served(
-            arrived_us=request.arrived_us,
-            samples=request.samples,
-            deadline_us=math.inf if request.deadline_us is None else request.deadline_us,
-        )
-        self._draw_next()
-        if self._next is not None and self._next.arrived_us < request.arrived_us:
-            raise ValueError(f"request {self._next.id} arrives before request {request.id}")
+        if before is not None and request.arrived_us < before.arrived_us:
+            raise ValueError(f"request {request.id} arrives before request {before.id}")
 
-    def _act(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Launch):
-                self._launch(action.step)
+    def _post(self, event: Event) -> None:
+        self._mail.append(event)
+        if self._expects_mail:
+            self._python.wake(self._launcher)
 
-    def _launch(self, step: Step) -> None:
-        launching_us = self._host.launching_us(step)
-        aside_us = 0.0 if self._is_crowded else self._host.aside_us(step)
-        started_us, self._now_us = self._now_us + aside_us, self._now_us + launching_us
-        self._turns_us.append((started_us, self._now_us))
-        self._aside_us += aside_us
+    # --- the launcher ---
+
+    def _launch(self) -> Doing:
+        while True:
+            asked_us = self._now_us
+            yield from self._wait_for_mail()
+            started_us = self._now_us
+            self._launches = True
+            mail, self._mail = self._mail, []
+            aside_us = 0.0
+            for action in self._policy.step(int(started_us), mail):
+                if isinstance(action, Launch):
+                    aside_us += yield from self._launch_step(action.step)
+            self._is_crowded = self._policy.is_crowded
+            self._leave_turn()
+            took_us = self._now_us - started_us - aside_us
+            yield from self._rest(RESTS * took_us - (started_us - asked_us) - aside_us)
+
+    def _wait_for_mail(self) -> Doing:
+        """Or for a deadline."""
+        if self._mail:
+            return
+        self._expects_mail = True
+        deadline_us = self._policy.next_deadline_us
+        yield Sleep(math.inf if deadline_us is None else deadline_us)
+        self._expects_mail = False
+
+    def _launch_step(self, step: Step) -> Generator[Compute | Sleep, None, float]:
+        """Gives how long callers went on meanwhile."""
+        launching_us, aside_us = self._host.launching_us(step), self._host.aside_us(step)
         self._launcher_busy_us += launching_us
-        known_us = max(self._end_us(step) + self._host.answer_us, self._answering_us)
-        self._launched.flights.append((known_us, step.id))
-        self._launched.by_shape[step.shape] += 1
-        if step.slice is not None:
-            self._note_launch(step.slice.parts)
-        if step.segment is not None and step.segment.shape.last:
-            self._launched.batch_samples.append(step.segment.samples)
-            self._launched.batch_buckets.append(step.segment.shape.batch)
-            self._note_answers(step.segment.parts, known_us)
+        yield Compute(launching_us - aside_us)
+        left_us = self._now_us
+        if not self._is_crowded:
+            self._leave_turn()
+        yield Sleep(left_us + aside_us)
+        self._launches = True
+        self._launched(step)
+        return 0.0 if self._is_crowded else self._now_us - left_us
 
-    def _end_us(self, step: Step) -> float:
+    def _leave_turn(self) -> None:
+        self._launches = False
+        if self._is_called:
+            self._python.wake(self._callers)
+
+    def _launched(self, step: Step) -> None:
+        self._steps_by_shape[step.shape] += 1
+        self._flights.append((self._ended_us(step) + self._host.answer_us, step))
+        self._python.wake(self._answerer)
+        for part in step.slice.parts if step.slice else ():
+            if part.start == 0:
+                self._served[part.request_id].launched_us = self._now_us
+        if step.segment is not None and step.segment.shape.last:
+            self._batch_samples.append(step.segment.samples)
+            self._batch_buckets.append(step.segment.shape.batch)
+
+    def _ended_us(self, step: Step) -> float:
         """When the device has run the step that was launched now."""
         ready_us = self._now_us
         if step.slice is not None:
@@ -250,32 +229,55 @@ class _Engine:
         self._device_busy_us += step_us
         return self._device_free_us
 
-    def _note_launch(self, parts: Iterable[Part]) -> None:
-        for part in parts:
-            if part.start == 0:
-                self._served[part.request_id].launched_us = self._now_us
+    def _rest(self, longest_us: float) -> Doing:
+        """See REST_STEP_US."""
+        end_us, seen = self._now_us + longest_us, 0
+        while self._now_us < end_us and self._has_cause_to_rest(seen):
+            seen = len(self._mail)
+            yield Sleep(min(self._now_us + REST_STEP_US, end_us))
 
-    def _note_answers(self, parts: Iterable[tuple[int, Part]], known_us: float) -> None:
-        complete = [
-            served
-            for _, part in parts
-            if part.stop == (served := self._served[part.request_id]).samples
-        ]
-        self._answering_us = known_us + len(complete) * self._host.resolve_us
-        for served in complete:
-            if self._answering_us <= served.deadline_us:
-                served.answered_us = self._answering_us
+    def _has_cause_to_rest(self, seen: int) -> bool:
+        new = self._mail[seen:]
+        is_large = any(isinstance(one, Arrive) and one.request.ids >= LARGE_IDS for one in new)
+        return not (self._is_crowded or is_large) and (bool(new) or self._is_called)
+
+    # --- who answers ---
+
+    def _answer(self) -> Doing:
+        while True:
+            while not self._flights:
+                yield Sleep()
+            ended_us, step = self._flights.popleft()
+            while ended_us > self._now_us:
+                yield Sleep(ended_us)
+            yield Compute(self._host.end_us)
+            self._post(StepDone(step_id=step.id))
+            answered = self._answered(step)
+            yield Compute(len(answered) * self._host.resolve_us)
+            for served in answered:
+                if self._now_us <= served.deadline_us:
+                    served.answered_us = self._now_us
+
+    def _answered(self, step: Step) -> list[_Served]:
+        """Of whom this step makes the last scores."""
+        parts = step.segment.parts if step.segment else ()
+        served = [(part, self._served[part.request_id]) for _, part in parts]
+        return [one for part, one in served if part.stop == one.samples]
+
+    @property
+    def _now_us(self) -> float:
+        return self._python.now_us
 
     def outcome(self) -> SimulatedRun:
-        served, launched = self._served.values(), self._launched
+        served = self._served.values()
         return SimulatedRun(
             arrived_us=np.array([one.arrived_us for one in served], np.float64),
             launched_us=np.array([one.launched_us for one in served], np.float64),
             answered_us=np.array([one.answered_us for one in served], np.float64),
             samples=np.array([one.samples for one in served], np.int64),
-            batch_samples=np.array(launched.batch_samples, np.int64),
-            batch_buckets=np.array(launched.batch_buckets, np.int64),
-            steps_by_shape=launched.by_shape,
+            batch_samples=np.array(self._batch_samples, np.int64),
+            batch_buckets=np.array(self._batch_buckets, np.int64),
+            steps_by_shape=self._steps_by_shape,
             device_busy_us=self._device_busy_us,
             launcher_busy_us=self._launcher_busy_us,
             end_us=self._device_free_us,

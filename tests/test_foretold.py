@@ -1,6 +1,7 @@
 """Foretelling an online run: the same requests, a host as measured, a device of known times."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,67 @@ def foretold_and_measured(collecting: Collecting | None) -> tuple[Foretold, Load
     return Foretold.of(teller.foretell(collecting, requests, due_s), measured), measured
 
 
+def test_a_host_is_as_much_slower_as_the_engine_was():
+    segments, requests = TimedSegments(FIXED, OPTIONS), requests_of(8)
+    host = HostCosts(submit_us=4000, launch_us=10)
+    teller = Foreteller(segments, segments.table(), host)
+    # Of 250 requests per second that callers let in.
+    slower = teller.saturating_at(100, requests)
+    assert slower.host == replace(teller.host, submit_us=slower.host.submit_us)
+    assert slower.host.submit_us == pytest.approx(4000 * 2.5, rel=0.02)
+    assert teller.saturating_at(300, requests).host.submit_us == pytest.approx(4000, rel=0.01)
+    assert teller.saturating_at(10, requests).host.submit_us == pytest.approx(4 * 4000, rel=0.01)
+
+
+def test_a_host_is_none_the_slower_where_the_device_is():
+    segments, requests = TimedSegments(FIXED, OPTIONS), requests_of(8)
+    host = HostCosts(submit_us=10, launch_us=10)
+    teller = Foreteller(segments, segments.table(), host)
+    assert teller.saturating_at(100, requests) is teller
+
+
+def stages_of(samples: int, sharing: float) -> Stages:
+    """What a host takes for each step, request and sample, where so many share a step."""
+    return Stages(
+        submit_us=5 + 2 * samples,
+        pack_us=40 / sharing + 3 + 0.25 * samples,
+        launch_us=160 / sharing + 7 + 0.5 * samples,
+        resolve_us=90 / sharing + 4 + 0.125 * samples,
+    )
+
+
+def test_what_a_step_costs_is_told_from_how_many_requests_share_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def bench_host(
+        _: DLRMConfig, sizes: Sequence[int], *, in_flight: int | None = None, **how: Any
+    ) -> list[HostResult]:
+        sharing = 25.0 if in_flight is None else in_flight
+        return [
+            replace(result("frozen", n, stages_of(n, sharing)), mean_batch=n * sharing)
+            for n in sizes
+        ]
+
+    monkeypatch.setattr(host_rates, "bench_host", bench_host)
+    requests = [r.frozen() for r in requests_of(8)]
+    segments = TimedSegments(FIXED, OPTIONS)
+    rates = host_rates.measured_rates(segments, requests, ids="uniform", seed=0)
+    assert (rates.submit_us, rates.submit_sample_us) == pytest.approx((5, 2))
+    assert (rates.step_us, rates.request_us, rates.sample_us) == pytest.approx((200, 10, 0.75))
+    assert (rates.end_us, rates.resolve_us) == pytest.approx((90, 4 + 8 * 0.125))
+
+
+def result(given_as: str, samples: int, stages: Stages) -> HostResult:
+    return HostResult(
+        request_samples=samples,
+        given_as=given_as,
+        in_flight=1,
+        timing=Timing(median_us=1, p10_us=1, p90_us=1, samples=1, calls=1),
+        stages=stages,
+        mean_batch=1,
+    )
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_host_is_measured_with_requests_that_are_copied_if_these_are(
     frozen: bool, monkeypatch: pytest.MonkeyPatch
@@ -85,15 +147,7 @@ def test_the_host_is_measured_with_requests_that_are_copied_if_these_are(
     def found(given_as: str, samples: int) -> HostResult:
         submit_us = COPYING_US if given_as == "batch" else 1.0
         stages = Stages(submit_us=submit_us, pack_us=1, launch_us=1, resolve_us=1)
-        timing = Timing(median_us=1, p10_us=1, p90_us=1, samples=1, calls=1)
-        return HostResult(
-            request_samples=samples,
-            given_as=given_as,
-            in_flight=1,
-            timing=timing,
-            stages=stages,
-            mean_batch=1,
-        )
+        return result(given_as, samples, stages)
 
     def bench_host(_: DLRMConfig, sizes: Sequence[int], **how: Any) -> list[HostResult]:
         return [found(given_as, n) for n in sizes for given_as in ("batch", "frozen", "features")]

@@ -20,6 +20,9 @@ def test_the_launcher_pays_per_launch_and_for_what_it_packs():
     assert HOST.launching_us(step(None, SIZE)) == 20 + packing_us
     assert HOST.launching_us(step(WHOLE, SIZE)) == 20 + 20 + packing_us
     assert HOST.launching_us(step(WHOLE, SIZE, "deep")) == 20 + packing_us
+    with_steps = replace(HOST, step_us=9)
+    assert with_steps.launching_us(step(WHOLE, SIZE)) == 9 + 20 + 20 + packing_us
+    assert with_steps.aside_us(step(WHOLE, SIZE)) == 20 + 20
 
 
 def test_requests_cost_with_their_first_samples_and_buffers_by_the_byte():
@@ -49,9 +52,34 @@ def test_callers_go_on_during_calls_and_while_ids_without_end_are_copied(
     assert HOST.aside_us(step(WHOLE, SIZE)) == 20 + 20
 
 
-def test_callers_pay_per_request_and_per_sample():
+def test_callers_pay_per_request_and_per_sample(monkeypatch: pytest.MonkeyPatch):
     host = HostCosts(submit_us=5, submit_sample_us=2)
-    assert host.submitting_us(request(0, samples=3)) == 5 + 3 * 2
+    asked = request(0, samples=3, ids=4)
+    assert (host.submitting_us(asked), host.copying_in_us(asked)) == (5 + 3 * 2, 3 * 2)
+    monkeypatch.setattr(host_costs, "LARGE_IDS", 12)
+    assert (host.submitting_us(asked), host.copying_in_us(asked)) == (5, 3 * 2)
+
+
+def test_a_slower_host_computes_for_longer():
+    fast = HostCosts(
+        wake_us=1,
+        submit_us=2,
+        submit_sample_us=3,
+        request_us=4,
+        step_us=5,
+        launch_us=6,
+        sample_us=7,
+        id_us=8,
+        hand_over_us=9,
+        byte_us=10,
+        answer_us=11,
+        end_us=12,
+        resolve_us=13,
+    )
+    slow = fast.slower(2)
+    of_threads = ("submit_us", "submit_sample_us", "request_us", "step_us", "sample_us", "id_us")
+    doubled = {name: 2 * getattr(fast, name) for name in (*of_threads, "end_us", "resolve_us")}
+    assert slow == replace(fast, **doubled)
 
 
 def test_the_whole_room_of_a_slice_is_copied():

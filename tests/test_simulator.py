@@ -35,6 +35,12 @@ def run(
     return simulate(policy, requests, times=TIMES, host=host)
 
 
+def are_large(ids: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From so many ids on."""
+    for module in (simulator, host_costs):
+        monkeypatch.setattr(module, "LARGE_IDS", ids)
+
+
 # --- by hand --------------------------------------------------------------------------------------
 
 
@@ -68,17 +74,24 @@ def test_the_host_costs_come_on_top():
 def test_requests_are_let_in_one_after_the_other():
     host = replace(FREE, submit_us=10, submit_sample_us=5)
     three = run(request(0, 0), request(1, 0, samples=2), request(2, 100), host=host, segments=1)
-    # Known of at 15, 35 and 115; the first runs from 15 to 45.
-    assert three.launched_us.tolist() == [15, 35, 115]
-    assert three.answered_us.tolist() == [45, 75, 145]
+    # Known of at 15, 35 and 115; callers keep the interpreter until 35.
+    assert three.launched_us.tolist() == [35, 35, 115]
+    assert three.answered_us.tolist() == [65, 65, 145]
+
+
+def test_callers_who_go_on_are_cut_short_after_the_switch_interval():
+    host = replace(FREE, submit_us=150, switch_us=200)
+    three = run(*[request(i, 0) for i in range(3)], host=host, segments=1)
+    # The launcher asks for the interpreter at 150 and has it at 350; the third is known of at 450.
+    assert three.launched_us.tolist() == [350, 350, 450]
 
 
 def test_a_caller_that_sleeps_wakes_late():
     host = replace(FREE, wake_us=10, submit_us=30)
-    both = run(request(0, 0), request(1, 20), host=host, segments=1)
-    # The second is due while the first is let in: nobody sleeps.
-    assert both.launched_us.tolist() == [40, 70]
-    assert both.latencies_us.tolist() == [40 + 30, 50 + 30]
+    three = run(request(0, 100), request(1, 120), request(2, 300), host=host, segments=1)
+    # The second is due while the first is let in: nobody sleeps before it.
+    assert three.launched_us.tolist() == [170, 170, 340]
+    assert three.latencies_us.tolist() == [70 + 30, 50 + 30, 40 + 30]
 
 
 def test_one_thread_answers():
@@ -88,6 +101,21 @@ def test_one_thread_answers():
     assert both.answered_us.tolist() == [43, 43, 69]
     slow = run(request(0, 0), request(1, 1), host=replace(FREE, resolve_us=50), segments=1)
     assert slow.answered_us.tolist() == [80, 130]
+
+
+def test_each_step_costs_the_launcher_and_who_answers():
+    host = replace(FREE, step_us=7, end_us=5, resolve_us=4)
+    both = run(request(0, 100), request(1, 200), host=host, segments=1, max_steps_in_flight=1)
+    # A slice from 107 to 117, known of at 122; a segment from 129 to 149, known of at 154.
+    assert both.launched_us.tolist() == [107, 207]
+    assert both.answered_us.tolist() == [158, 258]
+
+
+def test_who_answers_and_the_launcher_share_the_interpreter():
+    host = replace(FREE, request_us=40, resolve_us=100)
+    both = run(request(0, 0), request(1, 75), host=host, segments=1)
+    # The first is launched at 40 and answered from 70 to 170, the second let in and handled then.
+    assert both.answered_us.tolist() == [170, 210 + 30 + 100]
 
 
 def test_a_device_waits_for_a_slow_launcher():
@@ -125,59 +153,62 @@ def test_a_launcher_does_not_rest_where_it_is_crowded():
     crowd = [request(i, 10 * i) for i in range(40)]
     policy = Pipeline(config(segments=1, batch_buckets=(4,), max_steps_in_flight=1))
     busy = run(*crowd, policy=policy, host=host)
-    # The first is packed until 100 and rested for until 300; then 4 are packed, and end in 30 us.
+    # The first is packed until 100, and its slice ends at 110; then 4 are packed, and end in 30 us.
     # As many wait again and more: the next are packed at once.
-    assert busy.launched_us[:9].tolist() == [100, *[300 + 400] * 4, *[700 + 30 + 400] * 4]
+    assert busy.launched_us[:9].tolist() == [100, *[110 + 400] * 4, *[510 + 30 + 400] * 4]
 
 
 def test_a_launcher_rests_while_a_request_is_let_in():
     host = replace(FREE, request_us=1000, submit_us=450)
-    three = run(request(0, 0), request(1, 0), request(2, 1940), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1900 and seen at 1950, the
-    # third let in until 2390 and seen at 2450; nothing more has come at 2550.
-    assert three.launched_us.tolist() == [1450, *[2550 + 2 * 1000] * 2]
+    three = run(request(0, 0), request(1, 460), request(2, 1940), host=host, segments=1)
+    # The first is launched from 450 to 1450, the second let in until 1900, when the launcher, which
+    # looked at 1550 and 1750, has the interpreter again; the third until 2390, when it has looked
+    # at 2000, 2200 and 2300 and looks; nothing more has come at 2490.
+    assert three.launched_us.tolist() == [1450, *[2490 + 2 * 1000] * 2]
 
 
-@pytest.mark.parametrize("arrived_us", [450, 600, 1449])
+@pytest.mark.parametrize("arrived_us", [451, 600, 1249])
 def test_callers_begin_with_no_request_while_the_launcher_launches(arrived_us: int):
     host = replace(FREE, request_us=1000, submit_us=450)
     both = run(request(0, 0), request(1, arrived_us), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1900 and seen at 1950;
-    # nothing more has come at 2050.
-    assert both.launched_us.tolist() == [1450, 2050 + 1000]
+    # The first is launched from 450 to 1450, the second let in until 1900 and seen then, as the
+    # launcher waits for the interpreter; nothing more has come at 2000.
+    assert both.launched_us.tolist() == [1450, 2000 + 1000]
 
 
 def test_a_large_request_is_let_in_while_the_launcher_launches(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(simulator, "LARGE_IDS", 5)
-    host = replace(FREE, request_us=1000, submit_us=450)
+    are_large(5, monkeypatch)
+    host = replace(FREE, request_us=1000, submit_us=50, submit_sample_us=400)
     both = run(request(0, 0), request(1, 600, ids=5), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1050 and seen at 1450.
-    assert both.launched_us.tolist() == [1450, 1450 + 1000]
+    # The first is launched from 450 on; the second asks at 600, computes from 800 to 850, is copied
+    # until 1250 and seen at 1500, when the first is launched.
+    assert both.launched_us.tolist() == [1500, 1500 + 1000]
 
 
 def test_a_launcher_does_not_rest_while_a_large_request_is_let_in(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(simulator, "LARGE_IDS", 5)
-    host = replace(FREE, request_us=1000, submit_us=450)
+    are_large(5, monkeypatch)
+    host = replace(FREE, request_us=1000, submit_us=50, submit_sample_us=400)
     both = run(request(0, 0), request(1, 1440, ids=5), host=host, segments=1)
-    assert both.launched_us.tolist() == [1450, 1890 + 1000]
+    # It computes from 1450, when the first is launched, to 1500, and is copied until 1900.
+    assert both.launched_us.tolist() == [1450, 1900 + 1000]
 
 
 def test_callers_begin_while_the_launcher_packs_what_is_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host_costs, "LARGE_IDS", 5)
     host = replace(FREE, request_us=200, submit_us=50, id_us=100)
-    requests = [request(0, 0, ids=5), request(1, 300), request(2, 560)]
-    three = run(*requests, host=host, segments=1)
-    # The first is packed from 50 to 550 and launched until 750. The second is let in until 350, the
-    # third, which would begin amid the launches, from 750 to 800. Nothing is rested: 2 x 200 - 550.
-    # The second is launched until 1050, and its end seen by 1150; nothing more has come at 1250.
-    assert three.launched_us.tolist() == [750, 750 + 300, 1250 + 300]
+    three = run(request(0, 0, ids=5), request(1, 150), request(2, 560), host=host, segments=1)
+    # The first is handled from 50 to 250 and packed until 750. The second, which would begin amid
+    # the first, is let in from 250 to 300, the third from 560 to 610. Nothing is rested: 2 x 200 -
+    # 550. Both are handled until 1150, and packed with the interpreter.
+    assert three.launched_us.tolist() == [750, *[750 + 2 * 200 + 2 * 100] * 2]
 
 
 def test_callers_begin_while_the_launcher_calls_executables():
     host = replace(FREE, launch_us=500, submit_us=450)
     both = run(request(0, 0), request(1, 600), host=host, segments=1)
-    # The first is launched from 450 to 1450, the second let in until 1050. Nothing is rested.
-    assert both.launched_us.tolist() == [950, 1450 + 500]
+    # The first is called from 450 to 950, and its segment from 1050, as the second is let in until
+    # then. Nothing is rested.
+    assert both.launched_us.tolist() == [1050, 1550 + 500]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():
@@ -204,9 +235,10 @@ def test_a_later_request_rides_beside_the_segments_of_an_earlier_one():
 def test_what_comes_while_the_launcher_is_busy_is_seen_when_it_is_done():
     host = replace(FREE, request_us=100)
     late = run(request(0, 0), request(1, 60), host=host, segments=1, max_steps_in_flight=9)
-    # The first is launched at 100. It rests; the second request is seen at 300.
-    assert late.launched_us.tolist() == [100, 400]
-    assert late.answered_us.tolist() == [130, 430]
+    # The first is launched at 100. The second is let in then, and launched before there is an
+    # interpreter for the first's answer.
+    assert late.launched_us.tolist() == [100, 200]
+    assert late.answered_us.tolist() == [200, 230]
 
 
 @pytest.mark.parametrize(

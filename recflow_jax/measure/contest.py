@@ -120,6 +120,8 @@ class _Contest:
 
     def run(self) -> OnlineResult:
         saturation = self._saturation()
+        if self.teller is not None:
+            self.teller = self.teller.saturating_at(saturation[RECFLOW], self.requests)
         result = OnlineResult(
             max_batch=self.engine.options.max_batch,
             mean_request_samples=mean_samples(self.requests),

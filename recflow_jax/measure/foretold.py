@@ -1,7 +1,8 @@
 """What a profile table foretells of an online run, for the very same arrivals and requests."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -14,15 +15,19 @@ from recflow_jax.engine.segments import Segments
 from recflow_jax.measure.host_rates import measured_rates, with_answers
 from recflow_jax.measure.load import LoadResult
 from recflow_jax.measure.simulated_gpu import Gpu, host_of
-from recflow_jax.measure.simulation import SimulatedLoad, simulate_batching
+from recflow_jax.measure.simulation import SATURATING_BATCHES, SimulatedLoad, simulate_batching
 from scheduling import (
     Collecting,
     HostCosts,
     ProfileTable,
     Request,
+    SimulatedRun,
     TablePlans,
     TableTimes,
 )
+
+DEVICE_BOUND = 0.9  # of the time
+SLOWEST, SLOWNESS_STEPS = 4.0, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,28 @@ class Foreteller:
 
         rates = measured_rates(segments, requests, ids=ids, seed=seed)
         return cls(segments, profile, with_answers(rates, engine, requests, idle_ms))
+
+    def saturating_at(self, qps: float, requests: Sequence[JaggedBatch]) -> "Foreteller":
+        """With a host as much slower as it is where `qps` requests per second are the most that the
+        engine answers: under load it is slower than its stages one by one. The same where the
+        device is the bottleneck.
+        """
+        if self._saturated(1.0, requests).device_busy_share > DEVICE_BOUND:
+            return self
+        least, most = 1.0, SLOWEST
+        for _ in range(SLOWNESS_STEPS):
+            factor = (least + most) / 2
+            done = self._saturated(factor, requests)
+            is_slow = 1e6 * len(done.samples) / done.span_us < qps
+            least, most = (least, factor) if is_slow else (factor, most)
+        return Foreteller(self._segments, self._table, self.host.slower(least))
+
+    def _saturated(self, slowness: float, requests: Sequence[JaggedBatch]) -> SimulatedRun:
+        """With more than enough waiting."""
+        gpu = replace(self._gpu, host=self.host.slower(slowness))
+        samples = SATURATING_BATCHES * gpu.sizes.largest_batch
+        count = math.ceil(samples / np.mean([request.samples for request in requests]))
+        return gpu.run(gpu.incremental(), arriving(requests, np.zeros(count)))
 
     def foretell(
         self,

@@ -71,10 +71,14 @@ def bench_host(
     *,
     ids: str,
     seed: int,
+    in_flight: int | None = None,
     options: TimingOptions = TIMING,
     advance: Callable[[], None] = lambda: None,
 ) -> list[HostResult]:
-    """Times requests of each size, given in each way; `advance` is called after each size."""
+    """Times requests of each size, given in each way; `advance` is called after each size.
+
+    in_flight: requests inside at a time; None: as many as make the host the bottleneck.
+    """
     results = []
     for samples in request_sizes:
         batches = [generate(config, samples, seed=seed + i, ids=ids) for i in range(REQUESTS_DRAWN)]
@@ -83,7 +87,11 @@ def bench_host(
             "frozen": [(batch.frozen(),) for batch in batches],
             "features": [(batch.dense, by_name(config, batch)) for batch in batches],
         }
-        results += [_measure(config, samples, how, requests[how], options) for how in requests]
+        inside = in_flight or saturating(samples)
+        results += [
+            _measure(config, samples, how, given, inside, options)
+            for how, given in requests.items()
+        ]
         advance()
     return results
 
@@ -122,10 +130,19 @@ def _feature(config: DLRMConfig, batch: JaggedBatch, place: int) -> Any:
     return batch.values[mine] if (lengths == 1).all() else (batch.values[mine], offsets)
 
 
+def saturating(samples: int) -> int:
+    """Requests of so many samples that are inside at a time."""
+    return min(max(SAMPLES_IN_FLIGHT // samples, LEAST_IN_FLIGHT), MOST_IN_FLIGHT)
+
+
 def _measure(
-    config: DLRMConfig, samples: int, how: str, requests: Sequence[Any], options: TimingOptions
+    config: DLRMConfig,
+    samples: int,
+    how: str,
+    requests: Sequence[Any],
+    most: int,
+    options: TimingOptions,
 ) -> HostResult:
-    most = min(max(SAMPLES_IN_FLIGHT // samples, LEAST_IN_FLIGHT), MOST_IN_FLIGHT)
     segments = InstantSegments(config, EngineOptions(max_queued_samples=most * samples))
     with Engine.from_segments(segments) as engine:
         engine.submit(*requests[0]).result()

@@ -12,7 +12,7 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.staging import Buffer
-from recflow_jax.measure.host import HostResult, bench_host
+from recflow_jax.measure.host import HostResult, Stages, bench_host
 from recflow_jax.measure.load import run_open_loop
 from recflow_jax.measure.timing import Timed, TimingOptions, launch_us
 from scheduling import HostCosts, SegmentShape, SliceBucket
@@ -30,22 +30,34 @@ def measured_rates(
     """All but `answer_us`: the engine's own stages on a device that is done at once, of requests
     that have to be copied if some of these have, and launches and copies on this one. The segments
     are compiled, in one cut too.
+
+    Requests that come one at a time have a step each, at saturation many share one: so what a step
+    costs is told from what its requests do.
     """
     mean = max(round(np.mean([request.samples for request in requests])), 1)
-    found = bench_host(segments.config, (1, 2 * mean), ids=ids, seed=seed, options=STAGES)
     given_as = "batch" if any(r.values.flags.writeable for r in requests) else "frozen"
-    stages = [result for result in found if result.given_as == given_as]
-    submit_us, submit_sample_us = _by_samples(stages, "submit_us")
-    pack_us, pack_sample_us = _by_samples(stages, "pack_us")
-    handle_us, handle_sample_us = _by_samples(stages, "launch_us")
-    resolve_us, resolve_sample_us = _by_samples(stages, "resolve_us")
+    crowded, alone = (
+        [result for result in found if result.given_as == given_as]
+        for found in (
+            bench_host(segments.config, (1, 2 * mean), ids=ids, seed=seed, options=STAGES),
+            bench_host(
+                segments.config, (1, 2 * mean), in_flight=1, ids=ids, seed=seed, options=STAGES
+            ),
+        )
+    )
+    submit_us, submit_sample_us = _by_samples(crowded, lambda stages: stages.submit_us)
+    both = [*crowded, *alone]
+    step_us, request_us, sample_us = _by_steps(both, lambda s: s.pack_us + s.launch_us)
+    end_us, resolve_us, resolve_sample_us = _by_steps(both, lambda stages: stages.resolve_us)
     host = HostCosts(
         wake_us=_oversleep_us(),
         submit_us=submit_us,
         submit_sample_us=submit_sample_us,
-        request_us=pack_us + handle_us,
-        sample_us=pack_sample_us + handle_sample_us,
+        step_us=step_us,
+        request_us=request_us,
+        sample_us=sample_us,
         id_us=0.0,
+        end_us=end_us,
         resolve_us=resolve_us + mean * resolve_sample_us,
         answer_us=0.0,
     )
@@ -71,9 +83,21 @@ def _latency_s(engine: Engine, requests: Sequence[JaggedBatch]) -> float:
     return _median_us(lambda i: engine.submit(requests[i % len(requests)]).result()) / 1e6
 
 
-def _by_samples(results: Sequence[HostResult], stage: str) -> tuple[float, float]:
+def _by_samples(
+    results: Sequence[HostResult], stage_us: Callable[[Stages], float]
+) -> tuple[float, float]:
     """Microseconds per request and per sample."""
-    return _line(*((r.request_samples, getattr(r.stages, stage)) for r in results))
+    return _line(*((result.request_samples, stage_us(result.stages)) for result in results))
+
+
+def _by_steps(
+    results: Sequence[HostResult], stage_us: Callable[[Stages], float]
+) -> tuple[float, float, float]:
+    """Microseconds per step, per request and per sample, none below 0, by least squares."""
+    counts = [(r.request_samples / r.mean_batch, 1, r.request_samples) for r in results]
+    fit = np.linalg.lstsq(np.array(counts), np.array([stage_us(r.stages) for r in results]))
+    step_us, request_us, sample_us = np.maximum(fit[0], 0).tolist()
+    return step_us, request_us, sample_us
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
