@@ -58,12 +58,12 @@ def test_what_is_foretold_is_about_what_is_measured(collecting: Collecting | Non
     host was measured than afterwards, once more.
     """
     ratios = []
-    while not ratios or (not 0.5 < ratios[-1] < 1.5 and len(ratios) < TRIES):
+    while not ratios or (not 0.8 < ratios[-1] < 1.25 and len(ratios) < TRIES):
         told, measured = foretold_and_measured(collecting)
         assert told.p50_ratio == pytest.approx(told.p50_ms / measured.p50_ms)
         assert 0.1 < told.device_busy_share <= 1
         ratios.append(told.p50_ratio)
-    assert 0.5 < ratios[-1] < 1.5
+    assert 0.8 < ratios[-1] < 1.25
 
 
 def foretold_and_measured(collecting: Collecting | None) -> tuple[Foretold, LoadResult]:
@@ -85,8 +85,8 @@ def test_a_host_is_as_much_slower_as_the_engine_was():
     teller = Foreteller(segments, segments.table(), host)
     # Of 250 requests per second that callers let in.
     slower = teller.saturating_at(100, requests)
-    assert slower.host == replace(teller.host, submit_us=slower.host.submit_us)
     assert slower.host.submit_us == pytest.approx(4000 * 2.5, rel=0.02)
+    assert slower.host == teller.host.slower(slower.host.submit_us / 4000)
     assert teller.saturating_at(300, requests).host.submit_us == pytest.approx(4000, rel=0.01)
     assert teller.saturating_at(10, requests).host.submit_us == pytest.approx(4 * 4000, rel=0.01)
 

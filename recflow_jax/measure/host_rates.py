@@ -20,6 +20,7 @@ from scheduling import HostCosts, SegmentShape, SliceBucket
 STAGES = TimingOptions(rounds=3, round_s=0.1, max_calls=100_000)
 CALLS = 30
 SLEEP_S = 0.001
+LEAST_US = 1e-3
 ALONE_REQUESTS = 200
 ALONE_SPACING = 4  # of their latency, so that they do not meet
 
@@ -93,10 +94,13 @@ def _by_samples(
 def _by_steps(
     results: Sequence[HostResult], stage_us: Callable[[Stages], float]
 ) -> tuple[float, float, float]:
-    """Microseconds per step, per request and per sample, none below 0, by least squares."""
-    counts = [(r.request_samples / r.mean_batch, 1, r.request_samples) for r in results]
-    fit = np.linalg.lstsq(np.array(counts), np.array([stage_us(r.stages) for r in results]))
-    step_us, request_us, sample_us = np.maximum(fit[0], 0).tolist()
+    """Microseconds per step, per request and per sample, none below 0, with the least squares of
+    relative errors.
+    """
+    found_us = np.maximum([stage_us(result.stages) for result in results], LEAST_US)
+    counts = np.array([(r.request_samples / r.mean_batch, 1, r.request_samples) for r in results])
+    fit, *_ = np.linalg.lstsq(counts / found_us[:, None], np.ones(len(results)))
+    step_us, request_us, sample_us = np.maximum(fit, 0).tolist()
     return step_us, request_us, sample_us
 
 
