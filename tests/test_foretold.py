@@ -58,12 +58,12 @@ def test_what_is_foretold_is_about_what_is_measured(collecting: Collecting | Non
     host was measured than afterwards, once more.
     """
     ratios = []
-    while not ratios or (not 0.8 < ratios[-1] < 1.25 and len(ratios) < TRIES):
+    while not ratios or (not 0.5 < ratios[-1] < 1.5 and len(ratios) < TRIES):
         told, measured = foretold_and_measured(collecting)
         assert told.p50_ratio == pytest.approx(told.p50_ms / measured.p50_ms)
         assert 0.1 < told.device_busy_share <= 1
         ratios.append(told.p50_ratio)
-    assert 0.8 < ratios[-1] < 1.25
+    assert 0.5 < ratios[-1] < 1.5
 
 
 def foretold_and_measured(collecting: Collecting | None) -> tuple[Foretold, LoadResult]:
