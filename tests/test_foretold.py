@@ -52,18 +52,19 @@ def test_a_request_alone_takes_what_the_table_and_the_host_say():
     assert waits.p50_ms == pytest.approx(3 + told.p50_ms)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("collecting", [None, Collecting(wait_ms=2, in_flight=2)])
 def test_what_is_foretold_is_about_what_is_measured(collecting: Collecting | None):
     """Steps of milliseconds, so that a busy machine does not hide them; if it was busier while the
     host was measured than afterwards, once more.
     """
     ratios = []
-    while not ratios or (not 0.5 < ratios[-1] < 1.5 and len(ratios) < TRIES):
+    while not ratios or (not 0.75 < ratios[-1] < 1.3 and len(ratios) < TRIES):
         told, measured = foretold_and_measured(collecting)
         assert told.p50_ratio == pytest.approx(told.p50_ms / measured.p50_ms)
         assert 0.1 < told.device_busy_share <= 1
         ratios.append(told.p50_ratio)
-    assert 0.5 < ratios[-1] < 1.5
+    assert 0.75 < ratios[-1] < 1.3
 
 
 def foretold_and_measured(collecting: Collecting | None) -> tuple[Foretold, LoadResult]:
