@@ -37,7 +37,6 @@ class Thread:
     """
 
     does: Iterator[Compute | Sleep]
-    is_last: bool
     sleeps: bool = True
     left_us: float = 0.0
     event: int | None = None
@@ -50,17 +49,15 @@ class Interpreter:
         self.now_us = 0.0
         self._switch_us = switch_us
         self._numbers = itertools.count()
-        self._events: list[tuple[float, bool, int, Thread]] = []
+        self._events: list[tuple[float, int, Thread]] = []
         self._asking: deque[tuple[float, Thread]] = deque()
         self._holder: Thread | None = None
         self._given_us = 0.0  # when the holder got it
         self._end_us = 0.0  # of what it computes, if it is left alone
 
-    def start(self, does: Iterator[Compute | Sleep], *, is_last: bool = False) -> Thread:
-        """A thread that asks for the interpreter now. is_last: of those that wake at the same time,
-        it asks behind the others.
-        """
-        thread = Thread(does, is_last)
+    def start(self, does: Iterator[Compute | Sleep]) -> Thread:
+        """A thread that asks for the interpreter now."""
+        thread = Thread(does)
         self._ask(thread)
         return thread
 
@@ -72,7 +69,7 @@ class Interpreter:
     def run(self) -> None:
         """Raises what a thread raises."""
         while self._events:
-            at_us, _, number, thread = heapq.heappop(self._events)
+            at_us, number, thread = heapq.heappop(self._events)
             if number != thread.event:
                 continue
             self.now_us, thread.event = at_us, None
@@ -88,7 +85,7 @@ class Interpreter:
     def _expect(self, thread: Thread, at_us: float) -> None:
         """That it is moved on then, and not before."""
         thread.event = next(self._numbers)
-        heapq.heappush(self._events, (at_us, thread.is_last, thread.event, thread))
+        heapq.heappush(self._events, (at_us, thread.event, thread))
 
     def _ask(self, thread: Thread) -> None:
         thread.sleeps, thread.left_us = False, 0.0

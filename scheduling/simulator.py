@@ -119,7 +119,7 @@ class _Engine:
         self._batch_samples: list[int] = []
         self._batch_buckets: list[int] = []
         self._python = Interpreter(host.switch_us)
-        self._launcher = self._python.start(self._launch(), is_last=True)
+        self._launcher = self._python.start(self._launch())
         self._answerer = self._python.start(self._answer())
         self._callers = self._python.start(self._let_in(requests))
 

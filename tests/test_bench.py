@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,14 +17,20 @@ import small_models as models
 from pallas_kernels import reference
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.commands.bench import bench_kernels, bench_model, unfinished_file
+from recflow_jax.commands.bench import (
+    bench_kernels,
+    bench_model,
+    engine_options,
+    unfinished_file,
+)
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.layout import Layout
-from recflow_jax.measure import contenders, contest
+from recflow_jax.measure import contenders, contest, foretold
 from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference_scores
 from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
 from recflow_jax.measure.contenders import Lineup
 from recflow_jax.measure.corun import CorunResult
+from recflow_jax.measure.foretold import Foreteller
 from recflow_jax.measure.interactions import (
     bench_interaction,
     bench_pooled_dot,
@@ -35,6 +42,8 @@ from recflow_jax.measure.online import OnlineOptions, request_pool
 from recflow_jax.measure.report import corun_table, show
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.model import Ops
+from scheduling import HostCosts
+from timed_segments import TimedSegments
 
 FAST = TimingOptions(rounds=2, round_s=0.0005, limit_s=0.2)
 PAIR = DLRMConfig(
@@ -118,6 +127,36 @@ def test_numpy_and_online_compare_with_plain_jax(report: dict[str, Any]) -> None
     assert point["collecting"]["in_flight"] in (1, 2) and online["host"] is None
     for load in point["contenders"].values():
         assert 0 < load["p50_ms"] <= load["p95_ms"] <= load["p99_ms"] and load["failed"] == 0
+
+
+def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a host that is as slow as the engine when it was saturated."""
+    table, slow_at = tmp_path / "profile.json", list[float]()
+    options = engine_options((4,), choose_backend("xla"))
+    TimedSegments(models.FIXED, options).table().save(table)
+    saturating_at = Foreteller.saturating_at
+
+    def noted(teller: Foreteller, qps: float, requests: Sequence[JaggedBatch]) -> Foreteller:
+        slow_at.append(qps)
+        return saturating_at(teller, qps, requests)
+
+    monkeypatch.setattr(Foreteller, "saturating_at", noted)
+    monkeypatch.setattr(foretold, "measured_rates", lambda *_, **__: HostCosts(submit_us=20))
+    online = bench_model(
+        models.FIXED,
+        batches=(4,),
+        modes=("online",),
+        backend="xla",
+        profile=table,
+        online=OnlineOptions(qps=(50.0,), request_samples=2, seconds=0.1),
+        timing=FAST,
+    )["online"]
+    assert slow_at == [online["saturation"]["recflow"]]
+    assert online["host"]["submit_us"] >= 20
+    (point,) = online["points"]
+    for name in ("recflow", "serial"):
+        told, measured = point["foretold"][name], point["contenders"][name]
+        assert told["p50_ratio"] == pytest.approx(told["p50_ms"] / measured["p50_ms"])
 
 
 def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,12 @@ def test_each_size_is_given_in_each_way(results: list[dict[str, Any]]):
     ]
 
 
+def test_so_many_requests_are_inside_as_one_says():
+    found = host.bench_host(FIXED, (3,), ids="uniform", seed=0, in_flight=1, options=FAST)
+    assert {result.in_flight for result in found} == {1}
+    assert {result.mean_batch for result in found} == {3}
+
+
 def test_it_may_be_beside_a_thread_that_computes():
     before = threading.active_count()
     with host.computing():

@@ -21,7 +21,7 @@ def doing(
 def run(switch_us: float, **threads: tuple[Compute | Sleep, ...]) -> Seen:
     python, seen = Interpreter(switch_us), Seen()
     for name, steps in threads.items():
-        python.start(doing(python, seen, name, *steps), is_last=name == "last")
+        python.start(doing(python, seen, name, *steps))
     python.run()
     return seen
 
@@ -69,14 +69,8 @@ def test_who_sleeps_leaves_it_to_others():
     ]
 
 
-@pytest.mark.parametrize("name", ["a", "last"])
-def test_the_last_of_those_that_wake_at_once_wakes_behind_the_others(name: str):
-    seen = run(50, **{name: (Sleep(10),), "b": (Sleep(10),)})
-    assert [one for one, _ in seen] == (["a", "b"] if name == "a" else ["b", "last"])
-
-
 def woken(at_us: float, *steps: Compute | Sleep) -> Seen:
-    """A thread of these steps, woken by another."""
+    """A thread of these steps, woken by another; a third asks at 5."""
     python, seen = Interpreter(50), Seen()
     threads: list[Thread] = []
 
@@ -85,18 +79,21 @@ def woken(at_us: float, *steps: Compute | Sleep) -> Seen:
         python.wake(threads[0])
 
     python.start(waking())
+    python.start(doing(python, seen, "b", Sleep(5)))
     threads.append(python.start(doing(python, seen, "a", *steps)))
     python.run()
     return seen
 
 
 def test_a_sleep_ends_when_it_is_woken():
-    assert woken(10, Sleep(100), Compute(5), Sleep(200)) == [("a", 10), ("a", 15), ("a", 200)]
-    assert woken(10, Sleep(), Compute(5)) == [("a", 10), ("a", 15)]
+    assert woken(10, Sleep(100), Compute(5), Sleep(200)) == [
+        *[("b", 5), ("a", 10), ("a", 15), ("a", 200)]
+    ]
+    assert woken(10, Sleep(), Compute(5)) == [("b", 5), ("a", 10), ("a", 15)]
 
 
 def test_who_does_not_sleep_is_not_woken():
-    assert woken(10, Compute(70), Sleep(100)) == [("a", 70), ("a", 100)]
+    assert woken(10, Compute(70), Sleep(100)) == [("b", 55), ("a", 70), ("a", 100)]
 
 
 def test_who_sleeps_for_good_ends_nothing():

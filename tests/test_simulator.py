@@ -134,10 +134,11 @@ def test_a_busy_launcher_leaves_twice_the_time_that_it_takes_to_the_callers():
 
 
 def test_a_launcher_that_slept_before_goes_on_at_once():
-    host = replace(FREE, request_us=150)
-    both = run(request(0, 400), request(1, 500), host=host, segments=1)
-    # The first is launched from 400 to 550, after a sleep of 400.
-    assert both.launched_us.tolist() == [550, 550 + 150]
+    host = replace(FREE, request_us=250)
+    both = run(request(0, 600), request(1, 610), host=host, segments=1)
+    # The first is launched from 600, after a sleep of 600, to 850; the second is seen to wait since
+    # 810, and is let in then.
+    assert both.launched_us.tolist() == [850, 850 + 250]
 
 
 def test_a_launcher_rests_no_longer_than_something_comes():
@@ -209,6 +210,15 @@ def test_callers_begin_while_the_launcher_calls_executables():
     # The first is called from 450 to 950, and its segment from 1050, as the second is let in until
     # then. Nothing is rested.
     assert both.launched_us.tolist() == [1050, 1550 + 500]
+
+
+def test_callers_wait_for_all_of_a_launch_where_it_is_crowded():
+    host = replace(FREE, launch_us=100, submit_us=1)
+    crowd = [*(request(i, 0) for i in range(40)), request(40, 390)]
+    policy = Watched(Pipeline(config(segments=1, batch_buckets=(4,), max_steps_in_flight=1)))
+    run(*crowd, policy=policy, host=host)
+    # A segment and a slice are called from 380 to 580, and the last is let in then.
+    assert policy.asked_us[2:4] == [380, 581]
 
 
 def test_copies_go_one_after_the_other_while_the_launcher_goes_on():
