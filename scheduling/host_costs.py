@@ -12,6 +12,10 @@ makes a request or something comes in each step of this time. Else each request 
 alone, at a cost that holds the callers up, so that their requests come one by one. A device that is
 the bottleneck does not wait for that: then the launcher sleeps for longer than it launches."""
 
+SWITCH_US = 200.0
+"""After so long Python takes the interpreter from a thread that computes, while an engine is open:
+its threads need several turns for each launch."""
+
 LARGE_IDS = 2**18
 """So many ids are copied for so long that the interpreter is left to others: a request of them and
 the launcher do not wait for each other, a launcher that packs them lets callers go on, and one that
@@ -60,7 +64,7 @@ class HostCosts:
     answer_us: float = 30.0
     end_us: float = 0.0
     resolve_us: float = 0.0
-    switch_us: float = 200.0
+    switch_us: float = SWITCH_US
     bytes_per_sample: int = 0
     bytes_per_id: int = 4
 
@@ -71,7 +75,9 @@ class HostCosts:
                 raise ValueError(f"host costs: {field.name} is {value}, not 0 or more")
 
     def slower(self, factor: float) -> "HostCosts":
-        """With all that threads compute so many times as long."""
+        """With all that the engine's own code computes so many times as long; calls and copies take
+        what they take.
+        """
         return replace(self, **{name: factor * getattr(self, name) for name in COMPUTED})
 
     def launching_us(self, step: Step) -> float:

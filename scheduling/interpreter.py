@@ -32,8 +32,8 @@ class Sleep:
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """One that was started. left_us: of what it computes. event: the number of the only one that is
-    to move it on, if there is one.
+    """One that was started. left_us: of what it computes. event: the number of the last one that is
+    to move it on; those before it have been overtaken.
     """
 
     does: Iterator[Compute | Sleep]
@@ -72,7 +72,7 @@ class Interpreter:
             at_us, number, thread = heapq.heappop(self._events)
             if number != thread.event:
                 continue
-            self.now_us, thread.event = at_us, None
+            self.now_us = at_us
             if thread is not self._holder:
                 self._ask(thread)
             elif at_us < self._end_us:

@@ -66,6 +66,11 @@ class SimulatedRun:
         return self.end_us - float(self.arrived_us[0]) if len(self.arrived_us) else 0.0
 
     @property
+    def requests_per_s(self) -> float:
+        """In the span."""
+        return 1e6 * len(self.samples) / self.span_us if self.span_us else 0.0
+
+    @property
     def device_busy_share(self) -> float:
         """The part of the span in which the device ran steps."""
         return self.device_busy_us / self.span_us if self.span_us else 0.0

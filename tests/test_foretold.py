@@ -150,8 +150,10 @@ def test_the_host_is_measured_with_requests_that_are_copied_if_these_are(
         stages = Stages(submit_us=submit_us, pack_us=1, launch_us=1, resolve_us=1)
         return result(given_as, samples, stages)
 
-    def bench_host(_: DLRMConfig, sizes: Sequence[int], **how: Any) -> list[HostResult]:
-        return [found(given_as, n) for n in sizes for given_as in ("batch", "frozen", "features")]
+    def bench_host(
+        _: DLRMConfig, sizes: Sequence[int], *, ways: Sequence[str], **how: Any
+    ) -> list[HostResult]:
+        return [found(given_as, n) for n in sizes for given_as in ways]
 
     monkeypatch.setattr(host_rates, "bench_host", bench_host)
     requests = [r.frozen() if frozen else r for r in requests_of(8)]

@@ -43,6 +43,11 @@ def test_each_size_is_given_in_each_way(results: list[dict[str, Any]]):
     ]
 
 
+def test_only_the_ways_that_are_asked_for_are_measured():
+    found = host.bench_host(FIXED, (1,), ids="uniform", seed=0, ways=["frozen"], options=FAST)
+    assert [result.given_as for result in found] == ["frozen"]
+
+
 def test_so_many_requests_are_inside_as_one_says():
     found = host.bench_host(FIXED, (3,), ids="uniform", seed=0, in_flight=1, options=FAST)
     assert {result.in_flight for result in found} == {1}

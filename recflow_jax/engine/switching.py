@@ -10,7 +10,9 @@ import threading
 import weakref
 from collections.abc import Callable
 
-SHORT_MS = 0.2
+from scheduling.host_costs import SWITCH_US
+
+SHORT_MS = SWITCH_US / 1000
 
 
 class SwitchInterval:

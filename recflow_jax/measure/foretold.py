@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -80,11 +81,13 @@ class Foreteller:
     ) -> "Foreteller":
         """Measures the host for a few seconds, on the idle engine too."""
 
-        def idle_ms(host: HostCosts, due_s: np.ndarray) -> float:
-            return cls(segments, profile, host).foretell(None, requests, due_s).p50_ms
-
         rates = measured_rates(segments, requests, ids=ids, seed=seed)
-        return cls(segments, profile, with_answers(rates, engine, requests, idle_ms))
+        teller = cls(segments, profile, rates)
+
+        def idle_ms(host: HostCosts, due_s: np.ndarray) -> float:
+            return teller._on(host).foretell(None, requests, due_s).p50_ms
+
+        return teller._on(with_answers(teller.host, engine, requests, idle_ms))
 
     def saturating_at(self, qps: float, requests: Sequence[JaggedBatch]) -> "Foreteller":
         """With a host as much slower as it is where `qps` requests per second are the most that the
@@ -96,14 +99,13 @@ class Foreteller:
         least, most = 1.0, SLOWEST
         for _ in range(SLOWNESS_STEPS):
             factor = (least + most) / 2
-            done = self._saturated(factor, requests)
-            is_slow = 1e6 * len(done.samples) / done.span_us < qps
+            is_slow = self._saturated(factor, requests).requests_per_s < qps
             least, most = (least, factor) if is_slow else (factor, most)
-        return Foreteller(self._segments, self._table, self.host.slower(least))
+        return self._on(self.host.slower(least))
 
     def _saturated(self, slowness: float, requests: Sequence[JaggedBatch]) -> SimulatedRun:
         """With more than enough waiting."""
-        gpu = replace(self._gpu, host=self.host.slower(slowness))
+        gpu = self._on(self.host.slower(slowness))._gpu
         samples = SATURATING_BATCHES * gpu.sizes.largest_batch
         count = math.ceil(samples / np.mean([request.samples for request in requests]))
         return gpu.run(gpu.incremental(), arriving(requests, np.zeros(count)))
@@ -117,6 +119,12 @@ class Foreteller:
         """What `run_open_loop` would measure; None batches incrementally."""
         qps = len(due_s) / max(float(due_s[-1]), 1e-9)
         return simulate_batching(self._gpu, collecting, arriving(requests, due_s), qps)
+
+    def _on(self, host: HostCosts) -> "Foreteller":
+        """The same with another host; plans need not be made again."""
+        other = copy(self)
+        other.host = host
+        return other
 
     @property
     def _gpu(self) -> Gpu:

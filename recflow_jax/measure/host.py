@@ -22,6 +22,7 @@ from recflow_jax.measure.instant import InstantSegments
 from recflow_jax.measure.stream import InFlight
 from recflow_jax.measure.timing import Timing, TimingOptions, measure
 
+WAYS = ("batch", "frozen", "features")
 REQUESTS_DRAWN = 16
 SAMPLES_IN_FLIGHT, MOST_IN_FLIGHT, LEAST_IN_FLIGHT = 32768, 1024, 4
 TIMING = TimingOptions(rounds=7, round_s=0.25, max_calls=100_000)
@@ -71,13 +72,15 @@ def bench_host(
     *,
     ids: str,
     seed: int,
+    ways: Sequence[str] = WAYS,
     in_flight: int | None = None,
     options: TimingOptions = TIMING,
     advance: Callable[[], None] = lambda: None,
 ) -> list[HostResult]:
     """Times requests of each size, given in each way; `advance` is called after each size.
 
-    in_flight: requests inside at a time; None: as many as make the host the bottleneck.
+    ways: of WAYS, see HostResult. in_flight: requests inside at a time; None: as many as make the
+    host the bottleneck.
     """
     results = []
     for samples in request_sizes:
@@ -88,10 +91,7 @@ def bench_host(
             "features": [(batch.dense, by_name(config, batch)) for batch in batches],
         }
         inside = in_flight or saturating(samples)
-        results += [
-            _measure(config, samples, how, given, inside, options)
-            for how, given in requests.items()
-        ]
+        results += [_measure(config, samples, how, requests[how], inside, options) for how in ways]
         advance()
     return results
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,16 +38,11 @@ def measured_rates(
     """
     mean = max(round(np.mean([request.samples for request in requests])), 1)
     given_as = "batch" if any(r.values.flags.writeable for r in requests) else "frozen"
-    crowded, alone = (
-        [result for result in found if result.given_as == given_as]
-        for found in (
-            bench_host(segments.config, (1, 2 * mean), ids=ids, seed=seed, options=STAGES),
-            bench_host(
-                segments.config, (1, 2 * mean), in_flight=1, ids=ids, seed=seed, options=STAGES
-            ),
-        )
+    bench = partial(bench_host, segments.config, (1, 2 * mean), ways=[given_as], ids=ids, seed=seed)
+    crowded, alone = bench(options=STAGES), bench(options=STAGES, in_flight=1)
+    submit_us, submit_sample_us = _line(
+        *((result.request_samples, result.stages.submit_us) for result in crowded)
     )
-    submit_us, submit_sample_us = _by_samples(crowded, lambda stages: stages.submit_us)
     both = [*crowded, *alone]
     step_us, request_us, sample_us = _by_steps(both, lambda s: s.pack_us + s.launch_us)
     end_us, resolve_us, resolve_sample_us = _by_steps(both, lambda stages: stages.resolve_us)
@@ -82,13 +78,6 @@ def with_answers(
 
 def _latency_s(engine: Engine, requests: Sequence[JaggedBatch]) -> float:
     return _median_us(lambda i: engine.submit(requests[i % len(requests)]).result()) / 1e6
-
-
-def _by_samples(
-    results: Sequence[HostResult], stage_us: Callable[[Stages], float]
-) -> tuple[float, float]:
-    """Microseconds per request and per sample."""
-    return _line(*((result.request_samples, stage_us(result.stages)) for result in results))
 
 
 def _by_steps(

@@ -80,8 +80,8 @@ def simulate_idle(gpu: Gpu, policy: str, traffic: Traffic) -> SimulatedLoad:
 def saturation_qps(gpu: Gpu, policy: str, traffic: Traffic) -> float:
     """Requests per second when more than enough are waiting."""
     fresh = gpu.incremental() if policy == INCREMENTAL else gpu.serial(SATURATING)
-    done = gpu.run(fresh, traffic.at_once(SATURATING_BATCHES * gpu.sizes.largest_batch))
-    return 1e6 * len(done.samples) / done.span_us
+    arrivals = traffic.at_once(SATURATING_BATCHES * gpu.sizes.largest_batch)
+    return gpu.run(fresh, arrivals).requests_per_s
 
 
 def simulate_batching(
