@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recflow_jax.measure.tuning import TRIES, best_collecting
+from recflow_jax.measure.tuning import TRIES, best_collecting, tuned_where_it_fails
 from scheduling import Collecting
 
 
@@ -28,6 +28,20 @@ def test_waits_then_limits_then_numbers_in_flight_are_tried():
 def test_the_best_may_be_the_first():
     best, _ = best_collecting(lambda c: Served(c.wait_ms - c.in_flight), (8, 16))
     assert best == Collecting(wait_ms=0, in_flight=2)
+
+
+def test_what_fails_is_tuned_once_for_that_load():
+    """And serves so from then on: here up to 300 per second as it is, up to 600 if tuned."""
+    most, tuned = [300.0], list[float]()
+
+    def tune(qps: float) -> float:
+        tuned.append(qps)
+        most[0] = 600.0
+        return qps if qps <= most[0] else 0.0
+
+    offer = tuned_where_it_fails(lambda qps: qps if qps <= most[0] else 0.0, tune, bool)
+    assert [offer(qps) for qps in (200, 500, 550, 700, 700)] == [200, 500, 550, 0, 0]
+    assert tuned == [500, 700]
 
 
 def test_how_it_collects_reads_well():

@@ -338,7 +338,8 @@ def _online(
     pool = request_pool(
         run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
     )
-    with progress("online", measurements(online)) as advance:
+    count = measurements(online, foretells=profile is not None)
+    with progress("online", count) as advance:
         result = bench_online(
             *(segments, engine, lineup, run.params, pool),
             profile=None if profile is None else ProfileTable.load(profile),

@@ -1,13 +1,16 @@
 """Incremental batching, serial batching on the same engine, and plain JAX behind a queue, online.
 
-All are first saturated. At each load serial batching is tuned, then all get the same arrivals, one
-after the other; then the largest load is looked for at which each keeps a p99. A profile table
-foretells what batching in either way does at each load.
+All are first saturated, in turns, as a machine is not equally fast all the time. At each load
+serial batching is tuned, then all get the same arrivals, one after the other. Then the largest load
+is looked for at which each keeps a p99, and serial batching is tuned anew where it fails. A profile
+table foretells what batching in either way does at each load.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from statistics import median
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
@@ -30,7 +33,12 @@ from recflow_jax.measure.online import (
 )
 from recflow_jax.measure.serial_server import SerialServer
 from recflow_jax.measure.sustained import Sustained, keeps, sustained
-from recflow_jax.measure.tuning import TRIED_IN_FLIGHT, TRIES, best_collecting
+from recflow_jax.measure.tuning import (
+    TRIED_IN_FLIGHT,
+    TRIES,
+    best_collecting,
+    tuned_where_it_fails,
+)
 from recflow_jax.measure.waited import Waited
 from recflow_jax.model import Params
 from scheduling import Collecting, ProfileTable
@@ -40,11 +48,11 @@ CONTENDERS = (RECFLOW, SERIAL, PLAIN)
 TRY_SHARE = 0.4  # of a point's seconds: how long each of many tries lasts
 
 
-def measurements(options: OnlineOptions) -> int:
-    """How often `bench_online` calls `advance`."""
+def measurements(options: OnlineOptions, *, foretells: bool) -> int:
+    """How often `bench_online` calls `advance`; foretells: with a profile table."""
     points = len(options.qps or options.loads)
-    saturating = len(CONTENDERS) - 1 + len(TRIED_IN_FLIGHT)
-    offered = options.repeats * len(CONTENDERS)
+    saturating = options.repeats * (len(CONTENDERS) - 1 + len(TRIED_IN_FLIGHT))
+    offered = options.repeats * (len(CONTENDERS) + foretells)
     return saturating + points * (TRIES + offered) + len(CONTENDERS)
 
 
@@ -104,7 +112,7 @@ def _servers(
 
 @dataclass(kw_only=True)
 class _Contest:
-    """What all measurements share. collecting: the best way at the load that was measured last."""
+    """What all measurements share."""
 
     engine: Engine
     serial: SerialServer
@@ -116,12 +124,9 @@ class _Contest:
     teller: Foreteller | None
     advance: Callable[[], None]
     keep: Callable[[OnlineResult], None]
-    collecting: Collecting = field(default_factory=lambda: Collecting(wait_ms=0))
 
     def run(self) -> OnlineResult:
         saturation = self._saturation()
-        if self.teller is not None:
-            self.teller = self.teller.saturating_at(saturation[RECFLOW], self.requests)
         result = OnlineResult(
             max_batch=self.engine.options.max_batch,
             mean_request_samples=mean_samples(self.requests),
@@ -144,12 +149,19 @@ class _Contest:
         return result
 
     def _saturation(self) -> dict[str, float]:
-        """Of serial batching, with the number of batches in flight that is best."""
-        tried = []
-        for in_flight in TRIED_IN_FLIGHT:
-            self.serial.collect(Collecting(wait_ms=0, in_flight=in_flight))
-            tried.append(self._saturate(SERIAL)[SERIAL])
-        return self._saturate(RECFLOW, PLAIN) | {SERIAL: max(tried)}
+        """The medians of some rounds; of serial batching, with the number of batches in flight that
+        is best.
+        """
+        rates: defaultdict[str | int, list[float]] = defaultdict(list)
+        for _ in range(self.options.repeats):
+            for name, rate in self._saturate(RECFLOW, PLAIN).items():
+                rates[name].append(rate)
+            for in_flight in TRIED_IN_FLIGHT:
+                self.serial.collect(Collecting(wait_ms=0, in_flight=in_flight))
+                rates[in_flight].append(self._saturate(SERIAL)[SERIAL])
+        medians = {way: median(found) for way, found in rates.items()}
+        best = max(medians[in_flight] for in_flight in TRIED_IN_FLIGHT)
+        return {RECFLOW: medians[RECFLOW], PLAIN: medians[PLAIN], SERIAL: best}
 
     def _saturate(self, *names: str) -> dict[str, float]:
         servers = {name: self.servers[name] for name in names}
@@ -159,9 +171,13 @@ class _Contest:
         )
 
     def _point(self, share: float | None, qps: float) -> OnlinePoint:
-        self.collecting = self._tuned(qps)
-        self.serial.collect(self.collecting)
-        runs = [self._offered(qps, turned=bool(i % 2)) for i in range(self.options.repeats)]
+        collecting, _ = self._tuned(qps, self.advance)
+        self.serial.collect(collecting)
+        runs, rates = [], []
+        for repeat in range(self.options.repeats):
+            if self.teller is not None:
+                rates.append(self._saturate(RECFLOW)[RECFLOW])
+            runs.append(self._offered(qps, turned=bool(repeat % 2)))
         of_each = {name: [run[name] for run in runs] for name in self.servers}
         loads = {name: of_median_p99(offered) for name, offered in of_each.items()}
         return OnlinePoint(
@@ -169,9 +185,9 @@ class _Contest:
             qps=qps,
             contenders=loads,
             p99s_ms={name: [one.p99_ms for one in offered] for name, offered in of_each.items()},
-            collecting=self.collecting,
+            collecting=collecting,
             waited=Waited.of_last(self.engine.waits(), loads[RECFLOW].requests),
-            foretold=self._foretold(qps, loads),
+            foretold=self._foretold(qps, loads, collecting, rates),
         )
 
     def _offered(self, qps: float, *, turned: bool) -> dict[str, LoadResult]:
@@ -182,39 +198,54 @@ class _Contest:
             *(self.requests, qps, options.seconds, self.seed, self.advance, options.arrivals_s),
         )
 
-    def _tuned(self, qps: float) -> Collecting:
+    def _tuned(self, qps: float, advance: Callable[[], None]) -> tuple[Collecting, LoadResult]:
+        """How serial batching had best collect at a load, and what came of it."""
+
         def serve(collecting: Collecting) -> LoadResult:
             self.serial.collect(collecting)
             load = self._try(SERIAL, qps)
-            self.advance()
+            advance()
             return load
 
-        return best_collecting(serve, self.batch_buckets)[0]
+        return best_collecting(serve, self.batch_buckets)
 
-    def _foretold(self, qps: float, loads: dict[str, LoadResult]) -> dict[str, Foretold]:
+    def _foretold(
+        self,
+        qps: float,
+        loads: dict[str, LoadResult],
+        collecting: Collecting,
+        rates: Sequence[float],
+    ) -> dict[str, Foretold]:
+        """rates: of the engine, saturated beside the loads: how fast the host was meanwhile."""
         if self.teller is None:
             return {}
+        teller = self.teller.saturating_at(median(rates), self.requests)
         due_s = arrivals_at(qps, self.options.seconds, self.seed, self.options.arrivals_s)
-        ways = {RECFLOW: None, SERIAL: self.collecting}
+        ways = {RECFLOW: None, SERIAL: collecting}
         return {
-            name: Foretold.of(self.teller.foretell(way, self.requests, due_s), loads[name])
+            name: Foretold.of(teller.foretell(way, self.requests, due_s), loads[name])
             for name, way in ways.items()
         }
 
     def _sustained(self, name: str, most: float, points: Sequence[OnlinePoint]) -> Sustained:
-        """What is below a point that kept the bound is not tried again. Serial batching collects as
-        was best at the highest point, which is about where the bound is.
-        """
+        """What is below a point that kept the bound is not tried again."""
         bound_ms = self.options.p99_ms
         kept = [p for p in points if keeps(p.contenders[name], bound_ms)]
         known = max(kept, key=lambda point: point.qps, default=None)
 
-        def tried(qps: float) -> LoadResult:
+        def offered(qps: float) -> LoadResult:
             if known is not None and qps <= known.qps:
                 return known.contenders[name]
             return self._try(name, qps)
 
-        found = sustained(tried, most, bound_ms, least=least_qps(self._try_s))
+        def tuned(qps: float) -> LoadResult:
+            collecting, load = self._tuned(qps, lambda: None)
+            self.serial.collect(collecting)
+            return load
+
+        can_be_tuned = tuned_where_it_fails(offered, tuned, lambda load: keeps(load, bound_ms))
+        serve = can_be_tuned if name == SERIAL else offered
+        found = sustained(serve, most, bound_ms, least=least_qps(self._try_s))
         self.advance()
         return found
 

@@ -34,6 +34,24 @@ def best_collecting[S: Served](
     return _best(serve, [replace(best[0], in_flight=number) for number in others], best)
 
 
+def tuned_where_it_fails[S](
+    offer: Callable[[float], S], tune: Callable[[float], S], keeps: Callable[[S], bool]
+) -> Callable[[float], S]:
+    """Offers a load, and where it fails tunes for that load, once: what comes of it is in force
+    from then on.
+    """
+    tuned_for = set[float]()
+
+    def offered(qps: float) -> S:
+        load = offer(qps)
+        if keeps(load) or qps in tuned_for:
+            return load
+        tuned_for.add(qps)
+        return tune(qps)
+
+    return offered
+
+
 def _best(serve: Callable[[Collecting], Any], tried: Sequence[Collecting], *best: Any) -> Any:
     """With what came of it."""
     served = [*best, *((collecting, serve(collecting)) for collecting in tried)]
