@@ -9,6 +9,9 @@ A slice beside a segment ends sooner, its batch a step later. Where there are ex
 batches, slices therefore ride only while more waits than one batch takes; else what has arrived
 becomes a whole batch behind the running one.
 
+A small step costs the host as much as a large one. So where it comes late to its mail, and whole
+batches are steps, the last one that may be in flight is at least half of the largest, or none.
+
 The caller runs the steps on one in-order stream and reports each as it ends. A slice lands
 in its batch's buffer before the batch's first segment starts; two buffers, used in turn, suffice.
 """
@@ -33,6 +36,9 @@ from scheduling.request import (
     Step,
 )
 from scheduling.waiting import WaitingQueue
+
+LATE_US = 500
+"""Mail that has lain for so long shows a host that launches all the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +175,7 @@ class Pipeline:
         self._filling = _Batch(id=0)
         self._backlog = 0
         self._writes = 0
+        self._is_late = False
         self._steps_launched = 0
         self._steps_done = 0
 
@@ -180,11 +187,13 @@ class Pipeline:
         to end.
         """
         self._check(events)
+        arrived_us = [event.request.arrived_us for event in events if isinstance(event, Arrive)]
+        self._is_late = now_us - min(arrived_us, default=now_us) >= LATE_US
         for event in events:
             self._apply(event)
         actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
         actions += self._due_writes()
-        while self.can_launch and self._has_work():
+        while self.can_launch and self._has_work() and not self._waits_for_more():
             if self._running is None and not self._is_gathering() and self._filling.rows:
                 self._run_filled()
             actions += self._due_writes()
@@ -222,6 +231,13 @@ class Pipeline:
 
     def _has_work(self) -> bool:
         return self._running is not None or self._filling.rows > 0 or self._queue.samples > 0
+
+    def _waits_for_more(self) -> bool:
+        """Whether a batch is begun when a step has ended, or when there is more of it."""
+        if not (self._is_late and self._plans.whole) or self._is_behind:
+            return False
+        is_under_way = self._running is not None or self._filling.rows > 0
+        return not is_under_way and 2 * self._queue.samples < self._config.largest_batch
 
     def _due_writes(self) -> list[Action]:
         """All that have come, once nothing is partly embedded."""
