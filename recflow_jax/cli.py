@@ -284,6 +284,9 @@ def bench_model(
     repeat: Annotated[
         int, typer.Option(help="Online: of each load, in turn; the median p99 counts.", min=1)
     ] = 1,
+    front_ends: Annotated[
+        int, typer.Option(help="Online: in so many processes of their own, not here.", min=0)
+    ] = 0,
     steady: Steady = False,
     backend: BackendName = "auto",
     profile: ProfileTable = None,
@@ -312,6 +315,7 @@ def bench_model(
         load_of=load_of,
         p99_ms=p99,
         repeats=repeat,
+        front_ends=front_ends,
     )
     bench_model(
         config,

@@ -28,6 +28,7 @@ from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.layout import Layout
 from recflow_jax.measure import contenders, contest, foretold
 from recflow_jax.measure.agreement import WrongAnswers, check_answers, reference_scores
+from recflow_jax.measure.callers import Here
 from recflow_jax.measure.ceilings import Ceilings, Floor, Work, work_of
 from recflow_jax.measure.contenders import Lineup
 from recflow_jax.measure.corun import CorunResult
@@ -153,8 +154,8 @@ def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pyte
         online=OnlineOptions(qps=(50.0,), request_samples=2, seconds=0.1, repeats=3),
         timing=FAST,
     )["online"]
-    alone = [rates["recflow"] for rates in saturated if rates.keys() == {"recflow"}]
-    assert len(alone) == 3 and slow_at == [median(alone)]
+    # Three rounds of all contenders, serial batching twice; then the engine beside each load.
+    assert len(saturated) == 3 * 4 + 3 and slow_at == [median(saturated[-3:])]
     assert online["host"]["submit_us"] >= 20
     (point,) = online["points"]
     for name in ("recflow", "serial"):
@@ -162,15 +163,15 @@ def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pyte
         assert told["p50_ratio"] == pytest.approx(told["p50_ms"] / measured["p50_ms"])
 
 
-def _noted_saturations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+def _noted_saturations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What is measured from now on."""
-    saturate, found = contest.saturate, list[dict[str, float]]()
+    saturate, found = Here.saturate, list[float]()
 
-    def noted(*arguments: Any) -> dict[str, float]:
-        found.append(saturate(*arguments))
+    def noted(callers: Here, seconds: float) -> float:
+        found.append(saturate(callers, seconds))
         return found[-1]
 
-    monkeypatch.setattr(contest, "saturate", noted)
+    monkeypatch.setattr(Here, "saturate", noted)
     return found
 
 
@@ -178,12 +179,9 @@ def test_saturation_is_the_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPa
     found = _noted_saturations(monkeypatch)
     online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2, repeats=3)
     result = bench_model(models.CONCAT, batches=(4,), modes=("online",), online=online, timing=FAST)
-    assert [[*rates] for rates in found] == 3 * [["recflow", "jax"], ["serial"], ["serial"]]
-    saturation = result["online"]["saturation"]
-    for name in ("recflow", "jax"):
-        assert saturation[name] == median(rates[name] for rates in found if name in rates)
-    serial = [rates["serial"] for rates in found if "serial" in rates]
-    assert saturation["serial"] == max(median(serial[::2]), median(serial[1::2]))
+    recflow, jax, two, one = (median(found[i::4]) for i in range(4))
+    serial = max(one, two)
+    assert result["online"]["saturation"] == {"recflow": recflow, "jax": jax, "serial": serial}
 
 
 def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,9 +476,36 @@ def test_a_load_is_offered_again_and_the_median_counts() -> None:
         assert load["p99_ms"] == sorted(point["p99s_ms"][name])[1]
 
 
+def test_requests_of_the_engine_can_be_made_in_other_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both ways of batching, with a profile table, which foretells none of it."""
+    table, saturated_here = tmp_path / "profile.json", _noted_saturations(monkeypatch)
+    options = engine_options((4,), choose_backend("xla"))
+    TimedSegments(models.FIXED, options).table().save(table)
+    way = {"request_samples": 2, "seconds": 0.5, "front_ends": 2}
+    online = bench_model(
+        models.FIXED,
+        batches=(4,),
+        modes=("online",),
+        backend="xla",
+        profile=table,
+        online=OnlineOptions(qps=(50.0,), **way),
+        timing=FAST,
+    )["online"]
+    assert online["front_ends"] == 2 and set(online["saturation"]) == {"recflow", "serial", "jax"}
+    assert saturated_here == [online["saturation"]["jax"]]
+    (point,) = online["points"]
+    for load in point["contenders"].values():
+        assert load["requests"] >= 25 and load["failed"] == 0 and load["p50_ms"] > 0
+    assert point["waited"] is None and not point["foretold"] and online["host"] is None
+    found = " ".join(capsys.readouterr().out.split())
+    assert "2 front ends in processes of their own" in found and "zero queue" not in found
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"loads": (0.5, 0.0)}, {"qps": (-1.0,)}, {"seconds": 0.0}, {"repeats": 0}],
+    [{"loads": (0.5, 0.0)}, {"qps": (-1.0,)}, {"seconds": 0.0}, {"repeats": 0}, {"front_ends": -1}],
 )
 def test_bad_loads_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"online: {next(iter(options))}"):

@@ -11,6 +11,8 @@ import pytest
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.measure.load import (
     LoadError,
+    LoadResult,
+    Offered,
     burst_arrivals_s,
     of_median_p99,
     poisson_arrivals_s,
@@ -92,6 +94,29 @@ def test_failures_are_counted_apart() -> None:
 
     result = run_open_loop(every_second_fails, [request(1)], np.arange(10) * 1e-3)
     assert result.failed == 5
+
+
+def test_what_was_offered_at_the_same_time_is_joined_by_due_time() -> None:
+    nan = float("nan")
+    one = Offered(
+        due_s=np.array([0.0, 2.0]),
+        answered_s=np.array([0.1, 2.2]),
+        samples=np.array([1, 2]),
+        failures={"QueueFull": 1},
+    )
+    other = Offered(
+        due_s=np.array([1.0, 3.0]),
+        answered_s=np.array([nan, 3.4]),
+        samples=np.array([3, 4]),
+        failures={"QueueFull": 1, "StepFailed": 1},
+    )
+    both = Offered.joined([other, one])
+    assert both.due_s.tolist() == [0, 1, 2, 3] and both.samples.tolist() == [1, 3, 2, 4]
+    assert np.array_equal(both.answered_s, [0.1, nan, 2.2, 3.4], equal_nan=True)
+    assert both.failures == {"QueueFull": 2, "StepFailed": 1}
+    load = LoadResult.of(both)
+    assert (load.requests, load.failed) == (4, 3)
+    assert load.max_ms == pytest.approx(400) and load.p50_ms == pytest.approx(200)
 
 
 def test_of_several_runs_the_one_with_the_median_p99_counts() -> None:

@@ -5,6 +5,7 @@ inputs, in one run; and what the engine costs on the host.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.measure import host, plots, report
+from recflow_jax.measure.apart import MOST_QUEUED
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
 from recflow_jax.measure.contest import CONTENDERS, bench_online, measurements
@@ -85,6 +87,8 @@ def bench_model(
         keep(**_overlap(lineup, run, sets, rides))
     if "numpy" in modes or "online" in modes:
         options = engine_options(batches, run.backend)
+        if online.front_ends:
+            options = replace(options, max_queued_samples=MOST_QUEUED)
         segments = Segments(run.config, run.params, run.backend, options)
         console.print("compiling the engine's executables", markup=False)
         with Engine.from_segments(segments, profile=profile) as engine:
@@ -338,11 +342,11 @@ def _online(
     pool = request_pool(
         run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
     )
-    count = measurements(online, foretells=profile is not None)
-    with progress("online", count) as advance:
+    table = None if profile is None or online.front_ends else ProfileTable.load(profile)
+    with progress("online", measurements(online, foretells=table is not None)) as advance:
         result = bench_online(
             *(segments, engine, lineup, run.params, pool),
-            profile=None if profile is None else ProfileTable.load(profile),
+            profile=table,
             ids=run.ids,
             seed=run.seed,
             options=online,
@@ -351,7 +355,8 @@ def _online(
         )
     report.show(report.online_table(result))
     console.print(report.collecting_line(result), markup=False)
-    report.show(report.waited_table(result))
+    if not result.front_ends:
+        report.show(report.waited_table(result))
     if result.host is not None:
         report.show(report.foretold_table(result))
     for line in report.sustained_lines(result):

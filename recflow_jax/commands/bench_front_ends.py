@@ -17,7 +17,7 @@ from recflow_jax.console import console, progress
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
-from recflow_jax.measure.apart import Pool, bench_apart
+from recflow_jax.measure.apart import MOST_QUEUED, Pool, bench_apart, in_flight_samples
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.online import (
     OnlineOptions,
@@ -28,10 +28,7 @@ from recflow_jax.measure.online import (
     saturate,
 )
 from recflow_jax.params import init_params
-from recflow_jax.remote.arena import SLOTS
 from recflow_jax.remote.front_ends import FrontEnds
-
-MOST_QUEUED = 2**20
 
 
 def bench_front_ends(
@@ -66,7 +63,7 @@ def bench_front_ends(
         )
     engine = replace(engine, max_queued_samples=MOST_QUEUED)
     online = OnlineOptions(seconds=seconds)
-    inside = (SLOTS + 1) * engine.max_batch  # what is under way, and what waits for it
+    inside = in_flight_samples(engine.max_batch)
 
     def check(requests: Sequence[JaggedBatch], answers: Sequence[np.ndarray]) -> None:
         check_found(config, params, requests, {"front end": np.concatenate(answers)})

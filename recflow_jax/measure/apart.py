@@ -12,12 +12,24 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.measure.contenders import RECFLOW
-from recflow_jax.measure.load import LoadError, LoadResult, saturation_samples_per_s
-from recflow_jax.measure.online import mean_samples, offer, request_pool
+from recflow_jax.measure.load import (
+    Arrivals,
+    LoadError,
+    LoadResult,
+    Offered,
+    open_loop,
+    poisson_arrivals_s,
+    saturation_samples_per_s,
+)
+from recflow_jax.measure.online import arrivals_at, mean_samples, request_pool
+from recflow_jax.remote.arena import SLOTS
 from recflow_jax.remote.front_end import FrontEnd
 
 PATIENCE_S = 120.0
+MOST_QUEUED = 2**20  # samples in the engine: each front end has several bundles inside
+
+Check = Callable[[Sequence[JaggedBatch], Sequence[np.ndarray]], None]
+"""Is shown requests and their answers, and raises WrongAnswers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +83,15 @@ def bench_apart(
     in_flight_samples: int,
     loads: Sequence[float],
     seconds: float,
-    check: Callable[[Sequence[JaggedBatch], Sequence[np.ndarray]], None],
+    check: Check,
 ) -> ApartResult:
     """Starts so many front ends, whose answers `check` is shown before anything is timed; saturates
     the engine through all of them, and offers these shares of that. Raises LoadError for one that
     stopped, and what `check` does.
     """
-    with _started(pool, front_ends) as pipes:
-        for pipe in pipes:
-            check(*_heard(pipe))
-        rates = _all(pipes, ("saturate", in_flight_samples, seconds))
-        saturation = sum(rates)
-        points = tuple(_offered(pipes, share, share * saturation, seconds) for share in loads)
+    with apart(pool, front_ends, in_flight_samples=in_flight_samples, check=check) as callers:
+        saturation = callers.saturate(seconds)
+        points = tuple(_point(callers, share, share * saturation, seconds) for share in loads)
     return ApartResult(
         front_ends=front_ends,
         in_flight_samples=in_flight_samples,
@@ -91,8 +100,57 @@ def bench_apart(
     )
 
 
-def _offered(pipes: Sequence[Connection], share: float, qps: float, seconds: float) -> ApartPoint:
-    found: list[LoadResult] = _all(pipes, ("offer", qps / len(pipes), seconds))
+def in_flight_samples(max_batch: int) -> int:
+    """Of a front end, to saturate it: what is under way, and what waits for it."""
+    return (SLOTS + 1) * max_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apart:
+    """Front ends as callers, all at once. in_flight_samples: of each, to saturate. arrivals_s: what
+    draws the times of arrival.
+    """
+
+    pipes: Sequence[Connection]
+    in_flight_samples: int
+    arrivals_s: Arrivals
+
+    def saturate(self, seconds: float) -> float:
+        """Requests per second that all are answered together. Raises LoadError."""
+        return sum(_all(self.pipes, ("saturate", self.in_flight_samples, seconds)))
+
+    def offer(self, qps: float, seconds: float, seed: int) -> LoadResult:
+        """Arrivals of `qps` requests per second in all, the same share from each. Raises
+        LoadError.
+        """
+        return LoadResult.of(Offered.joined(self.offered(qps, seconds, seed)))
+
+    def offered(self, qps: float, seconds: float, seed: int) -> list[Offered]:
+        """As `offer`, front end by front end."""
+        rate = qps / len(self.pipes)
+        return _all(self.pipes, ("offer", rate, seconds, seed, self.arrivals_s))
+
+
+@contextmanager
+def apart(
+    pool: Pool,
+    front_ends: int,
+    *,
+    in_flight_samples: int,
+    check: Check,
+    arrivals_s: Arrivals = poisson_arrivals_s,
+) -> Iterator[Apart]:
+    """So many front ends, whose answers `check` is shown first. Raises LoadError for one that
+    stopped, and what `check` does.
+    """
+    with _started(pool, front_ends) as pipes:
+        for pipe in pipes:
+            check(*_heard(pipe))
+        yield Apart(pipes=pipes, in_flight_samples=in_flight_samples, arrivals_s=arrivals_s)
+
+
+def _point(callers: Apart, share: float, qps: float, seconds: float) -> ApartPoint:
+    found = [LoadResult.of(offered) for offered in callers.offered(qps, seconds, 0)]
     return ApartPoint(
         share=share,
         qps=qps,
@@ -162,13 +220,15 @@ def _front_end(pool: Pool, number: int, pipe: Connection) -> None:
         pipe.send((requests, [answer.result() for answer in answers]))
         while True:
             try:
-                what, rate, seconds = pipe.recv()
+                what, *how = pipe.recv()
             except EOFError:
                 return
             if what == "saturate":
-                limits = {"in_flight_samples": rate, "seconds": seconds}
+                in_flight, seconds = how
+                limits = {"in_flight_samples": in_flight, "seconds": seconds}
                 per_s = saturation_samples_per_s(front_end.submit, requests, **limits)
                 pipe.send(per_s / mean_samples(requests))
             else:
-                servers = {RECFLOW: front_end.submit}
-                pipe.send(offer(servers, requests, rate, seconds, number)[RECFLOW])
+                qps, seconds, seed, arrivals_s = how
+                due_s = arrivals_at(qps, seconds, seed + number, arrivals_s)
+                pipe.send(open_loop(front_end.submit, requests, due_s))

@@ -3,33 +3,41 @@
 All are first saturated, in turns, as a machine is not equally fast all the time. At each load
 serial batching is tuned, then all get the same arrivals, one after the other. Then the largest load
 is looked for at which each keeps a p99, and serial batching is tuned anew where it fails. A profile
-table foretells what batching in either way does at each load.
+table foretells what batching in either way does at each load. Requests for the engine, in either
+way, can come from front ends in processes of their own.
 """
 
+import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.segments import Segments
+from recflow_jax.measure.apart import Pool, apart, in_flight_samples
+from recflow_jax.measure.callers import Callers, Here
 from recflow_jax.measure.contenders import RECFLOW, Lineup
 from recflow_jax.measure.foretold import Foreteller, Foretold
-from recflow_jax.measure.load import LoadResult, of_median_p99, run_open_loop
+from recflow_jax.measure.load import LoadResult, Submit, of_median_p99
 from recflow_jax.measure.online import (
     OnlineOptions,
     OnlinePoint,
     OnlineResult,
     Servers,
     arrivals_at,
+    check_found,
     check_served,
     least_qps,
     mean_samples,
-    offer,
     plain_server,
-    saturate,
 )
 from recflow_jax.measure.serial_server import SerialServer
 from recflow_jax.measure.sustained import Sustained, keeps, sustained
@@ -41,6 +49,7 @@ from recflow_jax.measure.tuning import (
 )
 from recflow_jax.measure.waited import Waited
 from recflow_jax.model import Params
+from recflow_jax.remote.front_ends import FrontEnds
 from scheduling import Collecting, ProfileTable
 
 SERIAL, PLAIN = "serial", "jax"
@@ -70,13 +79,20 @@ def bench_online(
     advance: Callable[[], None] = lambda: None,
     keep: Callable[[OnlineResult], None] = lambda _: None,
 ) -> OnlineResult:
-    """`engine` batches incrementally on `segments`, with `profile` if there is one.
+    """`engine` batches incrementally on `segments`. profile: to foretell by; not with front ends,
+    of whose requests the engine sees bundles alone.
 
     `advance` is called after each measurement, see `measurements`, and `keep` with what there is so
     far. Raises WrongAnswers before anything is timed, LoadError.
     """
-    with _servers(segments, engine, lineup, requests, options) as (servers, serial):
+    with (
+        _servers(segments, engine, lineup, requests, options) as (servers, serial),
+        _front_ends(
+            {RECFLOW: engine, SERIAL: serial}, params, options, ids=ids, seed=seed
+        ) as guests,
+    ):
         check_served(engine.config, params, requests, servers)
+        here = {name: _here(submit, requests, options, engine) for name, submit in servers.items()}
         teller = None
         if profile is not None:
             of = (segments, profile, engine, requests)
@@ -84,7 +100,7 @@ def bench_online(
         return _Contest(
             engine=engine,
             serial=serial,
-            servers=servers,
+            callers={**here, **guests},
             requests=requests,
             options=options,
             seed=seed,
@@ -104,10 +120,57 @@ def _servers(
     options: OnlineOptions,
 ) -> Iterator[tuple[Servers, SerialServer]]:
     with (
-        SerialServer(segments, Collecting(wait_ms=0)) as serial,
+        SerialServer.from_segments(segments, batching=Collecting(wait_ms=0)) as serial,
         plain_server(lineup, requests, segments.options.max_batch, options.wait_ms) as plain,
     ):
         yield {RECFLOW: engine.submit, SERIAL: serial.submit, PLAIN: plain.submit}, serial
+
+
+def _here(
+    submit: Submit, requests: Sequence[JaggedBatch], options: OnlineOptions, engine: Engine
+) -> Here:
+    return Here(
+        submit=submit,
+        requests=requests,
+        in_flight_samples=options.in_flight_batches * engine.options.max_batch,
+        arrivals_s=options.arrivals_s,
+    )
+
+
+@contextmanager
+def _front_ends(
+    engines: Mapping[str, Engine],
+    params: Params,
+    options: OnlineOptions,
+    *,
+    ids: str,
+    seed: int,
+) -> Iterator[dict[str, Callers]]:
+    """Each engine's own ones, if there are to be any; their answers are checked first."""
+    drawn: dict[str, Any] = {"ids": ids, "seed": seed, "request_samples": options.request_samples}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        callers: dict[str, Callers] = {}
+        for name, engine in engines.items() if options.front_ends else ():
+            listening = stack.enter_context(FrontEnds(engine, Path(folder) / name))
+            guests = apart(
+                *(Pool(path=listening.path, **drawn), options.front_ends),
+                in_flight_samples=in_flight_samples(engine.options.max_batch),
+                check=partial(_check_apart, name, engine, params),
+                arrivals_s=options.arrivals_s,
+            )
+            callers[name] = stack.enter_context(guests)
+        yield callers
+
+
+def _check_apart(
+    name: str,
+    engine: Engine,
+    params: Params,
+    requests: Sequence[JaggedBatch],
+    answers: Sequence[np.ndarray],
+) -> None:
+    """Raises WrongAnswers."""
+    check_found(engine.config, params, requests, {name: np.concatenate(answers)})
 
 
 @dataclass(kw_only=True)
@@ -116,7 +179,7 @@ class _Contest:
 
     engine: Engine
     serial: SerialServer
-    servers: Servers
+    callers: dict[str, Callers]
     requests: Sequence[JaggedBatch]
     options: OnlineOptions
     seed: int
@@ -136,13 +199,14 @@ class _Contest:
             arrivals="burst" if self.options.burst else "Poisson",
             host=None if self.teller is None else self.teller.host,
             p99_ms=self.options.p99_ms,
+            front_ends=self.options.front_ends,
         )
         self.keep(result)
         base = saturation.get(self.options.load_of) or min(saturation.values())
         for share, qps in self.options.rates(base):
             result = replace(result, points=(*result.points, self._point(share, qps)))
             self.keep(result)
-        for name in self.servers:
+        for name in self.callers:
             found = self._sustained(name, saturation[name], result.points)
             result = replace(result, sustained=result.sustained | {name: found})
             self.keep(result)
@@ -154,21 +218,19 @@ class _Contest:
         """
         rates: defaultdict[str | int, list[float]] = defaultdict(list)
         for _ in range(self.options.repeats):
-            for name, rate in self._saturate(RECFLOW, PLAIN).items():
-                rates[name].append(rate)
+            for name in (RECFLOW, PLAIN):
+                rates[name].append(self._saturate(name))
             for in_flight in TRIED_IN_FLIGHT:
                 self.serial.collect(Collecting(wait_ms=0, in_flight=in_flight))
-                rates[in_flight].append(self._saturate(SERIAL)[SERIAL])
+                rates[in_flight].append(self._saturate(SERIAL))
         medians = {way: median(found) for way, found in rates.items()}
         best = max(medians[in_flight] for in_flight in TRIED_IN_FLIGHT)
         return {RECFLOW: medians[RECFLOW], PLAIN: medians[PLAIN], SERIAL: best}
 
-    def _saturate(self, *names: str) -> dict[str, float]:
-        servers = {name: self.servers[name] for name in names}
-        options = replace(self.options, seconds=self._try_s)
-        return saturate(
-            servers, self.requests, self.engine.options.max_batch, options, self.advance
-        )
+    def _saturate(self, name: str) -> float:
+        rate = self.callers[name].saturate(self._try_s)
+        self.advance()
+        return rate
 
     def _point(self, share: float | None, qps: float) -> OnlinePoint:
         collecting, _ = self._tuned(qps, self.advance)
@@ -176,9 +238,9 @@ class _Contest:
         runs, rates = [], []
         for repeat in range(self.options.repeats):
             if self.teller is not None:
-                rates.append(self._saturate(RECFLOW)[RECFLOW])
+                rates.append(self._saturate(RECFLOW))
             runs.append(self._offered(qps, turned=bool(repeat % 2)))
-        of_each = {name: [run[name] for run in runs] for name in self.servers}
+        of_each = {name: [run[name] for run in runs] for name in self.callers}
         loads = {name: of_median_p99(offered) for name, offered in of_each.items()}
         return OnlinePoint(
             share=share,
@@ -186,17 +248,23 @@ class _Contest:
             contenders=loads,
             p99s_ms={name: [one.p99_ms for one in offered] for name, offered in of_each.items()},
             collecting=collecting,
-            waited=Waited.of_last(self.engine.waits(), loads[RECFLOW].requests),
+            waited=self._waited(loads[RECFLOW].requests),
             foretold=self._foretold(qps, loads, collecting, rates),
         )
 
     def _offered(self, qps: float, *, turned: bool) -> dict[str, LoadResult]:
         """The same arrivals for each, one after the other; turned: in the order turned around."""
-        options, servers = self.options, list(self.servers.items())
-        return offer(
-            dict(reversed(servers) if turned else servers),
-            *(self.requests, qps, options.seconds, self.seed, self.advance, options.arrivals_s),
-        )
+        loads = {}
+        for name in reversed(self.callers) if turned else self.callers:
+            loads[name] = self.callers[name].offer(qps, self.options.seconds, self.seed)
+            self.advance()
+        return loads
+
+    def _waited(self, requests: int) -> Waited | None:
+        """In the run that was the last; of front ends the engine sees bundles alone."""
+        if self.options.front_ends:
+            return None
+        return Waited.of_last(self.engine.waits(), requests)
 
     def _tuned(self, qps: float, advance: Callable[[], None]) -> tuple[Collecting, LoadResult]:
         """How serial batching had best collect at a load, and what came of it."""
@@ -254,5 +322,4 @@ class _Contest:
         return TRY_SHARE * self.options.seconds
 
     def _try(self, name: str, qps: float) -> LoadResult:
-        due_s = arrivals_at(qps, self._try_s, self.seed, self.options.arrivals_s)
-        return run_open_loop(self.servers[name], self.requests, due_s)
+        return self.callers[name].offer(qps, self._try_s, self.seed)

@@ -7,13 +7,13 @@ holds up whoever sends, cannot hide it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.errors import DeadlineExceeded, QueueFull
@@ -66,6 +66,60 @@ class LoadResult:
     def late(self) -> int:
         """Requests given up because of their deadline."""
         return self.failures.get(DeadlineExceeded.__name__, 0)
+
+    @classmethod
+    def of(cls, offered: "Offered") -> Self:
+        """The latencies of what was answered, less the first tenth of the run. Raises LoadError if
+        nothing was.
+        """
+        due_s, answered_s = offered.due_s, offered.answered_s
+        counted = np.arange(len(due_s)) >= int(WARM_UP_SHARE * len(due_s))
+        answered = counted & np.isfinite(answered_s)
+        if not answered.any():
+            raise LoadError(f"none of {len(due_s)} requests was answered: {offered.failures}")
+        latencies_ms = 1e3 * (answered_s - due_s)[answered]
+        p50, p90, p95, p99, p999 = np.percentile(latencies_ms, [50, 90, 95, 99, 99.9]).tolist()
+        start_s = due_s[counted][0]
+        span_s = max(answered_s[answered].max() - start_s, 1e-9)
+        return cls(
+            offered_per_s=float(counted.sum() / max(due_s[-1] - start_s, 1e-9)),
+            answered_per_s=float(answered.sum() / span_s),
+            samples_per_s=float(offered.samples[answered].sum() / span_s),
+            requests=len(due_s),
+            failed=sum(offered.failures.values()),
+            failures=dict(offered.failures),
+            p50_ms=p50,
+            p90_ms=p90,
+            p95_ms=p95,
+            p99_ms=p99,
+            p999_ms=p999,
+            max_ms=float(latencies_ms.max()),
+            histogram=histograms.encoded(latencies_ms),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offered:
+    """What was offered: when each request was due, ascending, and when it was answered (nan: not),
+    in seconds from the start, and its samples. failures: how many failed, by the error's type.
+    """
+
+    due_s: Float[np.ndarray, " requests"]
+    answered_s: Float[np.ndarray, " requests"]
+    samples: Int[np.ndarray, " requests"]
+    failures: Mapping[str, int]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Offered]") -> Self:
+        """What was offered at the same time, as one."""
+        due_s = np.concatenate([part.due_s for part in parts])
+        order = np.argsort(due_s, kind="stable")
+        return cls(
+            due_s=due_s[order],
+            answered_s=np.concatenate([part.answered_s for part in parts])[order],
+            samples=np.concatenate([part.samples for part in parts])[order],
+            failures=sum((Counter(part.failures) for part in parts), Counter()),
+        )
 
 
 def of_median_p99(loads: Sequence[LoadResult]) -> LoadResult:
@@ -127,11 +181,21 @@ def run_open_loop(
     *,
     timeout_s: float = 120,
 ) -> LoadResult:
+    """`open_loop`, and the latencies of it. Raises LoadError, also if nothing is answered."""
+    return LoadResult.of(open_loop(submit, requests, due_s, timeout_s=timeout_s))
+
+
+def open_loop(
+    submit: Submit,
+    requests: Sequence[JaggedBatch],
+    due_s: Float[np.ndarray, " arrivals"],
+    *,
+    timeout_s: float = 120,
+) -> Offered:
     """Sends request i % len(requests) at due_s[i] seconds from now and waits for all answers.
 
-    A request that fails (rejected, too late) is counted; the latencies are of those answered, less
-    the first tenth of the run. Raises LoadError if an answer does not come within `timeout_s` of
-    the last request, or if nothing is answered.
+    A request that fails (rejected, too late) is counted. Raises LoadError if an answer does not
+    come within `timeout_s` of the last request.
     """
     answers = _Answers(len(due_s))
     start = time.perf_counter()
@@ -142,7 +206,12 @@ def run_open_loop(
         _send(submit, requests[index % len(requests)], index, answers)
     answers.wait(timeout_s)
     sizes = np.array([request.samples for request in requests])
-    return _result(answers, start + due_s, sizes[np.arange(len(due_s)) % len(sizes)])
+    return Offered(
+        due_s=due_s,
+        answered_s=answers.times_s - start,
+        samples=sizes[np.arange(len(due_s)) % len(sizes)],
+        failures=answers.failures,
+    )
 
 
 def _send(submit: Submit, request: JaggedBatch, index: int, answers: _Answers) -> None:
@@ -152,33 +221,6 @@ def _send(submit: Submit, request: JaggedBatch, index: int, answers: _Answers) -
         future = Future()
         future.set_exception(error)
     future.add_done_callback(lambda done: answers.record(index, done))
-
-
-def _result(answers: _Answers, due_s: np.ndarray, samples: np.ndarray) -> LoadResult:
-    count = len(due_s)
-    counted = np.arange(count) >= int(WARM_UP_SHARE * count)
-    answered = counted & np.isfinite(answers.times_s)
-    if not answered.any():
-        raise LoadError(f"none of {count} requests was answered: {dict(answers.failures)}")
-    latencies_ms = 1e3 * (answers.times_s - due_s)[answered]
-    p50, p90, p95, p99, p999 = np.percentile(latencies_ms, [50, 90, 95, 99, 99.9]).tolist()
-    start_s = due_s[counted][0]
-    span_s = max(answers.times_s[answered].max() - start_s, 1e-9)
-    return LoadResult(
-        offered_per_s=float(counted.sum() / max(due_s[-1] - start_s, 1e-9)),
-        answered_per_s=float(answered.sum() / span_s),
-        samples_per_s=float(samples[answered].sum() / span_s),
-        requests=count,
-        failed=answers.failures.total(),
-        failures=dict(answers.failures),
-        p50_ms=p50,
-        p90_ms=p90,
-        p95_ms=p95,
-        p99_ms=p99,
-        p999_ms=p999,
-        max_ms=float(latencies_ms.max()),
-        histogram=histograms.encoded(latencies_ms),
-    )
 
 
 def saturation_samples_per_s(

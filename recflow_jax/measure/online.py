@@ -48,7 +48,8 @@ class OnlineOptions:
     load_of: whose saturation the loads are shares of; "lowest" of all. p99_ms: the bound within
     which the largest load is looked for. wait_ms: how long plain JAX collects.
     repeats: how often each load is offered, contenders in turn; of each the run with the median p99
-    counts, as a hiccup of the machine makes a tail of its own.
+    counts, as a hiccup of the machine makes a tail of its own. front_ends: in how many processes of
+    their own the engine's requests are made; 0: in this one.
     """
 
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
@@ -61,6 +62,7 @@ class OnlineOptions:
     wait_ms: float = 2.0
     in_flight_batches: int = 3
     repeats: int = 1
+    front_ends: int = 0
 
     def __post_init__(self) -> None:
         for name in ("loads", "qps"):
@@ -70,6 +72,8 @@ class OnlineOptions:
         for name in ("seconds", "p99_ms", "repeats"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"online: {name} is {getattr(self, name)}, not above 0")
+        if self.front_ends < 0:
+            raise ValueError(f"online: front_ends is {self.front_ends}, below 0")
 
     @property
     def arrivals_s(self) -> Arrivals:
@@ -106,6 +110,7 @@ class OnlineResult:
 
     arrivals: "Poisson" or "burst". host: the rates that were measured to foretell with. sustained:
     the largest load of each contender with a p99 of at most `p99_ms`; both of the bench alone.
+    front_ends: as in OnlineOptions.
     """
 
     max_batch: int
@@ -117,6 +122,7 @@ class OnlineResult:
     host: HostCosts | None = None
     p99_ms: float | None = None
     sustained: dict[str, Sustained] = field(default_factory=dict)
+    front_ends: int = 0
 
 
 def request_pool(

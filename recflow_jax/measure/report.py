@@ -188,7 +188,7 @@ def online_table(result: OnlineResult) -> Table:
     saturation = ", ".join(f"{name} {qps:,.0f}" for name, qps in result.saturation.items())
     table = _table(
         f"online: {result.arrivals} arrivals, {result.mean_request_samples:.0f} samples per "
-        f"request; saturation in requests/s: {saturation}",
+        f"request{_made_apart(result)}; saturation in requests/s: {saturation}",
         *("load", "requests/s", "contender", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms"),
         *("answered/s", "failed"),
         *(["p99 ms of all"] if _is_repeated(result) else []),
@@ -207,6 +207,11 @@ def online_table(result: OnlineResult) -> Table:
                 end_section=name == list(point.contenders)[-1],
             )
     return table
+
+
+def _made_apart(result: OnlineResult) -> str:
+    count = result.front_ends
+    return f", made by {count} front ends in processes of their own (not jax's)" if count else ""
 
 
 def _is_repeated(result: OnlineResult) -> bool:
