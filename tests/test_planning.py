@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fake_segments import OPTIONS, DeviceBroke, FakeSegments, samples, scores
-from recflow_jax.engine import planning
+from recflow_jax.engine import launcher, planning
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import StepFailed
 from scheduling.costs import CO_RUN, step_key
@@ -28,7 +28,11 @@ def with_co_runs(device: FakeSegments) -> ProfileTable:
     return table.with_rows([row(1.0, **dataclasses.asdict(key)) for key in keys])
 
 
-def test_slices_that_ride_give_the_same_answers():
+@pytest.mark.parametrize("are_large", [False, True])
+def test_slices_that_ride_give_the_same_answers(are_large: bool, monkeypatch: pytest.MonkeyPatch):
+    """Large ones leave for the device before the call."""
+    if are_large:
+        monkeypatch.setattr(launcher, "LARGE_IDS", 0)
     device = FakeSegments()
     with Engine.from_segments(device, profile=with_co_runs(device)) as engine:
         device.hold()
@@ -44,11 +48,15 @@ def test_slices_that_ride_give_the_same_answers():
         assert stats.co_runs["deep/all"] > 0
         whole = stats.co_runs[WHOLE]  # the first, when nothing was in flight
         assert stats.batch_segments == {1: whole, 2: stats.batches - whole}
+        assert device.uploads == (stats.slices if are_large else 0)
 
 
-@pytest.mark.parametrize("what", ["start", "run", "embed"])
+@pytest.mark.parametrize("what", ["start", "run", "embed", "upload"])
 @pytest.mark.parametrize("how", ["break_next", "lose_next"])
-def test_a_co_run_that_fails_ends_those_in_it_and_no_others(how: str, what: str):
+def test_a_co_run_that_fails_ends_those_in_it_and_no_others(
+    how: str, what: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launcher, "LARGE_IDS", 0)
     device = FakeSegments()
     with Engine.from_segments(device, profile=with_co_runs(device)) as engine:
         device.hold()

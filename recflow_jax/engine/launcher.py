@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 from recflow_jax.engine.errors import EngineClosed, EngineError, StepFailed
 from recflow_jax.engine.ledger import Ledger, settle
@@ -217,14 +218,12 @@ class Launcher:
     def _launch_whole(self, step: Step, batch: _Batch, joining: _Joining, flight: Flight) -> None:
         """What is large leaves for the device before the batch in front is called."""
         assert step.slice
-        is_large = step.slice.bucket.ids >= LARGE_IDS
+        is_large = _is_large(step.slice)
         if not (is_large and self._under_way and joining.are_in_berths):
             self._call_held()
         packed: Any = None
         with _faults_of(batch):
             packed = self._packed(step.slice, joining, flight)
-            if is_large:
-                packed = self._call(self._segments.upload, packed)
         self._call_held()
         self._held = _Held(step, flight, batch, packed)
         if not is_large:
@@ -283,7 +282,8 @@ class Launcher:
             samples=[self._samples_of(part) for part in piece.parts], requests=requests
         )
 
-    def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray:
+    def _packed(self, piece: Slice, joining: _Joining, flight: Flight) -> np.ndarray | Array:
+        """The slice's buffer; a large one is on its way to the device already."""
         flight.buffer = self._segments.staging.pack(
             piece.bucket,
             piece.row,
@@ -298,7 +298,8 @@ class Launcher:
             if part.start == 0
         ]
         flight.unchecked = [one for one in joining.requests if not one.samples.is_checked]
-        return flight.buffer.array
+        packed = flight.buffer.array
+        return self._call(self._segments.upload, packed) if _is_large(piece) else packed
 
     def _advance(self, segment: Segment, batch: _Batch, flight: Flight) -> None:
         if batch.state is not None:
@@ -371,6 +372,10 @@ class Launcher:
             batch.state = batch.x = None
             fail_step(self._ledger, batch.request_ids, batch.fault)
             batch.request_ids.clear()
+
+
+def _is_large(piece: Slice) -> bool:
+    return piece.bucket.ids >= LARGE_IDS
 
 
 def fail_step(ledger: Ledger, request_ids: Iterable[int], fault: Exception) -> None:

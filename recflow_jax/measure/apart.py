@@ -19,9 +19,8 @@ from recflow_jax.measure.load import (
     Offered,
     open_loop,
     poisson_arrivals_s,
-    saturation_samples_per_s,
 )
-from recflow_jax.measure.online import arrivals_at, mean_samples, request_pool
+from recflow_jax.measure.online import arrivals_at, request_pool, saturated
 from recflow_jax.remote.arena import SLOTS
 from recflow_jax.remote.front_end import FrontEnd
 
@@ -226,8 +225,7 @@ def _front_end(pool: Pool, number: int, pipe: Connection) -> None:
             if what == "saturate":
                 in_flight, seconds = how
                 limits = {"in_flight_samples": in_flight, "seconds": seconds}
-                per_s = saturation_samples_per_s(front_end.submit, requests, **limits)
-                pipe.send(per_s / mean_samples(requests))
+                pipe.send(saturated(front_end.submit, requests, **limits))
             else:
                 qps, seconds, seed, arrivals_s = how
                 due_s = arrivals_at(qps, seconds, seed + number, arrivals_s)

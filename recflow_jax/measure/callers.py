@@ -5,14 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.measure.load import (
-    Arrivals,
-    LoadResult,
-    Submit,
-    run_open_loop,
-    saturation_samples_per_s,
-)
-from recflow_jax.measure.online import arrivals_at, mean_samples
+from recflow_jax.measure.load import Arrivals, LoadResult, Submit, run_open_loop
+from recflow_jax.measure.online import arrivals_at, saturated
 
 
 @runtime_checkable
@@ -39,12 +33,8 @@ class Here:
 
     def saturate(self, seconds: float) -> float:
         """With `in_flight_samples` inside."""
-        samples_per_s = saturation_samples_per_s(
-            *(self.submit, self.requests),
-            in_flight_samples=self.in_flight_samples,
-            seconds=seconds,
-        )
-        return samples_per_s / mean_samples(self.requests)
+        inside = self.in_flight_samples
+        return saturated(self.submit, self.requests, in_flight_samples=inside, seconds=seconds)
 
     def offer(self, qps: float, seconds: float, seed: int) -> LoadResult:
         """One after the other, as they are due."""

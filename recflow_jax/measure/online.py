@@ -199,17 +199,21 @@ def saturate(
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Requests per second that each server answers while a few batches of samples are inside."""
-    saturation = {}
+    inside, saturation = options.in_flight_batches * max_batch, {}
     for name, submit in servers.items():
-        samples_per_s = saturation_samples_per_s(
-            submit,
-            requests,
-            in_flight_samples=options.in_flight_batches * max_batch,
-            seconds=options.seconds,
+        saturation[name] = saturated(
+            submit, requests, in_flight_samples=inside, seconds=options.seconds
         )
-        saturation[name] = samples_per_s / mean_samples(requests)
         advance()
     return saturation
+
+
+def saturated(
+    submit: Submit, requests: Sequence[JaggedBatch], *, in_flight_samples: int, seconds: float
+) -> float:
+    """Requests per second that are answered while so many samples are inside. Raises LoadError."""
+    limits = {"in_flight_samples": in_flight_samples, "seconds": seconds}
+    return saturation_samples_per_s(submit, requests, **limits) / mean_samples(requests)
 
 
 def arrivals_at(
