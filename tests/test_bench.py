@@ -133,10 +133,7 @@ def test_numpy_and_online_compare_with_plain_jax(report: dict[str, Any]) -> None
 
 def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By a host that is as slow as the engine when it was saturated beside the load."""
-    table, slow_at = tmp_path / "profile.json", list[float]()
-    saturated = _noted_saturations(monkeypatch)
-    options = engine_options((4,), choose_backend("xla"))
-    TimedSegments(models.FIXED, options).table().save(table)
+    saturated, slow_at = _noted_saturations(monkeypatch), list[float]()
     saturating_at = Foreteller.saturating_at
 
     def noted(teller: Foreteller, qps: float, requests: Sequence[JaggedBatch]) -> Foreteller:
@@ -145,15 +142,7 @@ def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Foreteller, "saturating_at", noted)
     monkeypatch.setattr(foretold, "measured_rates", lambda *_, **__: HostCosts(submit_us=20))
-    online = bench_model(
-        models.FIXED,
-        batches=(4,),
-        modes=("online",),
-        backend="xla",
-        profile=table,
-        online=OnlineOptions(qps=(50.0,), request_samples=2, seconds=0.1, repeats=3),
-        timing=FAST,
-    )["online"]
+    online = _with_a_table(tmp_path, seconds=0.1, repeats=3)
     # Three rounds of all contenders, serial batching twice; then the engine beside each load.
     assert len(saturated) == 3 * 4 + 3 and slow_at == [median(saturated[-3:])]
     assert online["host"]["submit_us"] >= 20
@@ -161,6 +150,16 @@ def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pyte
     for name in ("recflow", "serial"):
         told, measured = point["foretold"][name], point["contenders"][name]
         assert told["p50_ratio"] == pytest.approx(told["p50_ms"] / measured["p50_ms"])
+
+
+def _with_a_table(tmp_path: Path, **how: Any) -> dict[str, Any]:
+    """An online run of a model that has a profile table, at 50 requests per second."""
+    table = tmp_path / "profile.json"
+    options = engine_options((4,), choose_backend("xla"))
+    TimedSegments(models.FIXED, options).table().save(table)
+    online = OnlineOptions(qps=(50.0,), request_samples=2, **how)
+    run: dict[str, Any] = {"batches": (4,), "modes": ("online",), "backend": "xla", "timing": FAST}
+    return bench_model(models.FIXED, profile=table, online=online, **run)["online"]
 
 
 def _noted_saturations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -480,19 +479,8 @@ def test_requests_of_the_engine_can_be_made_in_other_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of both ways of batching, with a profile table, which foretells none of it."""
-    table, saturated_here = tmp_path / "profile.json", _noted_saturations(monkeypatch)
-    options = engine_options((4,), choose_backend("xla"))
-    TimedSegments(models.FIXED, options).table().save(table)
-    way = {"request_samples": 2, "seconds": 0.5, "front_ends": 2}
-    online = bench_model(
-        models.FIXED,
-        batches=(4,),
-        modes=("online",),
-        backend="xla",
-        profile=table,
-        online=OnlineOptions(qps=(50.0,), **way),
-        timing=FAST,
-    )["online"]
+    saturated_here = _noted_saturations(monkeypatch)
+    online = _with_a_table(tmp_path, seconds=0.5, front_ends=2)
     assert online["front_ends"] == 2 and set(online["saturation"]) == {"recflow", "serial", "jax"}
     assert saturated_here == [online["saturation"]["jax"]]
     (point,) = online["points"]
