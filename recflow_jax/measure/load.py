@@ -232,8 +232,9 @@ def saturation_samples_per_s(
 ) -> float:
     """Samples answered per second while `in_flight_samples` of them are always inside.
 
-    The first fifth of the time warms up and is not counted. It takes longer if nothing was answered
-    in the rest.
+    The first fifth of the time warms up and is not counted, unless half is over before something is
+    answered: the time from one answer to the next is no rate. It takes longer if nothing was
+    answered in the rest.
     """
     inside = _Inside(in_flight_samples)
     start = time.perf_counter()
@@ -241,7 +242,8 @@ def saturation_samples_per_s(
     while True:
         now, answered = time.perf_counter(), inside.answered
         if before is None and now >= start + seconds / 5:
-            before = (now, answered)
+            is_slow = now > start + seconds / 2
+            before = (start, 0) if is_slow else (now, answered)
         if before is not None and now >= start + seconds and answered > before[1]:
             break
         request = requests[index % len(requests)]
