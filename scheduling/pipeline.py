@@ -175,7 +175,6 @@ class Pipeline:
         self._filling = _Batch(id=0)
         self._backlog = 0
         self._writes = 0
-        self._is_late = False
         self._steps_launched = 0
         self._steps_done = 0
 
@@ -188,12 +187,12 @@ class Pipeline:
         """
         self._check(events)
         arrived_us = [event.request.arrived_us for event in events if isinstance(event, Arrive)]
-        self._is_late = now_us - min(arrived_us, default=now_us) >= LATE_US
+        is_late = now_us - min(arrived_us, default=now_us) >= LATE_US
         for event in events:
             self._apply(event)
         actions: list[Action] = [Expire(request_id=i) for i in self._queue.drop_late(now_us)]
         actions += self._due_writes()
-        while self.can_launch and self._has_work() and not self._waits_for_more():
+        while self.can_launch and self._has_work() and not (is_late and self._waits_for_more()):
             if self._running is None and not self._is_gathering() and self._filling.rows:
                 self._run_filled()
             actions += self._due_writes()
@@ -233,8 +232,8 @@ class Pipeline:
         return self._running is not None or self._filling.rows > 0 or self._queue.samples > 0
 
     def _waits_for_more(self) -> bool:
-        """Whether a batch is begun when a step has ended, or when there is more of it."""
-        if not (self._is_late and self._plans.whole) or self._is_behind:
+        """Whether a late host begins a batch when a step has ended, or when there is more of it."""
+        if not self._plans.whole or self._is_behind:
             return False
         is_under_way = self._running is not None or self._filling.rows > 0
         return not is_under_way and 2 * self._queue.samples < self._config.largest_batch

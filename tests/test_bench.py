@@ -458,6 +458,12 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         bench_model(PAIR, timing=FAST, **{"batches": (4,), **arguments})
 
 
+def test_requests_that_a_front_end_would_refuse_are_refused_at_once() -> None:
+    online = OnlineOptions(front_ends=1, request_samples=5)
+    with pytest.raises(ValueError, match="up to 5 samples: .* the largest batch, 4"):
+        bench_model(PAIR, batches=(4,), modes=("online",), online=online, timing=FAST)
+
+
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(
         ValueError,

@@ -21,7 +21,7 @@ from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.segments import Segments
 from recflow_jax.measure import host, plots, report
-from recflow_jax.measure.apart import MOST_QUEUED
+from recflow_jax.measure.apart import MOST_QUEUED, check_fits
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
 from recflow_jax.measure.contest import CONTENDERS, bench_online, measurements
@@ -71,7 +71,7 @@ def bench_model(
     Raises ValueError for an unknown mode or rival, WrongAnswers before anything wrong is timed.
     """
     _check(modes, batches, against)
-    online = _checked(online or OnlineOptions())
+    online = _checked(online or OnlineOptions(), max(batches))
     run = _Run(config, params, batches, ids, seed, timing or TimingOptions(), backend)
     lineup = Lineup(run.config, run.params, run.backend, against)
     result = run.header()
@@ -322,10 +322,12 @@ def engine_options(batches: Sequence[int], backend: Backend) -> EngineOptions:
     )
 
 
-def _checked(online: OnlineOptions) -> OnlineOptions:
+def _checked(online: OnlineOptions, max_batch: int) -> OnlineOptions:
     if online.load_of not in (LOWEST, *CONTENDERS):
         known = ", ".join((LOWEST, *CONTENDERS))
         raise ValueError(f"online: load_of is {online.load_of!r}, not one of {known}")
+    if online.front_ends:
+        check_fits(online.request_samples, max_batch)
     return online
 
 

@@ -3,12 +3,10 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from recflow_jax.batch import JaggedBatch
 from recflow_jax.calibration import ready
 from recflow_jax.commands.bench import finish
 from recflow_jax.commands.info import versions
@@ -17,11 +15,17 @@ from recflow_jax.console import console, progress
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
-from recflow_jax.measure.apart import MOST_QUEUED, Pool, bench_apart, in_flight_samples
+from recflow_jax.measure.apart import (
+    MOST_QUEUED,
+    Pool,
+    bench_apart,
+    check_answers_of,
+    check_fits,
+    saturating_samples,
+)
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.online import (
     OnlineOptions,
-    check_found,
     check_served,
     mean_samples,
     request_pool,
@@ -52,22 +56,14 @@ def bench_front_ends(
     bad = [n for n in (*front_ends, *loads) if not n > 0]
     if bad or not front_ends or not loads:
         raise ValueError(f"front ends {[*front_ends]}, loads {[*loads]}: some of each, above 0")
+    check_fits(request_samples, engine.max_batch)
     params = init_params(config, seed=seed)
     config = ready(config, params, ids=ids, seed=seed)
     here = request_pool(config, ids=ids, seed=seed, request_samples=request_samples)
-    largest = max(request.samples for request in here)
-    if largest > engine.max_batch:
-        raise ValueError(
-            f"requests of up to {largest} samples: a front end passes on no more than the largest "
-            f"batch, {engine.max_batch}, at once (request_samples asks for smaller ones)"
-        )
     engine = replace(engine, max_queued_samples=MOST_QUEUED)
     online = OnlineOptions(seconds=seconds)
-    inside = in_flight_samples(engine.max_batch)
-
-    def check(requests: Sequence[JaggedBatch], answers: Sequence[np.ndarray]) -> None:
-        check_found(config, params, requests, {"front end": np.concatenate(answers)})
-
+    inside = saturating_samples(engine.max_batch)
+    check = partial(check_answers_of, "front end", config, params)
     with (
         tempfile.TemporaryDirectory() as folder,
         Engine(config, params, options=engine, profile=profile) as system,

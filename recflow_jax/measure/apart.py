@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.config import DLRMConfig
+from recflow_jax.data.workloads import MLPERF_REQUEST_SIZES
 from recflow_jax.measure.load import (
     Arrivals,
     LoadError,
@@ -20,7 +22,8 @@ from recflow_jax.measure.load import (
     open_loop,
     poisson_arrivals_s,
 )
-from recflow_jax.measure.online import arrivals_at, request_pool, saturated
+from recflow_jax.measure.online import arrivals_at, check_found, request_pool, saturated
+from recflow_jax.model import Params
 from recflow_jax.remote.arena import SLOTS
 from recflow_jax.remote.front_end import FrontEnd
 
@@ -99,8 +102,29 @@ def bench_apart(
     )
 
 
-def in_flight_samples(max_batch: int) -> int:
-    """Of a front end, to saturate it: what is under way, and what waits for it."""
+def check_fits(request_samples: int | None, max_batch: int) -> None:
+    """Raises ValueError where a front end would refuse requests of a Pool."""
+    largest = request_samples or max(MLPERF_REQUEST_SIZES)
+    if largest > max_batch:
+        raise ValueError(
+            f"requests of up to {largest} samples: a front end passes on no more than the largest "
+            f"batch, {max_batch}, at once (request_samples asks for smaller ones)"
+        )
+
+
+def check_answers_of(
+    name: str,
+    config: DLRMConfig,
+    params: Params,
+    requests: Sequence[JaggedBatch],
+    answers: Sequence[np.ndarray],
+) -> None:
+    """A Check, with the first three given."""
+    check_found(config, params, requests, {name: np.concatenate(answers)})
+
+
+def saturating_samples(max_batch: int) -> int:
+    """Inside, of a front end: what is under way, and what waits for it."""
     return (SLOTS + 1) * max_batch
 
 

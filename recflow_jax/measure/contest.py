@@ -17,12 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.segments import Segments
-from recflow_jax.measure.apart import Pool, apart, in_flight_samples
+from recflow_jax.measure.apart import Pool, apart, check_answers_of, saturating_samples
 from recflow_jax.measure.callers import Callers, Here
 from recflow_jax.measure.contenders import RECFLOW, Lineup
 from recflow_jax.measure.foretold import Foreteller, Foretold
@@ -33,7 +31,6 @@ from recflow_jax.measure.online import (
     OnlineResult,
     Servers,
     arrivals_at,
-    check_found,
     check_served,
     least_qps,
     mean_samples,
@@ -154,23 +151,12 @@ def _front_ends(
             listening = stack.enter_context(FrontEnds(engine, Path(folder) / name))
             guests = apart(
                 *(Pool(path=listening.path, **drawn), options.front_ends),
-                in_flight_samples=in_flight_samples(engine.options.max_batch),
-                check=partial(_check_apart, name, engine, params),
+                in_flight_samples=saturating_samples(engine.options.max_batch),
+                check=partial(check_answers_of, name, engine.config, params),
                 arrivals_s=options.arrivals_s,
             )
             callers[name] = stack.enter_context(guests)
         yield callers
-
-
-def _check_apart(
-    name: str,
-    engine: Engine,
-    params: Params,
-    requests: Sequence[JaggedBatch],
-    answers: Sequence[np.ndarray],
-) -> None:
-    """Raises WrongAnswers."""
-    check_found(engine.config, params, requests, {name: np.concatenate(answers)})
 
 
 @dataclass(kw_only=True)
@@ -234,7 +220,6 @@ class _Contest:
 
     def _point(self, share: float | None, qps: float) -> OnlinePoint:
         collecting, _ = self._tuned(qps, self.advance)
-        self.serial.collect(collecting)
         runs, rates = [], []
         for repeat in range(self.options.repeats):
             if self.teller is not None:
@@ -267,7 +252,7 @@ class _Contest:
         return Waited.of_last(self.engine.waits(), requests)
 
     def _tuned(self, qps: float, advance: Callable[[], None]) -> tuple[Collecting, LoadResult]:
-        """How serial batching had best collect at a load, and what came of it."""
+        """How serial batching had best collect at a load, and does from now on; what came of it."""
 
         def serve(collecting: Collecting) -> LoadResult:
             self.serial.collect(collecting)
@@ -275,7 +260,9 @@ class _Contest:
             advance()
             return load
 
-        return best_collecting(serve, self.batch_buckets)
+        collecting, load = best_collecting(serve, self.batch_buckets)
+        self.serial.collect(collecting)
+        return collecting, load
 
     def _foretold(
         self,
@@ -307,9 +294,7 @@ class _Contest:
             return self._try(name, qps)
 
         def tuned(qps: float) -> LoadResult:
-            collecting, load = self._tuned(qps, lambda: None)
-            self.serial.collect(collecting)
-            return load
+            return self._tuned(qps, lambda: None)[1]
 
         can_be_tuned = tuned_where_it_fails(offered, tuned, lambda load: keeps(load, bound_ms))
         serve = can_be_tuned if name == SERIAL else offered

@@ -7,7 +7,7 @@ holds up whoever sends, cannot hide it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, Self
@@ -87,7 +87,7 @@ class LoadResult:
             samples_per_s=float(offered.samples[answered].sum() / span_s),
             requests=len(due_s),
             failed=sum(offered.failures.values()),
-            failures=dict(offered.failures),
+            failures=offered.failures,
             p50_ms=p50,
             p90_ms=p90,
             p95_ms=p95,
@@ -107,7 +107,7 @@ class Offered:
     due_s: Float[np.ndarray, " requests"]
     answered_s: Float[np.ndarray, " requests"]
     samples: Int[np.ndarray, " requests"]
-    failures: Mapping[str, int]
+    failures: dict[str, int]
 
     @classmethod
     def joined(cls, parts: "Sequence[Offered]") -> Self:
@@ -118,7 +118,7 @@ class Offered:
             due_s=due_s[order],
             answered_s=np.concatenate([part.answered_s for part in parts])[order],
             samples=np.concatenate([part.samples for part in parts])[order],
-            failures=sum((Counter(part.failures) for part in parts), Counter()),
+            failures=dict(sum((Counter(part.failures) for part in parts), Counter())),
         )
 
 
@@ -210,7 +210,7 @@ def open_loop(
         due_s=due_s,
         answered_s=answers.times_s - start,
         samples=sizes[np.arange(len(due_s)) % len(sizes)],
-        failures=answers.failures,
+        failures=dict(answers.failures),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.measure.load import LoadResult, saturation_samples_per_s
+from recflow_jax.measure.load import LoadResult
 from recflow_jax.measure.online import (
     OnlineOptions,
     OnlinePoint,
@@ -13,6 +13,7 @@ from recflow_jax.measure.online import (
     least_qps,
     mean_samples,
     offer,
+    saturated,
 )
 from recflow_jax.measure.sustained import Sustained, sustained
 
@@ -99,13 +100,9 @@ def _saturation(
     advance: Callable[[], None],
 ) -> dict[str, float]:
     """Requests per second of each server, AT_ONCE of them inside."""
-    mean, saturation = mean_samples(requests), {}
+    inside, saturation = int(AT_ONCE * mean_samples(requests)), {}
     for name, submit in servers.items():
-        inside = int(AT_ONCE * mean)
-        per_s = saturation_samples_per_s(
-            submit, requests, in_flight_samples=inside, seconds=seconds
-        )
-        saturation[name] = per_s / mean
+        saturation[name] = saturated(submit, requests, in_flight_samples=inside, seconds=seconds)
         advance()
     return saturation
 
