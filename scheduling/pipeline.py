@@ -6,8 +6,8 @@ the running batch's last segment has been launched, the filling batch takes its 
 waits for a batch to fill, and the size of the batches follows the load by itself.
 
 A slice beside a segment ends sooner, its batch a step later. Where there are executables of whole
-batches, slices therefore ride only while more waits than one batch takes; else what has arrived
-becomes a whole batch behind the running one.
+batches, slices therefore ride only while more waits than one batch takes, and where the plans find
+that worth it; else what has arrived becomes a whole batch behind the running one.
 
 A small step costs the host as much as a large one. So where it comes late to its mail, and whole
 batches are steps, the last one that may be in flight is at least half of the largest, or none.
@@ -312,7 +312,7 @@ class Pipeline:
         room = self._room_left()
         if shape is None or room is None:
             return room
-        if self._plans.whole and not self.is_crowded:
+        if self._plans.whole and not (self.is_crowded and self._plans.rides):
             return None
         planned = self._plans.slice_beside(shape, self._queue.samples)
         return min(room, planned, key=attrgetter("samples", "ids"))

@@ -222,6 +222,21 @@ def test_slices_ride_where_whole_batches_are_only_while_more_waits_than_a_batch_
     assert step.co_run == WHOLE and step.slice and step.slice.samples == 3
 
 
+def test_in_a_crowd_nothing_goes_beside_segments_where_that_is_not_worth_it():
+    """Here a batch of 1 sample, for which there is no slice of its size, is two steps."""
+    config = replace(ONE_PIECE, max_steps_in_flight=1)
+    pipeline = Pipeline(config, with_whole(config))
+    launched = told(pipeline.step(0, [arrive(1)]))
+    launched += told(pipeline.step(1, [StepDone(step_id=0), arrive(2, samples=12)]))
+    for id in range(1, 6):
+        launched += told(pipeline.step(1 + id, [StepDone(step_id=id)]))
+    assert launched == [
+        *("slice 0: r1[0:1]", "segment 0.0"),
+        *("slice 1: r2[0:4]", "slice 1: r2[4:8]", "segment 1.0"),
+        "slice 2: r2[8:12] | segment 2.0",
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SmallBehind(SerialPlans):
     """A batch behind others has so many samples."""
@@ -665,6 +680,7 @@ class Audit:
         self.config = config
         self.pipeline = Pipeline(config, plans)
         self.has_whole = plans is not None and bool(plans.whole)
+        self.rides = plans is None or plans.rides
         self.may_be_small = isinstance(plans, SmallBehind)
         self.is_late = False
         self.device = Device(config)
@@ -758,7 +774,8 @@ class Audit:
     def _check_slice(self, slice_: Slice | None, beside: Segment | None) -> None:
         batch = self.batches[-1]
         if slice_ is None:
-            waits_for_a_whole = self.has_whole and self.queued_samples() < self.config.largest_batch
+            is_crowd = self.queued_samples() >= self.config.largest_batch
+            waits_for_a_whole = self.has_whole and not (self.rides and is_crowd)
             assert waits_for_a_whole or self._takes_as_much_as_fits(batch.rows, 0, 0)
             return
         assert slice_.batch_id == len(self.batches) - 1 and batch.segments == 0

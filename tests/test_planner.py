@@ -263,6 +263,35 @@ def test_a_batch_is_whole_unless_it_could_run_with_a_slice(rows: list[ProfileRow
     assert WHOLE_BATCHES < {*plans.co_runs} or not rows
 
 
+@pytest.mark.parametrize(("us", "rides"), [(43, True), (44, False)])
+def test_slices_ride_beside_whole_batches_where_that_saves_a_tenth(us: float, rides: bool):
+    """A whole batch of 16 takes 48 us."""
+    every = whole_batches(BATCHES, SLICES)
+    rows = [*parts(), co_run(whole(16), SLICES[2], us), co_run(whole(8), SLICES[1], 1)]
+    plans = TablePlans(table(rows), BATCHES, SLICES, whole=every)
+    assert plans.rides == rides and plans.riding_gain == pytest.approx(48 / us)
+    assert plans.steps(16, 16) == (
+        StepShape(segment=whole(16), slice=SLICES[2], co_run="deep"),
+    )  # which is planned, and foretold, in either case
+    assert plans.predicted_us(16, 16) == us
+    riding = {cell for cell in plans.co_runs if cell.config != WHOLE}
+    assert bool(riding) == rides and every <= {*plans.co_runs}
+    for batch in every:
+        assert plans.runs_whole(batch, crowded=False)
+        assert plans.runs_whole(batch, crowded=True) != rides
+
+
+def test_where_nothing_rides_batches_are_not_cut():
+    finest = product(shapes((FINEST,)), SLICES)
+    rows = [co_run(s, z, 0.95 * (2 * s.batch / FINEST + z.samples)) for s, z in finest]
+    of = (table([*parts(), *rows]), BATCHES, SLICES)
+    assert TablePlans(*of).segments(16, 16) == FINEST
+    plans = TablePlans(*of, whole=whole_batches(BATCHES, SLICES))
+    assert 1 < plans.riding_gain < 1.1 and not plans.rides
+    assert plans.cuts == {1} and plans.segments(16, 16) == 1
+    assert len(plans.steps(16, 16)) == FINEST
+
+
 def test_no_batch_is_whole_that_is_larger_than_the_p99_allows():
     every = whole_batches(BATCHES, SLICES)
     plans = TablePlans(table(parts()), BATCHES, SLICES, p99_ms=0.048, whole=every)
