@@ -237,7 +237,8 @@ class FrontEnd(Closing):
     def _wait(self, request: _Request) -> None:
         """Until its bundle leaves."""
         heapq.heappush(self._waiting, (request.terms.priority, request.number, request))
-        self._changed.notify_all()
+        if self._may_fly():
+            self._changed.notify_all()
 
     def _send(self) -> None:
         """Bundle after bundle, as long as there are slots for them."""
