@@ -287,6 +287,9 @@ def bench_model(
     front_ends: Annotated[
         int, typer.Option(help="Online: in so many processes of their own, not here.", min=0)
     ] = 0,
+    serial_in_flight: Annotated[
+        str, typer.Option(help="Online: batches that serial batching has on the device at once.")
+    ] = "2,1",
     steady: Steady = False,
     backend: BackendName = "auto",
     profile: ProfileTable = None,
@@ -316,6 +319,7 @@ def bench_model(
         p99_ms=p99,
         repeats=repeat,
         front_ends=front_ends,
+        serial_in_flight=_list("--serial-in-flight", serial_in_flight, int),
     )
     bench_model(
         config,

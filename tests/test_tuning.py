@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recflow_jax.measure.tuning import TRIES, best_collecting, tuned_where_it_fails
+from recflow_jax.measure.tuning import best_collecting, tries, tuned_where_it_fails
 from scheduling import Collecting
 
 
@@ -22,7 +22,19 @@ def test_waits_then_limits_then_numbers_in_flight_are_tried():
     best, served = best_collecting(serve, (2, 4, 8, 16))
     assert best == Collecting(wait_ms=2, max_samples=4, in_flight=1)
     assert served == Served(1)
-    assert len(tried) == len({*tried}) == TRIES == 8
+    assert len(tried) == len({*tried}) == tries() == 8
+
+
+def test_batches_may_be_one_at_a_time():
+    tried = []
+
+    def serve(collecting: Collecting) -> Served:
+        tried.append(collecting)
+        return Served(-collecting.wait_ms)
+
+    best, _ = best_collecting(serve, (2, 4, 8, 16), (1,))
+    assert best == Collecting(wait_ms=5, in_flight=1)
+    assert len(tried) == tries((1,)) == 7 and {one.in_flight for one in tried} == {1}
 
 
 def test_the_best_may_be_the_first():

@@ -38,12 +38,7 @@ from recflow_jax.measure.online import (
 )
 from recflow_jax.measure.serial_server import SerialServer
 from recflow_jax.measure.sustained import Sustained, keeps, sustained
-from recflow_jax.measure.tuning import (
-    TRIED_IN_FLIGHT,
-    TRIES,
-    best_collecting,
-    tuned_where_it_fails,
-)
+from recflow_jax.measure.tuning import best_collecting, tries, tuned_where_it_fails
 from recflow_jax.measure.waited import Waited
 from recflow_jax.model import Params
 from recflow_jax.remote.front_ends import FrontEnds
@@ -57,9 +52,10 @@ TRY_SHARE = 0.4  # of a point's seconds: how long each of many tries lasts
 def measurements(options: OnlineOptions, *, foretells: bool) -> int:
     """How often `bench_online` calls `advance`; foretells: with a profile table."""
     points = len(options.qps or options.loads)
-    saturating = options.repeats * (len(CONTENDERS) - 1 + len(TRIED_IN_FLIGHT))
+    in_flight = options.serial_in_flight
+    saturating = options.repeats * (len(CONTENDERS) - 1 + len(in_flight))
     offered = options.repeats * (len(CONTENDERS) + foretells)
-    return saturating + points * (TRIES + offered) + len(CONTENDERS)
+    return saturating + points * (tries(in_flight) + offered) + len(CONTENDERS)
 
 
 def bench_online(
@@ -206,11 +202,11 @@ class _Contest:
         for _ in range(self.options.repeats):
             for name in (RECFLOW, PLAIN):
                 rates[name].append(self._saturate(name))
-            for in_flight in TRIED_IN_FLIGHT:
+            for in_flight in self.options.serial_in_flight:
                 self.serial.collect(Collecting(wait_ms=0, in_flight=in_flight))
                 rates[in_flight].append(self._saturate(SERIAL))
         medians = {way: median(found) for way, found in rates.items()}
-        best = max(medians[in_flight] for in_flight in TRIED_IN_FLIGHT)
+        best = max(medians[in_flight] for in_flight in self.options.serial_in_flight)
         return {RECFLOW: medians[RECFLOW], PLAIN: medians[PLAIN], SERIAL: best}
 
     def _saturate(self, name: str) -> float:
@@ -220,12 +216,12 @@ class _Contest:
 
     def _point(self, share: float | None, qps: float) -> OnlinePoint:
         collecting, _ = self._tuned(qps, self.advance)
-        runs, rates = [], []
+        rates: list[float] = []
+        of_each: dict[str, list[LoadResult]] = {name: [] for name in self.callers}
         for repeat in range(self.options.repeats):
             if self.teller is not None:
                 rates.append(self._saturate(RECFLOW))
-            runs.append(self._offered(qps, turned=bool(repeat % 2)))
-        of_each = {name: [run[name] for run in runs] for name in self.callers}
+            self._offer(qps, of_each, turned=bool(repeat % 2))
         loads = {name: of_median_p99(offered) for name, offered in of_each.items()}
         return OnlinePoint(
             share=share,
@@ -237,13 +233,15 @@ class _Contest:
             foretold=self._foretold(qps, loads, collecting, rates),
         )
 
-    def _offered(self, qps: float, *, turned: bool) -> dict[str, LoadResult]:
-        """The same arrivals for each, one after the other; turned: in the order turned around."""
-        loads = {}
+    def _offer(self, qps: float, of_each: dict[str, list[LoadResult]], *, turned: bool) -> None:
+        """The same arrivals for each that has not fallen behind, one after the other; turned: in
+        the order turned around.
+        """
         for name in reversed(self.callers) if turned else self.callers:
-            loads[name] = self.callers[name].offer(qps, self.options.seconds, self.seed)
+            if all(load.kept_up for load in of_each[name]):
+                load = self.callers[name].offer(qps, self.options.seconds, self.seed)
+                of_each[name].append(load)
             self.advance()
-        return loads
 
     def _waited(self, requests: int) -> Waited | None:
         """In the run that was the last; of front ends the engine sees bundles alone."""
@@ -260,7 +258,8 @@ class _Contest:
             advance()
             return load
 
-        collecting, load = best_collecting(serve, self.batch_buckets)
+        of = (self.batch_buckets, self.options.serial_in_flight)
+        collecting, load = best_collecting(serve, *of)
         self.serial.collect(collecting)
         return collecting, load
 

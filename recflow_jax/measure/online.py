@@ -27,6 +27,7 @@ from recflow_jax.measure.load import (
 )
 from recflow_jax.measure.server import BatchingServer, PlainLadder
 from recflow_jax.measure.sustained import Sustained
+from recflow_jax.measure.tuning import TRIED_IN_FLIGHT
 from recflow_jax.measure.waited import Waited
 from recflow_jax.model import Params
 from scheduling import Collecting, HostCosts
@@ -48,8 +49,10 @@ class OnlineOptions:
     load_of: whose saturation the loads are shares of; "lowest" of all. p99_ms: the bound within
     which the largest load is looked for. wait_ms: how long plain JAX collects.
     repeats: how often each load is offered, contenders in turn; of each the run with the median p99
-    counts, as a hiccup of the machine makes a tail of its own. front_ends: in how many processes of
-    their own the engine's requests are made; 0: in this one.
+    counts, as a hiccup of the machine makes a tail of its own; who falls behind is not asked again.
+    front_ends: in how many processes of their own the engine's requests are made; 0: in this one.
+    serial_in_flight: how many batches serial batching may have on the device at once, of which the
+    best is taken; one alone is collected, embedded and run before the next is launched.
     """
 
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
@@ -63,6 +66,7 @@ class OnlineOptions:
     in_flight_batches: int = 3
     repeats: int = 1
     front_ends: int = 0
+    serial_in_flight: tuple[int, ...] = TRIED_IN_FLIGHT
 
     def __post_init__(self) -> None:
         for name in ("loads", "qps"):
@@ -74,6 +78,9 @@ class OnlineOptions:
                 raise ValueError(f"online: {name} is {getattr(self, name)}, not above 0")
         if self.front_ends < 0:
             raise ValueError(f"online: front_ends is {self.front_ends}, below 0")
+        if not self.serial_in_flight or min(self.serial_in_flight) < 1:
+            some = [*self.serial_in_flight]
+            raise ValueError(f"online: serial_in_flight is {some}, not some numbers of at least 1")
 
     @property
     def arrivals_s(self) -> Arrivals:
@@ -91,8 +98,9 @@ class OnlineOptions:
 class OnlinePoint:
     """One load: `share` of the saturation (None for a given rate).
 
-    Of the bench alone: the p99 of each contender in each repeat, how serial batching collected, how
-    long the engine's requests waited for their launch, and what was foretold, with a profile table.
+    Of the bench alone: the p99 of each contender in each of its repeats, how serial batching
+    collected, how long the engine's requests waited for their launch, and what was foretold, with a
+    profile table.
     """
 
     share: float | None

@@ -9,7 +9,11 @@ from scheduling import Collecting
 TRIED_WAITS_MS = (0.0, 0.5, 2.0, 5.0)
 TRIED_LIMITS = 3  # batch sizes below the largest
 TRIED_IN_FLIGHT = (2, 1)
-TRIES = len(TRIED_WAITS_MS) + TRIED_LIMITS + len(TRIED_IN_FLIGHT) - 1
+
+
+def tries(in_flight: Sequence[int] = TRIED_IN_FLIGHT) -> int:
+    """How many ways to collect `best_collecting` tries at most."""
+    return len(TRIED_WAITS_MS) + TRIED_LIMITS + len(in_flight) - 1
 
 
 @runtime_checkable
@@ -21,12 +25,14 @@ class Served(Protocol):
 
 
 def best_collecting[S: Served](
-    serve: Callable[[Collecting], S], batch_buckets: Sequence[int]
+    serve: Callable[[Collecting], S],
+    batch_buckets: Sequence[int],
+    in_flight: Sequence[int] = TRIED_IN_FLIGHT,
 ) -> tuple[Collecting, S]:
     """The lowest p99 of some waits for full batches, then of smaller batches after that wait, then
-    of other numbers in flight; and what `serve` gave for it. At most TRIES are served.
+    of other numbers in flight; and what `serve` gave for it. At most `tries(in_flight)` are served.
     """
-    first, *others = TRIED_IN_FLIGHT
+    first, *others = in_flight
     waits = [Collecting(wait_ms=wait_ms, in_flight=first) for wait_ms in TRIED_WAITS_MS]
     best = _best(serve, waits)
     smaller = batch_buckets[:-1][-TRIED_LIMITS:]
