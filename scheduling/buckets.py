@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def ladder(largest: int, smallest: int = 1, factor: float = 2) -> tuple[int, ...]:
@@ -18,6 +19,14 @@ def ladder(largest: int, smallest: int = 1, factor: float = 2) -> tuple[int, ...
     while rungs[-1] < largest:
         rungs.append(int(min(largest, max(rungs[-1] + 1, rungs[-1] * factor))))
     return tuple(rungs)
+
+
+def with_half_steps(rungs: Sequence[int], start: int) -> tuple[int, ...]:
+    """Ascending rungs and, from `start` up, those half way between one and the next, where that is
+    at least twice as large.
+    """
+    between = [(a + b) // 2 for a, b in pairwise(rungs) if a >= start and b >= 2 * a]
+    return tuple(sorted({*rungs, *between}))
 
 
 def smallest_holding(ladder: Sequence[int], n: int) -> int:

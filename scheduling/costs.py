@@ -38,7 +38,8 @@ class Cost:
 
 
 class StepCosts:
-    """What steps cost, by a table: one after the other, or by the best co-run.
+    """What steps cost, by a table: one after the other, or by the best co-run. Slices and segments
+    of sizes between two that were measured cost what lies between (`ProfileTable.between`).
 
     launch_factor: how many times as long launches take on this host as on the table's. Raises
     ProfileMiss for a slice or a segment that was not measured, ValueError for no such factor.
@@ -48,6 +49,7 @@ class StepCosts:
         if not 0 < launch_factor < math.inf:
             raise ValueError(f"costs: launch_factor is {launch_factor}, not above 0")
         self._table = table
+        self._row = cache(table.between)
         self._launch_factor = launch_factor
         self._configs = sorted({row.config for row in table.rows if row.scheme == CO_RUN})
 
@@ -104,7 +106,7 @@ class StepCosts:
         return self._of(step_key(shape, size, scheme=CO_RUN, config=co_run))
 
     def _of(self, key: ProfileKey) -> Cost:
-        row = self._table.row(key)
+        row = self._row(key)
         return Cost(row.median_us, self._launch_factor * row.launch_us)
 
 

@@ -146,6 +146,30 @@ class ProfileTable:
             return row
         raise ProfileMiss(f"{key} was not measured; {self._nearest(key)}")
 
+    def between(self, key: ProfileKey) -> ProfileRow:
+        """As `row`; for a slice or a segment of a size between two that were measured, what lies
+        between their times, in proportion.
+        """
+        if self.has(key) or key.kind == "step":
+            return self.row(key)
+        alike = [row for row in self.rows if row.series == key.series]
+        smaller = [row for row in alike if _covers(key, row)]
+        larger = [row for row in alike if _covers(row, key)]
+        if not smaller or not larger:
+            return self.row(key)
+        low, high = max(smaller, key=_sizes), min(larger, key=_sizes)
+        share = max(
+            (size - a) / (b - a)
+            for a, size, b in zip(low.sizes, key.sizes, high.sizes, strict=True)
+            if b > a
+        )
+        times = {
+            name: getattr(low, name) + share * (getattr(high, name) - getattr(low, name))
+            for name in ("median_us", "p10_us", "p90_us", "launch_us")
+        }
+        sizes = {name: getattr(key, name) for name in SIZES}
+        return replace(low, **sizes, **times, samples=min(low.samples, high.samples))
+
     def with_rows(self, rows: Iterable[ProfileRow]) -> Self:
         """The table with these rows too; a row replaces the one that has the same key."""
         by_key = self._by_key | {row.key: row for row in rows}
@@ -264,6 +288,10 @@ def _check_schema(schema: object) -> None:
 
 def _remedy(model: str = "MODEL") -> str:
     return f"recflow profile --model {model}"
+
+
+def _sizes(key: ProfileKey) -> tuple[int, ...]:
+    return key.sizes
 
 
 def _covers(large: ProfileKey, small: ProfileKey) -> bool:

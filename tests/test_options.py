@@ -19,6 +19,18 @@ def test_ladders_reach_from_smallest_to_largest():
     assert [b.samples for b in options.slice_buckets(DOT)] == [8, 16, 32, 50]
 
 
+def test_large_sizes_have_half_steps():
+    options = EngineOptions()
+    powers = [8 << n for n in range(11)]
+    assert options.batch_buckets == tuple(sorted([*powers, 1536, 3072, 6144]))
+    assert [b.samples for b in options.slice_buckets(DOT)] == [*options.batch_buckets]
+    assert EngineOptions(half_steps_from=None).batch_buckets == tuple(powers)
+    fine = EngineOptions(max_batch=2048, smallest_batch=512, batch_factor=1.5, half_steps_from=1)
+    assert fine.batch_buckets == (512, 768, 1152, 1728, 2048)
+    wide = EngineOptions(max_batch=64, smallest_batch=4, batch_factor=4, half_steps_from=16)
+    assert wide.batch_buckets == (4, 16, 40, 64)
+
+
 def test_slices_are_cut_to_the_largest_batch():
     options = EngineOptions(max_batch=4)
     assert options.batch_buckets == (4,)

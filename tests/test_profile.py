@@ -105,6 +105,23 @@ def test_an_engine_takes_the_table(profiled: ProfileResult) -> None:
         models.assert_same_scores(CONFIG, engine.predict(batch), expected)
 
 
+def test_half_steps_are_not_measured_and_an_engine_that_has_them_takes_the_table(
+    profiled: ProfileResult, tmp_path: Path
+) -> None:
+    """They take what lies between: here batches of 10 samples, between 4 and 16."""
+    finer = replace(OPTIONS, half_steps_from=4)
+    rows = run(tmp_path, options=finer).table.rows
+    alone = {row.key for row in profiled.table.rows if row.kind != "step"}
+    assert {row.key for row in rows if row.kind != "step"} == alone
+    assert 10 in finer.batch_buckets and 10 not in OPTIONS.batch_buckets
+    params = models.params_of(CONFIG)
+    with Engine(CONFIG, params, options=finer, profile=profiled.path) as engine:
+        batch = generate(CONFIG, 9, seed=1)
+        expected = models.reference_scores(CONFIG, params, batch)
+        models.assert_same_scores(CONFIG, engine.predict(batch), expected)
+        assert engine.stats().batch_buckets == {10: 1}
+
+
 def copied(profiled: ProfileResult, tmp_path: Path, **changes: object) -> Path:
     table = replace(profiled.table, **changes)  # pyright: ignore
     table.save(tmp_path / profiled.path.name)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from fake_segments import FakeSegments, samples, scores
+from fake_segments import OPTIONS, FakeSegments, samples, scores
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import DeadlineExceeded
 from recflow_jax.engine.profiles import IdleTimes, load_profile, versions
@@ -46,6 +46,15 @@ def test_what_an_idle_engine_takes_at_least():
     assert times.least_us(3, 3) == 4e6 + 2 * 4e7
     assert times.least_us(1, 129) == 4e6 + 2 * 2e7
     assert times.least_us(100, 10_000) == 4e6 + 2 * 8e7
+
+
+def test_sizes_between_those_measured_take_what_lies_between():
+    table = table_of(FakeSegments())
+    finer = FakeSegments(dataclasses.replace(OPTIONS, half_steps_from=2))
+    assert [b.samples for b in finer.slice_buckets] == [1, 2, 3, 4]
+    times = IdleTimes(table, finer)
+    assert times.least_us(3, 3) == 3e6 + 2 * 3e7
+    assert times.least_us(5, 10_000) == 4e6 + 2 * 6e7
 
 
 def test_what_was_not_measured_counts_nothing():

@@ -4,10 +4,18 @@ import pytest
 
 import small_models as models
 from fake_device import Watched
+from hand_tables import row
 from recflow_jax.layout import Layout
 from recflow_jax.measure.simulated_gpu import Gpu, host_of, sizes_of
-from scheduling import Collecting, HostCosts, ProfileTableError, SegmentShape, Step
-from scheduling.costs import segment_key
+from scheduling import (
+    Collecting,
+    HostCosts,
+    ProfileTableError,
+    SegmentShape,
+    SliceBucket,
+    Step,
+)
+from scheduling.costs import segment_key, slice_key
 from scheduling.request import WHOLE
 from simulated import BATCHES, CUTS, SLICES, co_runs, gpu, made, parts, singles
 
@@ -48,6 +56,19 @@ def test_all_sizes_of_the_table_are_there():
 def test_a_table_that_lacks_sizes_says_which(rows, message: str):
     with pytest.raises(ProfileTableError, match=message):
         gpu(rows)
+
+
+def test_large_sizes_have_the_half_steps_of_an_engine():
+    sizes = (512, 1024, 2048)
+    slices = [SliceBucket(samples=n, ids=40 * n) for n in sizes]
+    shapes = [SegmentShape(segments=1, index=0, batch=n) for n in sizes]
+    rows = [row(slice_key(s), s.samples) for s in slices]
+    rows += [row(segment_key(s), 2 * s.batch) for s in shapes]
+    found = gpu(rows)
+    assert found.sizes.batch_buckets == (512, 1024, 1536, 2048)
+    assert found.sizes.slice_buckets[2] == SliceBucket(samples=1536, ids=40 * 1536)
+    run = found.run(found.incremental(), singles().at_once(1500))
+    assert run.device_busy_us == 3 * 1536
 
 
 def test_co_runs_of_the_table_are_planned_and_take_their_time():

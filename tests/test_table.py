@@ -328,3 +328,36 @@ def test_a_row_that_is_no_measurement_is_refused(change, message):
 
 def test_a_row_knows_its_key():
     assert timed(STEP, 60).key == STEP and hash(timed(STEP, 60).key) == hash(STEP)
+
+
+@pytest.mark.parametrize(
+    ("key", "us"),
+    [
+        (slice_key(64, 640), 30),
+        (slice_key(96, 960), 40),
+        (slice_key(80, 800), 35),
+        (slice_key(64, 960), 40),
+        (segment_key(384), 32.5),
+    ],
+    ids=["measured", "half way", "a quarter", "of ids alone", "segment"],
+)
+def test_what_lies_between_two_sizes_takes_its_share_of_the_difference(key: ProfileKey, us: float):
+    found = TABLE.between(key)
+    assert (found.median_us, found.p10_us, found.p90_us) == (us, us - 1, us + 1)
+    assert (found.key, found.samples) == (key, 50)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        slice_key(32, 320),
+        slice_key(256, 2560),
+        slice_key(96, 960, scheme="corun"),
+        segment_key(384, segment=1),
+        replace(STEP, slice_samples=4, slice_ids=40),
+    ],
+    ids=["smaller", "larger", "another scheme", "another segment", "a step"],
+)
+def test_nothing_lies_outside_and_steps_are_measured(key: ProfileKey):
+    with pytest.raises(ProfileMiss, match=f"{key.kind}.* was not measured"):
+        TABLE.between(key)

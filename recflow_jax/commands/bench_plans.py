@@ -1,6 +1,7 @@
 """`recflow bench plans`: does a profile table's best plan take the time that the table promises."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def bench_plans(
     mixes: random batches with samples waiting, each by its plan. contests: of how many of them
     other plans are measured too. Raises ProfileTableError for a table of something else.
     """
-    options = options or EngineOptions()
+    options = replace(options or EngineOptions(), half_steps_from=None)  # as the table is
     params = init_params(config, seed=seed)
     config = ready(config, params, ids=ids, seed=seed)
     segments = Segments(config, params, choose_backend(options.backend), options)

@@ -58,7 +58,8 @@ def profile(
     options: EngineOptions | None = None,
 ) -> ProfileResult:
     """Writes `out`/<model>-<device>.json, .png and .csv, which lists for each pair of a segment and
-    a slice the best scheme; measures what the file does not have yet.
+    a slice the best scheme; measures what the file does not have yet, but for the half steps of
+    `EngineOptions`, which take what lies between.
 
     Times are the device's: inputs lie on it, calls are queued. quick: fewer repeats, and of all
     batches only the largest beside slices. `options` are the engine's that will read the table;
@@ -107,6 +108,7 @@ def _engine_options(
     options: EngineOptions | None, backend: str, max_batch: int | None
 ) -> EngineOptions:
     values = dict(vars(options or EngineOptions()))
+    values["half_steps_from"] = None
     if backend != "auto":
         values["backend"] = backend
     if max_batch is not None:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import expected_ids_per_sample
 from recflow_jax.engine.switching import SHORT_MS
-from scheduling.buckets import ladder
+from scheduling.buckets import ladder, with_half_steps
 from scheduling.planner import Objective
 from scheduling.request import SliceBucket
 from scheduling.serial_batching import Collecting
@@ -28,6 +28,9 @@ class EngineOptions:
         a batch is padded to the next one.
     max_slice, smallest_slice, slice_factor: the same for slices, the embedding work of one step
         (max_slice is cut to max_batch).
+    half_steps_from: from this size up, ladders have another one half way to the next: padding takes
+        time there as samples do, where small batches take what their launches take. None: no such
+        sizes. A profile table need not have them: they take what lies between.
     ids_per_sample: sparse ids that a slice has room for, per sample. None: what the config's bags
         are expected to hold, with a quarter more where they are jagged.
     max_ids_per_sample: a sample with more is an InputError. None: what the largest slice holds.
@@ -62,6 +65,7 @@ class EngineOptions:
     max_slice: int = 8192
     smallest_slice: int = 8
     slice_factor: float = 2
+    half_steps_from: int | None = 1024
     ids_per_sample: float | None = None
     max_ids_per_sample: int | None = None
     batching: Literal["incremental"] | Collecting = "incremental"
@@ -112,7 +116,7 @@ class EngineOptions:
     @property
     def batch_buckets(self) -> tuple[int, ...]:
         """Batch sizes, ascending."""
-        return ladder(self.max_batch, min(self.smallest_batch, self.max_batch), self.batch_factor)
+        return self._sizes(self.max_batch, self.smallest_batch, self.batch_factor)
 
     @property
     def finest_cut(self) -> int:
@@ -128,11 +132,15 @@ class EngineOptions:
     def slice_buckets(self, config: DLRMConfig) -> tuple[SliceBucket, ...]:
         """Slice sizes, ascending in samples and ids; the last holds `max_ids_per_sample`."""
         largest = min(self.max_slice, self.max_batch)
-        sizes = ladder(largest, min(self.smallest_slice, largest), self.slice_factor)
+        sizes = self._sizes(largest, self.smallest_slice, self.slice_factor)
         per_sample = self.ids_per_sample or _expected_ids(config)
         ids = [_round_up(size * per_sample) for size in sizes]
         ids[-1] = max(ids[-1], _round_up(self.max_ids_per_sample or 0))
         return tuple(SliceBucket(samples=s, ids=i) for s, i in zip(sizes, ids, strict=True))
+
+    def _sizes(self, largest: int, smallest: int, factor: float) -> tuple[int, ...]:
+        rungs = ladder(largest, min(smallest, largest), factor)
+        return with_half_steps(rungs, self.half_steps_from) if self.half_steps_from else rungs
 
 
 def _round_up(ids: float) -> int:

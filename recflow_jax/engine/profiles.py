@@ -50,15 +50,12 @@ class IdleTimes:
 
     def _batch_time_us(self, bucket: int) -> float:
         cuts = [SegmentShape.all_of(segments, bucket) for segments in self._segments.cuts]
-        measured = [
-            cut for cut in cuts if all(self._table.has(segment_key(shape)) for shape in cut)
-        ]
-        times_us = [sum(self._time_us(segment_key(shape)) for shape in cut) for cut in measured]
-        return min(times_us, default=0.0)
+        times_us = [[self._time_us(segment_key(shape)) for shape in cut] for cut in cuts]
+        return min((sum(cut) for cut in times_us if all(cut)), default=0.0)
 
     def _time_us(self, key: ProfileKey) -> float:
         """0 for what was not measured: nothing is rejected on a guess."""
         try:
-            return self._table.time_us(key)
+            return self._table.between(key).median_us
         except ProfileMiss:
             return 0.0

@@ -1,7 +1,9 @@
 """A GPU that is known by its profile table alone, with the engine on it or serial batching."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 from recflow_jax.config import DLRMConfig
@@ -27,11 +29,13 @@ from scheduling import (
     TableTimes,
     simulate,
 )
+from scheduling.buckets import with_half_steps
 from scheduling.costs import segment_key
 from scheduling.planner import Objective
 from scheduling.request import whole_batches
 
 MISSING_NAMED = 3
+HALF_STEPS_FROM = EngineOptions.half_steps_from or sys.maxsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,9 @@ class Gpu:
 
 
 def sizes_of(table: ProfileTable) -> PipelineConfig:
-    """The pipeline that a table was measured for. Raises ProfileTableError if rows are missing."""
+    """The pipeline of an engine with this table: of the sizes that it has, and those half way that
+    engines have. Raises ProfileTableError if rows are missing.
+    """
     slices = {
         SliceBucket(samples=row.slice_samples, ids=row.slice_ids)
         for row in table.rows
@@ -106,12 +112,25 @@ def sizes_of(table: ProfileTable) -> PipelineConfig:
     cuts = {1, *(row.segments for row in segments if row.segments)}
     batches = sorted({row.batch for row in segments if row.batch})
     _check_segments(table, [s for n in cuts for b in batches for s in SegmentShape.all_of(n, b)])
+    ordered = sorted(slices, key=lambda size: (size.samples, size.ids))
     return PipelineConfig(
-        batch_buckets=tuple(batches),
-        slice_buckets=tuple(sorted(slices, key=lambda size: (size.samples, size.ids))),
+        batch_buckets=with_half_steps(batches, HALF_STEPS_FROM),
+        slice_buckets=_with_half_steps(ordered),
         segments=max(cuts),
         max_steps_in_flight=EngineOptions.max_steps_in_flight,
     )
+
+
+def _with_half_steps(slices: Sequence[SliceBucket]) -> tuple[SliceBucket, ...]:
+    """Ascending slices, and those half way."""
+    samples = {size.samples for size in slices}
+    added = {*with_half_steps(sorted(samples), HALF_STEPS_FROM)} - samples
+    between = [
+        SliceBucket(samples=(a.samples + b.samples) // 2, ids=(a.ids + b.ids) // 2)
+        for a, b in pairwise(slices)
+        if (a.samples + b.samples) // 2 in added
+    ]
+    return tuple(sorted([*slices, *between], key=lambda size: (size.samples, size.ids)))
 
 
 def _check_segments(table: ProfileTable, needed: Sequence[SegmentShape]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from scheduling import Collecting
 
 TRIED_WAITS_MS = (0.0, 0.5, 2.0, 5.0)
-TRIED_LIMITS = 3  # batch sizes below the largest
+TRIED_LIMITS = 3  # a half, a quarter, an eighth of the largest batch
 TRIED_IN_FLIGHT = (2, 1)
 
 
@@ -35,7 +35,8 @@ def best_collecting[S: Served](
     first, *others = in_flight
     waits = [Collecting(wait_ms=wait_ms, in_flight=first) for wait_ms in TRIED_WAITS_MS]
     best = _best(serve, waits)
-    smaller = batch_buckets[:-1][-TRIED_LIMITS:]
+    halves = [batch_buckets[-1] >> times for times in range(TRIED_LIMITS, 0, -1)]
+    smaller = [limit for limit in halves if limit >= batch_buckets[0]]
     best = _best(serve, [replace(best[0], max_samples=limit) for limit in smaller], best)
     return _best(serve, [replace(best[0], in_flight=number) for number in others], best)
 
