@@ -258,7 +258,7 @@ class TablePlans:
         if not whole or 1 not in self._cuts:
             return math.inf
         riding_us = self.predicted_us(largest, largest)
-        return self._whole_us(*whole) / riding_us if riding_us else 1.0
+        return min(map(self._whole_us, whole)) / riding_us if riding_us else 1.0
 
     def _rung(self, waiting: int) -> int:
         return self._pending[min(bisect_left(self._pending, waiting), len(self._pending) - 1)]

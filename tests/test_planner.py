@@ -281,6 +281,14 @@ def test_slices_ride_beside_whole_batches_where_that_saves_a_tenth(us: float, ri
         assert plans.runs_whole(batch, crowded=True) != rides
 
 
+def test_a_batch_may_be_whole_in_slices_of_more_ids_too():
+    more_ids = SliceBucket(samples=16, ids=320)
+    slices = (*SLICES, more_ids)
+    rows = [*parts(), row(slice_key(more_ids), 20), co_run(whole(16), more_ids, 40)]
+    plans = TablePlans(table(rows), BATCHES, slices, whole=whole_batches(BATCHES, slices))
+    assert len(plans.whole) == 3 and plans.riding_gain == pytest.approx(1)
+
+
 def test_where_nothing_rides_batches_are_not_cut():
     finest = product(shapes((FINEST,)), SLICES)
     rows = [co_run(s, z, 0.95 * (2 * s.batch / FINEST + z.samples)) for s, z in finest]
