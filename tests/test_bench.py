@@ -154,11 +154,11 @@ def test_a_profile_table_foretells_online_runs(tmp_path: Path, monkeypatch: pyte
 
 
 def _with_a_table(tmp_path: Path, **how: Any) -> dict[str, Any]:
-    """An online run of a model that has a profile table, at 50 requests per second."""
+    """An online run of a model that has a profile table, at 400 requests per second."""
     table = tmp_path / "profile.json"
     options = engine_options((4,), choose_backend("xla"))
     TimedSegments(models.FIXED, options).table().save(table)
-    online = OnlineOptions(qps=(50.0,), request_samples=2, **how)
+    online = OnlineOptions(qps=(400.0,), request_samples=2, **how)
     run: dict[str, Any] = {"batches": (4,), "modes": ("online",), "backend": "xla", "timing": FAST}
     return bench_model(models.FIXED, profile=table, online=online, **run)["online"]
 
@@ -177,7 +177,7 @@ def _noted_saturations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_saturation_is_the_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _noted_saturations(monkeypatch)
-    online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2, repeats=3)
+    online = OnlineOptions(qps=(400.0,), request_samples=3, seconds=0.2, repeats=3)
     result = bench_model(models.CONCAT, batches=(4,), modes=("online",), online=online, timing=FAST)
     recflow, jax, two, one = (median(found[i::4]) for i in range(4))
     serial = max(one, two)
@@ -185,7 +185,7 @@ def test_saturation_is_the_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPa
 
 
 def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) -> None:
-    online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2, serial_in_flight=(1,))
+    online = OnlineOptions(qps=(400.0,), request_samples=3, seconds=0.2, serial_in_flight=(1,))
     result = bench_model(
         models.CONCAT, batches=(4,), modes=("numpy", "online"), online=online, timing=FAST
     )
@@ -479,7 +479,7 @@ def test_a_load_is_offered_again_to_who_keeps_up_and_the_median_counts(
     keeps_up: bool, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoadResult, "kept_up", keeps_up)
-    online = OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2, repeats=3)
+    online = OnlineOptions(qps=(400.0,), request_samples=3, seconds=0.2, repeats=3)
     result = bench_model(models.CONCAT, batches=(4,), modes=("online",), online=online, timing=FAST)
     (point,) = result["online"]["points"]
     assert set(point["p99s_ms"]) == set(point["contenders"]) == {"recflow", "serial", "jax"}
@@ -531,7 +531,7 @@ def test_what_is_measured_so_far_is_there_if_a_run_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Beside the results of an earlier one, which stay until it ends."""
-    out, online = tmp_path / "o.json", OnlineOptions(qps=(50.0,), request_samples=3, seconds=0.2)
+    out, online = tmp_path / "o.json", OnlineOptions(qps=(400.0,), request_samples=3, seconds=0.2)
     ways = {"batches": (4,), "modes": ("online",), "online": online, "timing": FAST, "out": out}
     out.write_text("{}")
     with monkeypatch.context() as cut:
