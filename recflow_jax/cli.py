@@ -288,7 +288,7 @@ def bench_model(
         int, typer.Option(help="Online: in so many processes of their own, not here.", min=0)
     ] = 0,
     serial_in_flight: Annotated[
-        str, typer.Option(help="Online: batches that serial batching has on the device at once.")
+        str, typer.Option(help="Online: batches of serial batching in flight, the best of these.")
     ] = "2,1",
     steady: Steady = False,
     backend: BackendName = "auto",

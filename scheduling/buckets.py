@@ -21,10 +21,12 @@ def ladder(largest: int, smallest: int = 1, factor: float = 2) -> tuple[int, ...
     return tuple(rungs)
 
 
-def with_half_steps(rungs: Sequence[int], start: int) -> tuple[int, ...]:
+def with_half_steps(rungs: Sequence[int], start: int | None) -> tuple[int, ...]:
     """Ascending rungs and, from `start` up, those half way between one and the next, where that is
-    at least twice as large.
+    at least twice as large. None: the rungs alone.
     """
+    if start is None:
+        return tuple(rungs)
     between = [(a + b) // 2 for a, b in pairwise(rungs) if a >= start and b >= 2 * a]
     return tuple(sorted({*rungs, *between}))
 

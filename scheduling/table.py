@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -157,7 +158,7 @@ class ProfileTable:
         larger = [row for row in alike if _covers(row, key)]
         if not smaller or not larger:
             return self.row(key)
-        low, high = max(smaller, key=_sizes), min(larger, key=_sizes)
+        low, high = max(smaller, key=attrgetter("sizes")), min(larger, key=attrgetter("sizes"))
         share = max(
             (size - a) / (b - a)
             for a, size, b in zip(low.sizes, key.sizes, high.sizes, strict=True)
@@ -288,10 +289,6 @@ def _check_schema(schema: object) -> None:
 
 def _remedy(model: str = "MODEL") -> str:
     return f"recflow profile --model {model}"
-
-
-def _sizes(key: ProfileKey) -> tuple[int, ...]:
-    return key.sizes
 
 
 def _covers(large: ProfileKey, small: ProfileKey) -> bool:

@@ -140,7 +140,7 @@ class EngineOptions:
 
     def _sizes(self, largest: int, smallest: int, factor: float) -> tuple[int, ...]:
         rungs = ladder(largest, min(smallest, largest), factor)
-        return with_half_steps(rungs, self.half_steps_from) if self.half_steps_from else rungs
+        return with_half_steps(rungs, self.half_steps_from)
 
 
 def _round_up(ids: float) -> int:

@@ -1,9 +1,9 @@
 """A GPU that is known by its profile table alone, with the engine on it or serial batching."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Self
 
 from recflow_jax.config import DLRMConfig
@@ -35,7 +35,7 @@ from scheduling.planner import Objective
 from scheduling.request import whole_batches
 
 MISSING_NAMED = 3
-HALF_STEPS_FROM = EngineOptions.half_steps_from or sys.maxsize
+IN_ORDER = attrgetter("samples", "ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,9 @@ def sizes_of(table: ProfileTable) -> PipelineConfig:
     cuts = {1, *(row.segments for row in segments if row.segments)}
     batches = sorted({row.batch for row in segments if row.batch})
     _check_segments(table, [s for n in cuts for b in batches for s in SegmentShape.all_of(n, b)])
-    ordered = sorted(slices, key=lambda size: (size.samples, size.ids))
     return PipelineConfig(
-        batch_buckets=with_half_steps(batches, HALF_STEPS_FROM),
-        slice_buckets=_with_half_steps(ordered),
+        batch_buckets=with_half_steps(batches, EngineOptions.half_steps_from),
+        slice_buckets=_with_half_steps(sorted(slices, key=IN_ORDER)),
         segments=max(cuts),
         max_steps_in_flight=EngineOptions.max_steps_in_flight,
     )
@@ -124,13 +123,13 @@ def sizes_of(table: ProfileTable) -> PipelineConfig:
 def _with_half_steps(slices: Sequence[SliceBucket]) -> tuple[SliceBucket, ...]:
     """Ascending slices, and those half way."""
     samples = {size.samples for size in slices}
-    added = {*with_half_steps(sorted(samples), HALF_STEPS_FROM)} - samples
+    added = {*with_half_steps(sorted(samples), EngineOptions.half_steps_from)} - samples
     between = [
         SliceBucket(samples=(a.samples + b.samples) // 2, ids=(a.ids + b.ids) // 2)
         for a, b in pairwise(slices)
         if (a.samples + b.samples) // 2 in added
     ]
-    return tuple(sorted([*slices, *between], key=lambda size: (size.samples, size.ids)))
+    return tuple(sorted([*slices, *between], key=IN_ORDER))
 
 
 def _check_segments(table: ProfileTable, needed: Sequence[SegmentShape]) -> None:

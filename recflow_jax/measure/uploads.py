@@ -35,8 +35,8 @@ def bench_uploads(config: DLRMConfig, options: TimingOptions) -> list[UploadResu
     if jax.default_backend() != "gpu":
         return []
     results = []
-    halves = EngineOptions(half_steps_from=None).slice_buckets(config)
-    for bucket in halves[: -SIZES - 1 : -1]:
+    slices = EngineOptions(half_steps_from=None).slice_buckets(config)
+    for bucket in slices[: -SIZES - 1 : -1]:
         shape = PackedShape.of(config, Layout.of(config), bucket)
         arrays = {"plain": np.zeros(shape.length, np.int32), "pinned": pinned_zeros(shape.length)}
         timed = _timed(arrays)
