@@ -259,7 +259,9 @@ def bench_model(
     max_rows_per_table: MaxRows = None,
     table_dtype: TableOption = None,
     compute_dtype: ComputeOption = None,
-    against: Annotated[str, typer.Option(help="Of jax, jax-per-table, torch.")] = "jax",
+    against: Annotated[
+        str, typer.Option(help="Of jax, jax-per-table, torch; '' for none.")
+    ] = "jax",
     batch: Batches = "256,1024,4096",
     ids: Ids = "uniform",
     seed: Seed = 0,

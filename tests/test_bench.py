@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ import small_models as models
 from pallas_kernels import reference
 from recflow_jax.backend import Backend, choose_backend
 from recflow_jax.batch import JaggedBatch
+from recflow_jax.commands import bench
 from recflow_jax.commands.bench import (
     bench_kernels,
     bench_model,
@@ -44,6 +46,7 @@ from recflow_jax.measure.offline import input_sets
 from recflow_jax.measure.online import OnlineOptions, request_pool
 from recflow_jax.measure.report import corun_table, show
 from recflow_jax.measure.timing import TimingOptions
+from recflow_jax.measure.tuning import TRIED_LIMITS
 from recflow_jax.model import Ops
 from scheduling import HostCosts
 from timed_segments import TimedSegments
@@ -182,6 +185,27 @@ def test_saturation_is_the_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPa
     recflow, jax, two, one = (median(found[i::4]) for i in range(4))
     serial = max(one, two)
     assert result["online"]["saturation"] == {"recflow": recflow, "jax": jax, "serial": serial}
+
+
+@pytest.mark.parametrize("against", [(), ("jax",)])
+def test_online_can_do_without_plain_jax(against: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    expected, advanced = list[int](), list[None]()
+
+    @contextmanager
+    def noted(_: str, total: int) -> Iterator[Callable[[], None]]:
+        expected.append(total)
+        yield lambda: advanced.append(None)
+
+    monkeypatch.setattr(bench, "progress", noted)
+    online = OnlineOptions(qps=(400.0,), request_samples=3, seconds=0.1)
+    result = bench_model(
+        models.CONCAT, against=against, batches=(4,), modes=("online",), online=online, timing=FAST
+    )["online"]
+    assert result["saturation"].keys() == {"recflow", "serial", *against}
+    assert result["points"][0]["contenders"].keys() == result["sustained"].keys()
+    assert result["sustained"].keys() == result["saturation"].keys()
+    # No half, quarter and eighth of these batches is tried.
+    assert expected == [len(advanced) + TRIED_LIMITS]
 
 
 def test_jagged_models_have_all_modes_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,6 +476,10 @@ def test_who_cannot_take_part_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"batches": ()}, "batches are"),
         ({"batches": (0, 4)}, "batches are"),
         ({"modes": ("numpy",), "against": ("torch",)}, "mode 'numpy' compares with rival 'jax'"),
+        (
+            {"modes": ("online",), "against": (), "online": OnlineOptions(load_of="jax")},
+            "load_of is 'jax', not one of lowest, recflow, serial$",
+        ),
         ({"ids": "normal"}, "ids 'normal'"),
     ],
 )
@@ -501,7 +529,8 @@ def test_requests_of_the_engine_can_be_made_in_other_processes(
         assert load["requests"] >= 25 and load["failed"] == 0 and load["p50_ms"] > 0
     assert point["waited"] is None and not point["foretold"] and online["host"] is None
     found = " ".join(capsys.readouterr().out.split())
-    assert "2 front ends in processes of their own" in found and "zero queue" not in found
+    assert "2 front ends in processes of their own (not jax's)" in found
+    assert "zero queue" not in found
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from recflow_jax.measure import host, plots, report
 from recflow_jax.measure.apart import MOST_QUEUED, check_fits
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
-from recflow_jax.measure.contest import CONTENDERS, bench_online, measurements
+from recflow_jax.measure.contest import CONTENDERS, PLAIN, bench_online, measurements
 from recflow_jax.measure.corun import bench_corun
 from recflow_jax.measure.interactions import bench_interaction, bench_pooled_dot
 from recflow_jax.measure.kernels import bench_dense, bench_gather
@@ -67,11 +67,12 @@ def bench_model(
     modes: `offline` (batches back to back, inputs on the device), `overlap` (the same, a batch's
     embeddings during the DNN of the one before), `numpy` (streams of fresh numpy batches), `online`
     (requests on the clock, with serial batching on the same engine beside it); the last two compare
-    with plain JAX alone. Batches and answers are those of random input by the config's bags.
+    with plain JAX alone, which `online` can do without. Batches and answers are those of random
+    input by the config's bags.
     Raises ValueError for an unknown mode or rival, WrongAnswers before anything wrong is timed.
     """
     _check(modes, batches, against)
-    online = _checked(online or OnlineOptions(), max(batches))
+    online = _checked(online or OnlineOptions(), max(batches), against)
     run = _Run(config, params, batches, ids, seed, timing or TimingOptions(), backend)
     lineup = Lineup(run.config, run.params, run.backend, against)
     result = run.header()
@@ -254,9 +255,8 @@ def _check(modes: Sequence[str], batches: Sequence[int], against: Sequence[str])
             raise ValueError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
     if not batches or min(batches) < 1:
         raise ValueError(f"batches are {list(batches)}, not sizes of at least 1")
-    with_engine = [mode for mode in modes if mode in ("numpy", "online")]
-    if with_engine and "jax" not in against:
-        raise ValueError(f"mode {with_engine[0]!r} compares with rival 'jax', which is left out")
+    if "numpy" in modes and "jax" not in against:
+        raise ValueError("mode 'numpy' compares with rival 'jax', which is left out")
 
 
 def _print_head(result: dict[str, Any], run: _Run) -> None:
@@ -322,10 +322,10 @@ def engine_options(batches: Sequence[int], backend: Backend) -> EngineOptions:
     )
 
 
-def _checked(online: OnlineOptions, max_batch: int) -> OnlineOptions:
-    if online.load_of not in (LOWEST, *CONTENDERS):
-        known = ", ".join((LOWEST, *CONTENDERS))
-        raise ValueError(f"online: load_of is {online.load_of!r}, not one of {known}")
+def _checked(online: OnlineOptions, max_batch: int, against: Sequence[str]) -> OnlineOptions:
+    known = [LOWEST, *(name for name in CONTENDERS if name != PLAIN or name in against)]
+    if online.load_of not in known:
+        raise ValueError(f"online: load_of is {online.load_of!r}, not one of {', '.join(known)}")
     if online.front_ends:
         check_fits(online.request_samples, max_batch)
     return online
@@ -345,7 +345,8 @@ def _online(
         run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
     )
     table = None if profile is None or online.front_ends else ProfileTable.load(profile)
-    with progress("online", measurements(online, foretells=table is not None)) as advance:
+    steps = measurements(online, with_plain=PLAIN in lineup.rivals, foretells=table is not None)
+    with progress("online", steps) as advance:
         result = bench_online(
             *(segments, engine, lineup, run.params, pool),
             profile=table,

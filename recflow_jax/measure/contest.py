@@ -1,4 +1,5 @@
-"""Incremental batching, serial batching on the same engine, and plain JAX behind a queue, online.
+"""Incremental batching, serial batching on the same engine, and plain JAX behind a queue if it is
+among the rivals, online.
 
 All are first saturated, in turns, as a machine is not equally fast all the time. At each load
 serial batching is tuned, then all get the same arrivals, one after the other. Then the largest load
@@ -49,13 +50,13 @@ CONTENDERS = (RECFLOW, SERIAL, PLAIN)
 TRY_SHARE = 0.4  # of a point's seconds: how long each of many tries lasts
 
 
-def measurements(options: OnlineOptions, *, foretells: bool) -> int:
+def measurements(options: OnlineOptions, *, with_plain: bool, foretells: bool) -> int:
     """How often `bench_online` calls `advance`; foretells: with a profile table."""
-    points = len(options.qps or options.loads)
+    points, contenders = len(options.qps or options.loads), 2 + with_plain
     in_flight = options.serial_in_flight
-    saturating = options.repeats * (len(CONTENDERS) - 1 + len(in_flight))
-    offered = options.repeats * (len(CONTENDERS) + foretells)
-    return saturating + points * (tries(in_flight) + offered) + len(CONTENDERS)
+    saturating = options.repeats * (contenders - 1 + len(in_flight))
+    offered = options.repeats * (contenders + foretells)
+    return saturating + points * (tries(in_flight) + offered) + contenders
 
 
 def bench_online(
@@ -75,6 +76,7 @@ def bench_online(
     """`engine` batches incrementally on `segments`. profile: to foretell by; not with front ends,
     of whose requests the engine sees bundles alone.
 
+    Plain JAX takes part if it is a rival in `lineup`.
     `advance` is called after each measurement, see `measurements`, and `keep` with what there is so
     far. Raises WrongAnswers before anything is timed, LoadError.
     """
@@ -112,11 +114,14 @@ def _servers(
     requests: Sequence[JaggedBatch],
     options: OnlineOptions,
 ) -> Iterator[tuple[Servers, SerialServer]]:
-    with (
-        SerialServer.from_segments(segments, batching=Collecting(wait_ms=0)) as serial,
-        plain_server(lineup, requests, segments.options.max_batch, options.wait_ms) as plain,
-    ):
-        yield {RECFLOW: engine.submit, SERIAL: serial.submit, PLAIN: plain.submit}, serial
+    with ExitStack() as stack:
+        collecting = Collecting(wait_ms=0)
+        serial = stack.enter_context(SerialServer.from_segments(segments, batching=collecting))
+        servers: dict[str, Submit] = {RECFLOW: engine.submit, SERIAL: serial.submit}
+        if PLAIN in lineup.rivals:
+            of = (lineup, requests, segments.options.max_batch, options.wait_ms)
+            servers[PLAIN] = stack.enter_context(plain_server(*of)).submit
+        yield servers, serial
 
 
 def _here(
@@ -200,14 +205,15 @@ class _Contest:
         """
         rates: defaultdict[str | int, list[float]] = defaultdict(list)
         for _ in range(self.options.repeats):
-            for name in (RECFLOW, PLAIN):
-                rates[name].append(self._saturate(name))
+            for name in self.callers:
+                if name != SERIAL:
+                    rates[name].append(self._saturate(name))
             for in_flight in self.options.serial_in_flight:
                 self.serial.collect(Collecting(wait_ms=0, in_flight=in_flight))
                 rates[in_flight].append(self._saturate(SERIAL))
         medians = {way: median(found) for way, found in rates.items()}
         best = max(medians[in_flight] for in_flight in self.options.serial_in_flight)
-        return {RECFLOW: medians[RECFLOW], PLAIN: medians[PLAIN], SERIAL: best}
+        return {name: best if name == SERIAL else medians[name] for name in self.callers}
 
     def _saturate(self, name: str) -> float:
         rate = self.callers[name].saturate(self._try_s)

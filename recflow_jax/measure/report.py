@@ -23,6 +23,7 @@ from recflow_jax.engine.copy_threads import available_cores, threads
 from recflow_jax.measure.apart import ApartResult
 from recflow_jax.measure.ceilings import Ceilings
 from recflow_jax.measure.contenders import RECFLOW
+from recflow_jax.measure.contest import PLAIN
 from recflow_jax.measure.corun import CorunResult
 from recflow_jax.measure.host import HostResult
 from recflow_jax.measure.interactions import InteractionResult
@@ -211,7 +212,10 @@ def online_table(result: OnlineResult) -> Table:
 
 def _made_apart(result: OnlineResult) -> str:
     count = result.front_ends
-    return f", made by {count} front ends in processes of their own (not jax's)" if count else ""
+    if not count:
+        return ""
+    but = " (not jax's)" if PLAIN in result.saturation else ""
+    return f", made by {count} front ends in processes of their own{but}"
 
 
 def _is_repeated(result: OnlineResult) -> bool:
