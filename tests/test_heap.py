@@ -10,6 +10,8 @@ import pytest
 from fake_segments import OPTIONS, FakeSegments
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.heap import YOUNG_OBJECTS, FrozenHeap
+from recflow_jax.measure.serial_server import SerialServer
+from scheduling import Collecting
 
 
 class Owner:
@@ -99,6 +101,18 @@ def test_an_engine_freezes_the_heap_while_it_is_open():
         assert is_frozen()
         engine.close()
         assert not is_frozen()
+
+
+def test_serial_batching_that_is_told_anew_how_to_collect_keeps_the_heap_frozen(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As it was: looking at all of it once more takes longer than a few batches."""
+    segments = FakeSegments(replace(OPTIONS, freeze_heap=True))
+    with SerialServer.from_segments(segments, batching=Collecting(wait_ms=0)) as server:
+        monkeypatch.setattr(gc, "collect", lambda: pytest.fail("the heap was looked at"))
+        server.collect(Collecting(wait_ms=1))
+        assert is_frozen() and server.options.batching == Collecting(wait_ms=1)
+    assert not is_frozen()
 
 
 def test_an_engine_that_is_told_not_to_leaves_the_heap_alone():

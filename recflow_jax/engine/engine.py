@@ -83,6 +83,7 @@ class Engine(Closing):
         plans = plans_of(segments, options, table)
         segments.compile_all(progress, cuts=plans.cuts, co_runs=plans.co_runs)
         self._start(segments, options, plans, table, profile)
+        self._settle()
 
     @classmethod
     def from_segments(
@@ -102,6 +103,7 @@ class Engine(Closing):
         plans = plans_of(segments, options, table)
         segments.compile_all(cuts=plans.cuts, co_runs=plans.co_runs)
         engine._start(segments, options, plans, table, profile)
+        engine._settle()
         return engine
 
     def _start(
@@ -137,6 +139,9 @@ class Engine(Closing):
         ]
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
         self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
+
+    def _settle(self) -> None:
+        """What the options ask of this process's Python, until the engine is closed or gone."""
         self._thaw = HEAP.freeze(self) if self.options.freeze_heap else None
         interval_ms = self.options.switch_interval_ms
         self._restore_switching = (
@@ -302,10 +307,13 @@ class Engine(Closing):
         drain: first answer all that was accepted; else what is not answered raises EngineClosed.
         In a callback of an answer it does not wait.
         """
-        _close(self._ledger, self._threads, drain=drain)
+        self._end_threads(drain=drain)
         for restore in (self._thaw, self._restore_switching):
             if restore is not None:
                 restore()
+
+    def _end_threads(self, *, drain: bool = True) -> None:
+        _close(self._ledger, self._threads, drain=drain)
 
     def _prepared(
         self,

@@ -13,7 +13,9 @@ class SerialServer(Engine):
     """
 
     def collect(self, collecting: Collecting) -> None:
-        """From now on in this way; answers what is inside first."""
-        self.close()
+        """From now on in this way; answers what is inside first. What an open engine asks of Python
+        stays: garbage is not collected anew.
+        """
+        self._end_threads()
         options = replace(self.options, batching=collecting)
         self._start(self._segments, options, plans_of(self._segments, options, None), None, None)
