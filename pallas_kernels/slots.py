@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-
-from jaxtyping import Array, Int32
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,9 @@ def runs(slots: Sequence[Slot]) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def offsets_of(
-    offsets: Int32[Array, " bags_and_one"], slots: int, span: tuple[int, int]
-) -> Int32[Array, " some_bags_and_one"]:
-    """The offsets of a span of samples, (first, how many). They need not start at 0."""
+def offsets_of(offsets: Any, slots: int, span: tuple[int, int]) -> Any:
+    """Of offsets, int32 [bags + 1], those of a span of samples, (first, how many). They need not
+    start at 0.
+    """
     first, samples = span
     return offsets[first * slots : (first + samples) * slots + 1]

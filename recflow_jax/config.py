@@ -421,6 +421,13 @@ class DLRMConfig:
         return cls.from_toml(file.read_text(), source=f"{name}.toml")
 
 
+def dense_shapes(config: DLRMConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(inputs, outputs) of each bottom and each top MLP layer."""
+    bottom = [config.dense_width, *config.bottom_mlp]
+    top = [config.interaction_width, *config.top_mlp]
+    return list(zip(bottom, bottom[1:], strict=False)), list(zip(top, top[1:], strict=False))
+
+
 def shipped_models() -> tuple[str, ...]:
     """Names of the models that come with the package."""
     files = (resources.files("recflow_jax") / "models").iterdir()

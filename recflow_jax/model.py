@@ -18,7 +18,7 @@ from pallas_kernels import reference
 from pallas_kernels.float8 import FLOAT8, Float8Kernel, Kernel, input_scale_of, quantise_kernel
 from pallas_kernels.tables import QuantisedTable
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import QUANTISED, DLRMConfig
+from recflow_jax.config import QUANTISED, DLRMConfig, dense_shapes
 from recflow_jax.layout import Group, Layout
 
 
@@ -108,13 +108,6 @@ class Ops:
 
 
 REFERENCE = Ops()
-
-
-def dense_shapes(config: DLRMConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(inputs, outputs) of each bottom and each top MLP layer."""
-    bottom = [config.dense_width, *config.bottom_mlp]
-    top = [config.interaction_width, *config.top_mlp]
-    return list(zip(bottom, bottom[1:], strict=False)), list(zip(top, top[1:], strict=False))
 
 
 def param_shapes(config: DLRMConfig) -> Params:

@@ -11,7 +11,8 @@ from fake_segments import OPTIONS, FakeSegments
 from recflow_jax import cli
 from recflow_jax.engine.engine import Engine
 from recflow_jax.measure.agreement import WrongAnswers
-from recflow_jax.measure.apart import Pool, bench_apart
+from recflow_jax.measure.apart import bench_apart
+from recflow_jax.measure.caller_process import Pool
 from recflow_jax.measure.load import LoadError
 from recflow_jax.remote.front_ends import FrontEnds
 

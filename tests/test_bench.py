@@ -43,8 +43,9 @@ from recflow_jax.measure.interactions import (
 from recflow_jax.measure.kernels import WrongKernel, bench_gather
 from recflow_jax.measure.load import LoadResult
 from recflow_jax.measure.offline import input_sets
-from recflow_jax.measure.online import OnlineOptions, request_pool
+from recflow_jax.measure.online import OnlineOptions
 from recflow_jax.measure.report import corun_table, show
+from recflow_jax.measure.requests import request_pool
 from recflow_jax.measure.sustained import Sustained
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.measure.tuning import TRIED_LIMITS

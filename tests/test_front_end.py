@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fake_segments import OPTIONS, FakeSegments, samples, scores
+from front_end_callers import ask, ask_for_ever
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.engine import Engine
@@ -363,28 +364,16 @@ def test_nobody_listens(tmp_path: Path):
         FrontEnd(tmp_path / "engine")
 
 
-def _ask(path: Path, values: list[int], found: Any) -> None:
-    """In a process of its own: what the engine here has for these."""
-    with FrontEnd(path) as front_end:
-        answers = [front_end.submit(samples(value)) for value in values]
-        found.put([answer.result(SOON_S).tolist() for answer in answers])
-
-
-def _ask_for_ever(path: Path) -> None:
-    with FrontEnd(path) as front_end:
-        while True:
-            front_end.submit(samples(1)).result(SOON_S)
-
-
 def test_processes_come_and_go(path: Path, engine: Engine):
     """One is killed while it asks, which harms no other."""
     context = multiprocessing.get_context("spawn")
-    killed = context.Process(target=_ask_for_ever, args=(path,))
+    killed = context.Process(target=ask_for_ever, args=(path, samples(1)))
     killed.start()
     eventually(lambda: engine.stats().requests_answered > 3)
     found = context.Queue()
     others = [
-        context.Process(target=_ask, args=(path, [*range(i, i + 9)], found)) for i in (0, 100)
+        context.Process(target=ask, args=(path, [samples(v) for v in range(i, i + 9)], found))
+        for i in (0, 100)
     ]
     for other in others:
         other.start()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from recflow_jax.engine import messages
-from recflow_jax.engine.intake import Terms, new_request
+from recflow_jax.engine.intake import new_request
 from recflow_jax.engine.messages import (
     ARRIVALS_TO_WAKE,
     LONGEST_TURN_S,
@@ -21,6 +21,7 @@ from recflow_jax.engine.messages import (
     Submitted,
 )
 from recflow_jax.engine.prepared import Prepared
+from recflow_jax.engine.terms import Terms
 from scheduling.host_costs import REST_STEP_US
 
 LONG_S = 60

@@ -85,6 +85,15 @@ def test_imports_follow_the_arrows() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_a_front_end_loads_no_jax() -> None:
+    """There are several to an engine: JAX would be most of their memory, and of their start."""
+    program = (
+        "import sys, recflow_jax.measure.caller_process; print({'jax', 'flax'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_a_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, capture_output=True, check=True, cwd=ROOT)

@@ -29,8 +29,9 @@ from recflow_jax.measure.corun import bench_corun
 from recflow_jax.measure.interactions import bench_interaction, bench_pooled_dot
 from recflow_jax.measure.kernels import bench_dense, bench_gather
 from recflow_jax.measure.offline import bench_offline, input_sets
-from recflow_jax.measure.online import LOWEST, OnlineOptions, request_pool
+from recflow_jax.measure.online import LOWEST, OnlineOptions
 from recflow_jax.measure.overlap import bench_overlap
+from recflow_jax.measure.requests import request_pool
 from recflow_jax.measure.stream import bench_stream
 from recflow_jax.measure.timing import TimingOptions
 from recflow_jax.measure.uploads import bench_uploads

@@ -17,20 +17,15 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
 from recflow_jax.measure.apart import (
     MOST_QUEUED,
-    Pool,
     bench_apart,
     check_answers_of,
     check_fits,
     saturating_samples,
 )
+from recflow_jax.measure.caller_process import Pool
 from recflow_jax.measure.contenders import RECFLOW
-from recflow_jax.measure.online import (
-    OnlineOptions,
-    check_served,
-    mean_samples,
-    request_pool,
-    saturate,
-)
+from recflow_jax.measure.online import OnlineOptions, check_served, saturate
+from recflow_jax.measure.requests import mean_samples, request_pool
 from recflow_jax.params import init_params
 from recflow_jax.remote.front_ends import FrontEnds
 

@@ -15,7 +15,8 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.load import saturation_samples_per_s
-from recflow_jax.measure.online import check_served, mean_samples, request_pool
+from recflow_jax.measure.online import check_served
+from recflow_jax.measure.requests import mean_samples, request_pool
 from recflow_jax.params import init_params
 
 try:

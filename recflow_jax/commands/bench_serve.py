@@ -18,7 +18,8 @@ from recflow_jax.engine.options import EngineOptions
 from recflow_jax.measure import report
 from recflow_jax.measure.contenders import RECFLOW
 from recflow_jax.measure.launched import SHARING, Launched, launched
-from recflow_jax.measure.online import OnlineOptions, Servers, check_served, request_pool
+from recflow_jax.measure.online import OnlineOptions, Servers, check_served
+from recflow_jax.measure.requests import request_pool
 from recflow_jax.measure.served import bench_served
 from recflow_jax.model import Params
 from recflow_jax.params import init_params, save_params

@@ -20,7 +20,7 @@ from recflow_jax.measure import report
 from recflow_jax.measure.agreement import reference_scores
 from recflow_jax.measure.launched import SHARING, Launched
 from recflow_jax.measure.memory import Memory, sampled
-from recflow_jax.measure.online import request_pool
+from recflow_jax.measure.requests import request_pool
 from recflow_jax.measure.scraped import Scraped, final_counts
 from recflow_jax.measure.soak import Crowd, send_crowd, tolerance, wrong_request
 from recflow_jax.measure.soaked import SoakResult

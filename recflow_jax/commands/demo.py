@@ -25,11 +25,11 @@ from recflow_jax.measure.online import (
     OnlinePoint,
     OnlineResult,
     check_served,
-    mean_samples,
     offer,
     plain_server,
     saturate,
 )
+from recflow_jax.measure.requests import mean_samples
 from recflow_jax.model import Params
 from recflow_jax.params import ParamsError, load_params, save_params
 from recflow_jax.train import TrainOptions, auc, predict, train_movielens

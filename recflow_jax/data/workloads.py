@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig
+from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, dense_shapes
 from recflow_jax.layout import Layout
-from recflow_jax.model import dense_shapes
 
 MLPERF_REQUEST_SIZES = (100,) * 2 + (200,) * 12 + (300,) * 2 + (400, 500, 600, 700)
 """Samples per query of MLPerf's DLRM-DCNv2, one entry per twentieth of the queries."""

@@ -37,3 +37,11 @@ class Answer(Future[np.ndarray]):
 
     def __await__(self) -> Generator[Any, None, np.ndarray]:
         return asyncio.wrap_future(self).__await__()
+
+
+def settle(settle: Callable[[Any], None], outcome: Any) -> None:
+    """A caller's callback may raise even SystemExit: that must not end the engine's thread."""
+    try:
+        settle(outcome)
+    except BaseException:
+        pass

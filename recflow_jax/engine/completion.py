@@ -5,10 +5,12 @@ from queue import SimpleQueue
 import numpy as np
 
 from recflow_jax.batch import InputError
+from recflow_jax.engine.answer import settle
+from recflow_jax.engine.clock import now_us
 from recflow_jax.engine.errors import StepFailed
 from recflow_jax.engine.launcher import fail_step, fail_update
-from recflow_jax.engine.ledger import Ledger, settle
-from recflow_jax.engine.messages import Fault, Flight, Inbox, Passed, Written, now_us
+from recflow_jax.engine.ledger import Ledger
+from recflow_jax.engine.messages import Fault, Flight, Inbox, Passed, Written
 from recflow_jax.engine.prepared import Preparer
 from recflow_jax.engine.staging import Staging
 from recflow_jax.engine.stats import Tally

@@ -22,22 +22,15 @@ from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.engine.answer import Answer
 from recflow_jax.engine.berths import Berth, Berths, Room
+from recflow_jax.engine.clock import now_us
 from recflow_jax.engine.closing import Closing
 from recflow_jax.engine.completion import Completion
 from recflow_jax.engine.errors import DeadlineExceeded, EngineError
 from recflow_jax.engine.heap import HEAP
-from recflow_jax.engine.intake import (
-    Sparse,
-    Terms,
-    fills,
-    is_large,
-    is_to_berth,
-    new_request,
-    prepare,
-)
+from recflow_jax.engine.intake import fills, is_large, is_to_berth, new_request, prepare
 from recflow_jax.engine.launcher import Launcher
 from recflow_jax.engine.ledger import Ledger
-from recflow_jax.engine.messages import Close, Flight, Inbox, Passed, Written, now_us
+from recflow_jax.engine.messages import Close, Flight, Inbox, Passed, Written
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.engine.pieces import PIECES_WAITING, predict_in_pieces
 from recflow_jax.engine.planning import pipeline_config, plans_of, policy_of
@@ -46,6 +39,7 @@ from recflow_jax.engine.profiles import IdleTimes, load_profile
 from recflow_jax.engine.segments import Segments
 from recflow_jax.engine.stats import EngineStats, Tally, Waits
 from recflow_jax.engine.switching import SWITCH_INTERVAL
+from recflow_jax.engine.terms import Sparse, Terms
 from recflow_jax.engine.updates import Update, new_rows
 from recflow_jax.model import Params
 from scheduling.planner import Plans

@@ -1,5 +1,7 @@
 """What can go wrong with a request, beside samples that the model cannot take (InputError)."""
 
+from scheduling.admission import Admission
+
 
 class EngineError(RuntimeError):
     """A request that gets no answer; the subclass says why."""
@@ -19,3 +21,9 @@ class EngineClosed(EngineError):
 
 class StepFailed(EngineError):
     """A launch raised or the device failed; `__cause__` is what it said. The engine goes on."""
+
+
+def queue_full(admission: Admission, samples: int) -> QueueFull:
+    """What so many samples are told that do not fit."""
+    waiting, most = admission.samples, admission.max_samples
+    return QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")

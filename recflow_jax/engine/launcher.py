@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from recflow_jax.engine.answer import settle
+from recflow_jax.engine.clock import now_us
 from recflow_jax.engine.errors import EngineClosed, EngineError, StepFailed
-from recflow_jax.engine.ledger import Ledger, settle
+from recflow_jax.engine.ledger import Ledger
 from recflow_jax.engine.messages import (
     Close,
     Dropped,
@@ -22,7 +24,6 @@ from recflow_jax.engine.messages import (
     Passed,
     Submitted,
     Written,
-    now_us,
 )
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.segments import Segments

@@ -1,17 +1,18 @@
 """Every accepted request until its one end: answered, cancelled, expired or failed."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from recflow_jax.batch import InputError
-from recflow_jax.engine.answer import Answer
-from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, EngineError, QueueFull
-from recflow_jax.engine.messages import Close, Dropped, Inbox, Submitted, now_us
+from recflow_jax.engine.answer import Answer, settle
+from recflow_jax.engine.clock import now_us
+from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, EngineError, queue_full
+from recflow_jax.engine.messages import Close, Dropped, Inbox, Submitted
 from recflow_jax.engine.stats import Tally
 from recflow_jax.engine.updates import Update
 from scheduling.admission import Admission
@@ -219,17 +220,3 @@ class Ledger:
         if entry is not None:
             self._admission.leave(entry.request.samples)
         return entry
-
-
-def queue_full(admission: Admission, samples: int) -> QueueFull:
-    """What so many samples are told that do not fit."""
-    waiting, most = admission.samples, admission.max_samples
-    return QueueFull(f"{waiting} of at most {most} samples wait, {samples} more do not fit")
-
-
-def settle(settle: Callable[[Any], None], outcome: Any) -> None:
-    """A caller's callback may raise even SystemExit: that must not end the engine's thread."""
-    try:
-        settle(outcome)
-    except BaseException:
-        pass

@@ -14,6 +14,7 @@ from threading import Event as ThreadEvent
 from threading import RLock, get_ident
 from typing import Any
 
+from recflow_jax.engine.clock import now_us
 from recflow_jax.engine.prepared import Prepared
 from recflow_jax.engine.staging import Buffer
 from recflow_jax.engine.updates import Update
@@ -238,8 +239,3 @@ class Inbox:
         if self._asleep:
             self._asleep = False
             self._bell.put(None)
-
-
-def now_us() -> int:
-    """The clock of all times and deadlines, in microseconds."""
-    return time.monotonic_ns() // 1000

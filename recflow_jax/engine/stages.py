@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array
 
 from recflow_jax.backend import Backend
-from recflow_jax.config import DLRMConfig
+from recflow_jax.config import DLRMConfig, dense_shapes
 from recflow_jax.engine.compilation import Job
 from recflow_jax.engine.live_tables import LiveTables
 from recflow_jax.engine.pinned import host_place
@@ -31,7 +31,6 @@ from recflow_jax.model import (
     Ops,
     Params,
     columns_behind,
-    dense_shapes,
     forward,
     interact,
     mlp,

@@ -1,12 +1,10 @@
 """Front ends in processes of their own, all at once: what they are answered, and how soon."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,42 +12,23 @@ import numpy as np
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data.workloads import MLPERF_REQUEST_SIZES
+from recflow_jax.measure.caller_process import Pool, call_engine
 from recflow_jax.measure.load import (
     Arrivals,
     LoadError,
     LoadResult,
     Offered,
-    open_loop,
     poisson_arrivals_s,
 )
-from recflow_jax.measure.online import arrivals_at, check_found, request_pool, saturated
+from recflow_jax.measure.online import check_found
 from recflow_jax.model import Params
 from recflow_jax.remote.arena import SLOTS
-from recflow_jax.remote.front_end import FrontEnd
 
 PATIENCE_S = 120.0
 MOST_QUEUED = 2**20  # samples in the engine: each front end has several bundles inside
 
 Check = Callable[[Sequence[JaggedBatch], Sequence[np.ndarray]], None]
 """Is shown requests and their answers, and raises WrongAnswers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pool:
-    """Where front ends find their engine, and what they ask: see `request_pool`. seed: of the first
-    one's requests; the others' are drawn from those that follow.
-    """
-
-    path: Path
-    ids: str
-    seed: int
-    request_samples: int | None
-
-    def requests(self, config: Any, number: int) -> list[JaggedBatch]:
-        """Of front end `number`."""
-        return request_pool(
-            config, ids=self.ids, seed=self.seed + number, request_samples=self.request_samples
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,52 +184,17 @@ def _started(pool: Pool, count: int) -> Iterator[list[Connection]]:
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     try:
-        with _no_gpu():
-            for number in range(count):
-                pipe, other = context.Pipe()
-                of = (pool, number, other)
-                process = context.Process(target=_front_end, args=of, daemon=True)
-                process.start()
-                other.close()
-                pipes.append(pipe)
-                processes.append(process)
+        for number in range(count):
+            pipe, other = context.Pipe()
+            of = (pool, number, other)
+            process = context.Process(target=call_engine, args=of, daemon=True)
+            process.start()
+            other.close()
+            pipes.append(pipe)
+            processes.append(process)
         yield pipes
     finally:
         for pipe in pipes:
             pipe.close()
         for process in processes:
             process.join(PATIENCE_S)
-
-
-@contextmanager
-def _no_gpu() -> Iterator[None]:
-    """Processes that start in here leave the GPU's memory to the engine."""
-    before = os.environ.get("JAX_PLATFORMS")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    try:
-        yield
-    finally:
-        del os.environ["JAX_PLATFORMS"]
-        if before is not None:
-            os.environ["JAX_PLATFORMS"] = before
-
-
-def _front_end(pool: Pool, number: int, pipe: Connection) -> None:
-    """In a process of its own: says what it asked and was answered, then does as it is told."""
-    with FrontEnd(pool.path) as front_end:
-        requests = pool.requests(front_end.config, number)
-        answers = [front_end.submit(request) for request in requests]
-        pipe.send((requests, [answer.result() for answer in answers]))
-        while True:
-            try:
-                what, *how = pipe.recv()
-            except EOFError:
-                return
-            if what == "saturate":
-                in_flight, seconds = how
-                limits = {"in_flight_samples": in_flight, "seconds": seconds}
-                pipe.send(saturated(front_end.submit, requests, **limits))
-            else:
-                qps, seconds, seed, arrivals_s = how
-                due_s = arrivals_at(qps, seconds, seed + number, arrivals_s)
-                pipe.send(open_loop(front_end.submit, requests, due_s))

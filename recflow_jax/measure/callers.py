@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.measure.load import Arrivals, LoadResult, Submit, run_open_loop
-from recflow_jax.measure.online import arrivals_at, saturated
+from recflow_jax.measure.requests import arrivals_at, saturated
 
 
 @runtime_checkable

@@ -21,7 +21,8 @@ from typing import Any
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.segments import Segments
-from recflow_jax.measure.apart import Pool, apart, check_answers_of, saturating_samples
+from recflow_jax.measure.apart import apart, check_answers_of, saturating_samples
+from recflow_jax.measure.caller_process import Pool
 from recflow_jax.measure.callers import Callers, Here
 from recflow_jax.measure.contenders import RECFLOW, Lineup
 from recflow_jax.measure.foretold import Foreteller, Foretold
@@ -31,12 +32,10 @@ from recflow_jax.measure.online import (
     OnlinePoint,
     OnlineResult,
     Servers,
-    arrivals_at,
     check_served,
-    least_qps,
-    mean_samples,
     plain_server,
 )
+from recflow_jax.measure.requests import arrivals_at, least_qps, mean_samples
 from recflow_jax.measure.serial_server import SerialServer
 from recflow_jax.measure.sustained import Sustained, keeps, sustained
 from recflow_jax.measure.tuning import best_collecting, tries, tuned_where_it_fails

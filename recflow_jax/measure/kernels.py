@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from recflow_jax.backend import Backend
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import ITEM_BYTES, DLRMConfig
+from recflow_jax.config import ITEM_BYTES, DLRMConfig, dense_shapes
 from recflow_jax.layout import Layout
 from recflow_jax.measure.ceilings import (
     copy_bytes_per_s,
@@ -40,7 +40,6 @@ from recflow_jax.model import (
     DenseLayer,
     Ops,
     Params,
-    dense_shapes,
     pool,
 )
 

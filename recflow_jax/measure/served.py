@@ -6,15 +6,8 @@ from functools import partial
 
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.measure.load import LoadResult
-from recflow_jax.measure.online import (
-    OnlineOptions,
-    OnlinePoint,
-    Servers,
-    least_qps,
-    mean_samples,
-    offer,
-    saturated,
-)
+from recflow_jax.measure.online import OnlineOptions, OnlinePoint, Servers, offer
+from recflow_jax.measure.requests import least_qps, mean_samples, saturated
 from recflow_jax.measure.sustained import Sustained, sustained
 
 AT_ONCE = 64  # requests inside, to saturate

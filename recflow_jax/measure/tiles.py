@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import mlp, mlp_chain, reference
 from pallas_kernels.mlp import CONFIGS, PADDED_TO, MlpConfig, estimated_cost
-from recflow_jax.config import DLRMConfig
+from recflow_jax.config import DLRMConfig, dense_shapes
 from recflow_jax.measure.timing import device_us
-from recflow_jax.model import REFERENCE, DenseLayer, Ops, dense_shapes, scores
+from recflow_jax.model import REFERENCE, DenseLayer, Ops, scores
 from recflow_jax.model import mlp as layers_of
 from recflow_jax.tiles import XLA, Chain, DenseShape
 

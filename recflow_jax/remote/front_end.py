@@ -16,16 +16,15 @@ import numpy as np
 
 from recflow_jax.batch import InputError, JaggedBatch
 from recflow_jax.config import DLRMConfig
-from recflow_jax.engine.answer import Answer
+from recflow_jax.engine.answer import Answer, settle
+from recflow_jax.engine.clock import now_us
 from recflow_jax.engine.closing import Closing
-from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
+from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed, queue_full
 from recflow_jax.engine.heap import HEAP
 from recflow_jax.engine.held_copies import kept
-from recflow_jax.engine.intake import Sparse, Terms, is_batch
-from recflow_jax.engine.ledger import queue_full, settle
-from recflow_jax.engine.messages import now_us
 from recflow_jax.engine.prepared import Prepared, Preparer
 from recflow_jax.engine.switching import SHORT_MS, SWITCH_INTERVAL
+from recflow_jax.engine.terms import Sparse, Terms, is_batch
 from recflow_jax.layout import Layout
 from recflow_jax.remote.arena import SLOTS, Arena, BundleShape, Samples
 from recflow_jax.remote.wire import (
