@@ -898,7 +898,7 @@ def serve(
     Speaks the Open Inference Protocol v2 until SIGTERM; then it answers what it has accepted, and
     ends. See docs/serving.md.
     """
-    from recflow_jax.commands.serve import serve, serve_engine_of
+    from recflow_jax.commands.serve_engine_of import serve_engine_of
     from recflow_jax.engine.options import EngineOptions
     from recflow_jax.serving.options import ServerOptions
 
@@ -939,6 +939,8 @@ def serve(
     if varied and not model:
         raise ValueError("serve: --max-rows-per-table and dtypes vary --model, which is missing")
     config = _config(model, max_rows_per_table, table_dtype, compute_dtype) if model else None
+    from recflow_jax.commands.serve import serve
+
     serve(
         config,
         params=params,

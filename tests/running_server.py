@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import uvloop
 
-from recflow_jax.serving.model import Served
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.repository import Repository
+from recflow_jax.serving.served import Served
 from recflow_jax.serving.server import Ending, Ports, Server
 
 SOON_S = 60

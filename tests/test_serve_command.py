@@ -59,6 +59,10 @@ class Process:
     def port(self) -> int:
         return self.wait_for("listening")["http_port"]
 
+    def has_loaded(self, library: str) -> bool:
+        """Whether its memory has something of that library's."""
+        return library in Path(f"/proc/{self._process.pid}/maps").read_text()
+
     def end(self) -> int:
         self._process.send_signal(signal.SIGTERM)
         return self.code()
@@ -100,7 +104,7 @@ def test_it_serves_a_model_until_sigterm(process: Process) -> None:
 
 
 def test_servers_share_an_engine_until_it_is_gone(params: Path, tmp_path: Path) -> None:
-    """Whichever starts first."""
+    """Whichever starts first; to share it takes no JAX."""
     path = tmp_path / "engine"
     other = Process("--engine", str(path))
     engines = Process("--params", str(params), "--front-ends", str(path))
@@ -115,6 +119,8 @@ def test_servers_share_an_engine_until_it_is_gone(params: Path, tmp_path: Path) 
         for url in urls:
             answer = httpx.post(f"{url}/v2/models/no_dense/infer", json=body, timeout=SOON_S)
             assert answer.json()["outputs"][0]["data"] == pytest.approx(expected, rel=1e-4)
+        assert "recflow_front_end_samples_answered_total" in httpx.get(f"{urls[0]}/metrics").text
+        assert engines.has_loaded("jaxlib") and not other.has_loaded("jaxlib")
         assert engines.end() == 0 and not path.exists()
         assert other.wait_for("ended")["drained"] is True
         assert other.code() == 1
@@ -146,7 +152,8 @@ def test_it_says_what_it_needs(
 ) -> None:
     assert cli.run(["serve"]) == console.BAD_INPUT
     assert "serve takes --params FILE, or --model with --random-params" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "recflow_jax.commands.serve")
+    for module in ("serve_engine_of", "server_process"):
+        monkeypatch.delitem(sys.modules, f"recflow_jax.commands.{module}")
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert cli.run(["serve"]) == console.MISSING
     assert "pip install 'recflow-jax[serve]'" in capsys.readouterr().err
@@ -158,7 +165,7 @@ def test_the_exit_code_says_whether_all_was_answered(
 ) -> None:
     exits: list[int] = []
     monkeypatch.setattr("os._exit", exits.append)
-    command = importlib.import_module("recflow_jax.commands.serve")
+    command = importlib.import_module("recflow_jax.commands.server_process")
     with pytest.raises(SystemExit) if code else nullcontext():
         command._leave(Ending(drained=drained, quiet=True))
     assert exits == []

@@ -1,35 +1,18 @@
 """`recflow serve`: one model behind the Open Inference Protocol, until it is told to end."""
 
-import asyncio
-import logging
-import os
-import signal
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
-import jax
-
+from recflow_jax.commands.server_process import run_server
 from recflow_jax.config import DLRMConfig
-from recflow_jax.console import Missing
 from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.options import EngineOptions
 from recflow_jax.params import init_params, load_params
-from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.remote.front_ends import check_free
-
-try:
-    import uvloop
-
-    from recflow_jax.serving import logs
-    from recflow_jax.serving.options import ServerOptions
-    from recflow_jax.serving.repository import Repository
-    from recflow_jax.serving.server import Ending, Server
-except ModuleNotFoundError as error:
-    raise Missing(f"{error}: pip install 'recflow-jax[serve]'") from error
-
-LOOKS_AGAIN_S = 0.1
+from recflow_jax.serving import logs
+from recflow_jax.serving.options import ServerOptions
+from recflow_jax.serving.repository import Repository
+from recflow_jax.serving.server import Server
 
 
 def serve(
@@ -79,49 +62,4 @@ def serve(
         repository=None if model_control is None else Repository(folder=model_control, load=load),
         front_ends=front_ends,
     )
-    _leave(uvloop.run(_until_signal(made)))
-
-
-def serve_engine_of(
-    path: Path,
-    *,
-    server: ServerOptions,
-    name: str | None,
-    version: str,
-    log_level: logs.LogLevel,
-    log_format: logs.LogFormat | None,
-) -> None:
-    """As `serve`, the engine of another server, whose front ends find it at `path`; waits for it.
-    Raises SystemExit too when that engine is gone.
-    """
-    logs.set_up(log_level, log_format)
-    jax.config.update("jax_platforms", "cpu")  # the GPU is the engine's
-    made = Server(partial(_found, path), name=name, version=version, options=server)
-    _leave(uvloop.run(_until_signal(made)))
-
-
-def _found(path: Path) -> FrontEnd:
-    """As soon as somebody listens: he may be loading."""
-    while True:
-        try:
-            return FrontEnd(path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            time.sleep(LOOKS_AGAIN_S)
-
-
-async def _until_signal(server: Server) -> Ending:
-    stop = asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    return await server.run(stop)
-
-
-def _leave(ending: Ending) -> None:
-    """A thread that waits for a device that never answers would keep Python from ending."""
-    code = 0 if ending.drained and ending.stopped else 1
-    if not ending.quiet:
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(code)
-    if code:
-        raise SystemExit(code)
+    run_server(made)

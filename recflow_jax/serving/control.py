@@ -11,10 +11,11 @@ from typing import Any
 from recflow_jax.serving.background import in_thread
 from recflow_jax.serving.failures import Forbidden, LoadFailed
 from recflow_jax.serving.metrics import Metrics
-from recflow_jax.serving.model import Served, ServedModel
+from recflow_jax.serving.model import ServedModel
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.pending import Landing
 from recflow_jax.serving.repository import Repository
+from recflow_jax.serving.served import Served
 
 log = logging.getLogger("recflow.serving")
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -15,11 +14,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.stats import STEP_BOUNDS_US, EngineStats
-from recflow_jax.remote.front_end import FrontEnd, FrontEndStats
+from recflow_jax.remote.front_end import FrontEndStats
 from recflow_jax.serving.calls import US_PER_S
 from recflow_jax.serving.model import ServedModel
+from recflow_jax.serving.served import ServedHere
 
 COUNTERS = {
     "requests_accepted": "Requests that the engine let in.",
@@ -68,9 +67,9 @@ class EngineCollector(Collector):
         if model is None:
             return iter(())
         labels = {"model": model.name, "version": model.version}
-        if isinstance(model.engine, FrontEnd):
-            return _FrontEndReport("recflow_front_end", labels).families(model.engine.stats())
-        return _EngineReport("recflow_engine", labels).families(model.engine)
+        if isinstance(model.engine, ServedHere):
+            return _EngineReport("recflow_engine", labels).families(model.engine)
+        return _FrontEndReport("recflow_front_end", labels).families(model.engine.stats())
 
 
 class _Report:
@@ -115,7 +114,7 @@ class _FrontEndReport(_Report):
 class _EngineReport(_Report):
     """What one engine tells."""
 
-    def families(self, engine: Engine) -> Iterator[Metric]:
+    def families(self, engine: ServedHere) -> Iterator[Metric]:
         stats = engine.stats()
         for name, text in COUNTERS.items():
             yield self._counter(name, text, "", {"": getattr(stats, name)})
@@ -133,7 +132,7 @@ class _EngineReport(_Report):
         yield self._gauge("in_use", "1 for the version that is served.", "", {"": 1})
         yield self._gauge("device_bytes", "Memory in use by device.", "device", _device_bytes())
 
-    def _histograms(self, engine: Engine, stats: EngineStats) -> Iterator[Metric]:
+    def _histograms(self, engine: ServedHere, stats: EngineStats) -> Iterator[Metric]:
         options, config = engine.options, engine.config
         batches = {size: stats.batch_buckets.get(size, 0) for size in options.batch_buckets}
         samples = stats.mean_batch * stats.batches
@@ -156,6 +155,8 @@ class _EngineReport(_Report):
 
 
 def _device_bytes() -> dict[str, int]:
-    """Of the devices that tell."""
+    """Of the devices that tell; where there is an engine, JAX is there."""
+    import jax
+
     told = {str(device.id): device.memory_stats() for device in jax.local_devices()}
     return {name: stats["bytes_in_use"] for name, stats in told.items() if stats}

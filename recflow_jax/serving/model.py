@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.engine.engine import Engine
-from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.serving.calls import InferCall
 from recflow_jax.serving.inputs import ModelInputs
 from recflow_jax.serving.pending import Landing, Pending
+from recflow_jax.serving.served import Served
 from recflow_jax.serving.tensors import TensorSpec
 
-Served = Engine | FrontEnd  # of this process, or of another one
 PLATFORM = "recflow_jax"
 ID_BYTES = 8  # no request has more ids, laid out, than a body has room for
 

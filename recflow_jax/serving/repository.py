@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from recflow_jax.engine.engine import Engine
 from recflow_jax.serving.failures import NoSuchModel
+from recflow_jax.serving.served import Served
 
 SUFFIX = ".safetensors"
 
@@ -18,7 +18,7 @@ class Repository:
     """
 
     folder: Path
-    load: Callable[[Path], Engine]
+    load: Callable[[Path], Served]
 
     @property
     def versions(self) -> dict[str, Path]:

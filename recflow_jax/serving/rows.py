@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from recflow_jax.batch import InputError
-from recflow_jax.engine.engine import Engine
 from recflow_jax.engine.errors import DeadlineExceeded, EngineClosed
 from recflow_jax.serving.background import in_thread
 from recflow_jax.serving.failures import Forbidden
 from recflow_jax.serving.model import ServedModel
+from recflow_jax.serving.served import ServedHere
 from recflow_jax.serving.tensors import require
 
 IDS, VALUES = "ids", "values"
@@ -48,7 +48,7 @@ async def _accepted(
     while True:
         model = current()
         engine = model.engine
-        if not (isinstance(engine, Engine) and engine.options.update_sizes):
+        if not (isinstance(engine, ServedHere) and engine.options.update_sizes):
             raise Forbidden("rows are not to be changed here (--row-updates allows it)")
         ids, values = _rows(tensors)
         try:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recflow_jax.engine.engine import Engine
-from recflow_jax.remote.front_ends import FrontEnds
+from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.serving import heartbeat, listeners
 from recflow_jax.serving.background import in_thread
-from recflow_jax.serving.model import Served
 from recflow_jax.serving.options import ServerOptions
 from recflow_jax.serving.repository import Repository
+from recflow_jax.serving.served import Served
 from recflow_jax.serving.service import Service
 
 log = logging.getLogger("recflow.serving")
@@ -106,8 +105,13 @@ class Server:
     def _letting_in(self) -> AbstractContextManager[Any]:
         """Front ends, as long as there are to be any."""
         model = self._service.control.model
-        if self._front_ends is None or model is None or not isinstance(model.engine, Engine):
+        if self._front_ends is None or model is None or isinstance(model.engine, FrontEnd):
             return nullcontext()
+        # Where there is an engine, JAX is loaded.
+        from recflow_jax.engine.engine import Engine
+        from recflow_jax.remote.front_ends import FrontEnds
+
+        assert isinstance(model.engine, Engine)
         return FrontEnds(model.engine, self._front_ends)
 
     async def _beat_until(self, stop: asyncio.Event) -> None:
