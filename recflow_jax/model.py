@@ -1,6 +1,4 @@
-"""The DLRM: its parameters, the reference forward that says what everything computes, and a
-flax.nnx module over the same parameters for training with optax.
-"""
+"""The DLRM: its parameters, and the reference forward that says what everything computes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -18,7 +15,7 @@ from pallas_kernels import reference
 from pallas_kernels.float8 import FLOAT8, Float8Kernel, Kernel, input_scale_of, quantise_kernel
 from pallas_kernels.tables import QuantisedTable
 from recflow_jax.batch import JaggedBatch
-from recflow_jax.config import QUANTISED, DLRMConfig, dense_shapes
+from recflow_jax.config import DLRMConfig, dense_shapes
 from recflow_jax.layout import Group, Layout
 
 
@@ -348,41 +345,3 @@ def interact(
             lows.append(low)
             x = ops.gate(vectors, tuple(lows), layer.up, layer.bias, out_scale=scale)
     return x
-
-
-def _require_trainable(config: DLRMConfig) -> None:
-    """Raises ValueError if `config` has quantised tables or layers."""
-    if config.float8_matmuls:
-        raise ValueError(
-            f"model {config.name!r}: its layers are float8, which cannot be trained: train float "
-            "ones and calibrate them"
-        )
-    for table in config.tables:
-        if table.dtype in QUANTISED:
-            raise ValueError(
-                f"model {config.name!r}: table {table.name!r} is {table.dtype}, which cannot be "
-                "trained: train float tables and quantise them when they are loaded"
-            )
-
-
-class DLRM(nnx.Module):
-    """The model as a flax.nnx module for training: `model(batch)` gives logits.
-
-    `to_params()` gives the parameters that checkpoints and the engine take. Raises ValueError for
-    quantised tables: rounded to 8 bits, they have no gradient.
-    """
-
-    def __init__(self, config: DLRMConfig, params: Params):
-        _require_trainable(config)
-        self.config = config
-        self.layout = Layout.of(config)
-        self.params = nnx.data(jax.tree.map(nnx.Param, params))
-
-    def __call__(self, batch: DeviceBatch) -> Float[Array, "samples outputs"]:
-        return forward(self.to_params(), batch, config=self.config, layout=self.layout)
-
-    def to_params(self) -> Params:
-        """The current values, without the nnx boxes."""
-        return jax.tree.map(
-            lambda p: p[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
-        )

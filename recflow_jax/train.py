@@ -19,7 +19,8 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import DLRMConfig
 from recflow_jax.data import movielens
 from recflow_jax.layout import Layout
-from recflow_jax.model import DLRM, DeviceBatch, Params, forward, to_device
+from recflow_jax.model import DeviceBatch, Params, forward, to_device
+from recflow_jax.module import DLRM
 from recflow_jax.params import init_params
 
 Labels = Float[np.ndarray, " samples"]

@@ -14,7 +14,8 @@ from recflow_jax.calibration import calibrate, ready
 from recflow_jax.config import ConfigError, DLRMConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.engine.segments import Segments
-from recflow_jax.model import DLRM, with_compute_dtype
+from recflow_jax.model import with_compute_dtype
+from recflow_jax.module import DLRM
 from small_models import (
     CONCAT,
     DCN,

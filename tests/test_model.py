@@ -17,14 +17,8 @@ from recflow_jax.batch import JaggedBatch
 from recflow_jax.config import BagConfig, DLRMConfig, FeatureConfig, TableConfig
 from recflow_jax.data.workloads import generate
 from recflow_jax.layout import Layout
-from recflow_jax.model import (
-    DLRM,
-    DeviceBatch,
-    Params,
-    forward,
-    param_shapes,
-    with_compute_dtype,
-)
+from recflow_jax.model import DeviceBatch, Params, forward, param_shapes, with_compute_dtype
+from recflow_jax.module import DLRM
 from recflow_jax.params import init_params
 
 HEAVY = BagConfig(kind="gamma_poisson", mean=3, max=20)
