@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recflow_jax import model
+from recflow_jax import module
 from recflow_jax import train as training
 from recflow_jax.batch import JaggedBatch
 from recflow_jax.commands import train as command
@@ -128,7 +128,7 @@ def test_fit_traces_its_step_once(monkeypatch: pytest.MonkeyPatch):
         traces.append(args[1].rows.shape)
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(module, "forward", counted)
     batch, labels = problem(213)
     fit(CONFIG, batch, labels, options=TrainOptions(epochs=2, batch=53))
     assert len(traces) == 1
