@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import pytest
+
 from recflow_jax.measure.tuning import best_collecting, tries, tuned_where_it_fails
 from scheduling import Collecting
 
@@ -40,6 +42,34 @@ def test_batches_may_be_one_at_a_time():
 def test_the_best_may_be_the_first():
     best, _ = best_collecting(lambda c: Served(c.wait_ms - c.in_flight), (8, 16))
     assert best == Collecting(wait_ms=0, in_flight=2)
+
+
+@pytest.mark.parametrize(
+    ("enough", "served"),
+    [
+        (Collecting(wait_ms=0.5, in_flight=2), 2),
+        (Collecting(wait_ms=5, max_samples=4, in_flight=2), 6),
+        (Collecting(wait_ms=5, in_flight=1), 8),
+    ],
+    ids=str,
+)
+def test_none_is_tried_behind_one_that_is_enough(enough: Collecting, served: int):
+    """It is taken, though another has a lower p99."""
+    tried = []
+
+    def p99_ms(collecting: Collecting) -> float:
+        limited = 0 if collecting.max_samples is None else 10 + collecting.max_samples
+        return limited + 10 - collecting.wait_ms - collecting.in_flight
+
+    def serve(collecting: Collecting) -> Served:
+        tried.append(collecting)
+        return Served(p99_ms(collecting))
+
+    best, load = best_collecting(
+        serve, (2, 4, 8, 16), is_enough=lambda load: load.p99_ms == p99_ms(enough)
+    )
+    assert best == tried[-1] == enough and load == Served(p99_ms(enough))
+    assert len(tried) == served
 
 
 def test_what_fails_is_tuned_once_for_that_load():

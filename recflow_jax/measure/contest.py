@@ -254,8 +254,15 @@ class _Contest:
             return None
         return Waited.of_last(self.engine.waits(), requests)
 
-    def _tuned(self, qps: float, advance: Callable[[], None]) -> tuple[Collecting, LoadResult]:
-        """How serial batching had best collect at a load, and does from now on; what came of it."""
+    def _tuned(
+        self,
+        qps: float,
+        advance: Callable[[], None] = lambda: None,
+        is_enough: Callable[[LoadResult], bool] = lambda _: False,
+    ) -> tuple[Collecting, LoadResult]:
+        """How serial batching had best collect at a load, or well enough, and does from now on;
+        what came of it.
+        """
 
         def serve(collecting: Collecting) -> LoadResult:
             self.serial.collect(collecting)
@@ -264,7 +271,7 @@ class _Contest:
             return load
 
         of = (self.batch_buckets, self.options.serial_in_flight)
-        collecting, load = best_collecting(serve, *of)
+        collecting, load = best_collecting(serve, *of, is_enough)
         self.serial.collect(collecting)
         return collecting, load
 
@@ -297,10 +304,13 @@ class _Contest:
                 return known.contenders[name]
             return self._try(name, qps)
 
-        def tuned(qps: float) -> LoadResult:
-            return self._tuned(qps, lambda: None)[1]
+        def is_kept(load: LoadResult) -> bool:
+            return keeps(load, bound_ms)
 
-        can_be_tuned = tuned_where_it_fails(offered, tuned, lambda load: keeps(load, bound_ms))
+        def tuned(qps: float) -> LoadResult:
+            return self._tuned(qps, is_enough=is_kept)[1]
+
+        can_be_tuned = tuned_where_it_fails(offered, tuned, is_kept)
         serve = can_be_tuned if name == SERIAL else offered
         found = sustained(serve, most, bound_ms, least=least_qps(self._try_s))
         self.advance()

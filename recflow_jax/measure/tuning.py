@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 from scheduling import Collecting
@@ -28,17 +29,21 @@ def best_collecting[S: Served](
     serve: Callable[[Collecting], S],
     batch_buckets: Sequence[int],
     in_flight: Sequence[int] = TRIED_IN_FLIGHT,
+    is_enough: Callable[[S], bool] = lambda _: False,
 ) -> tuple[Collecting, S]:
     """The lowest p99 of some waits for full batches, then of smaller batches after that wait, then
-    of other numbers in flight; and what `serve` gave for it. At most `tries(in_flight)` are served.
+    of other numbers in flight; and what `serve` gave for it. At most `tries(in_flight)` are served,
+    and none behind one that `is_enough`, which is taken.
     """
     first, *others = in_flight
     waits = [Collecting(wait_ms=wait_ms, in_flight=first) for wait_ms in TRIED_WAITS_MS]
-    best = _best(serve, waits)
+    best = _best(serve, waits, is_enough)
     halves = [batch_buckets[-1] >> times for times in range(TRIED_LIMITS, 0, -1)]
     smaller = [limit for limit in halves if limit >= batch_buckets[0]]
-    best = _best(serve, [replace(best[0], max_samples=limit) for limit in smaller], best)
-    return _best(serve, [replace(best[0], in_flight=number) for number in others], best)
+    limited = [replace(best[0], max_samples=limit) for limit in smaller]
+    best = _best(serve, limited, is_enough, best)
+    ahead = [replace(best[0], in_flight=number) for number in others]
+    return _best(serve, ahead, is_enough, best)
 
 
 def tuned_where_it_fails[S](
@@ -59,7 +64,16 @@ def tuned_where_it_fails[S](
     return offered
 
 
-def _best(serve: Callable[[Collecting], Any], tried: Sequence[Collecting], *best: Any) -> Any:
+def _best(
+    serve: Callable[[Collecting], Any],
+    tried: Sequence[Collecting],
+    is_enough: Callable[[Any], bool],
+    *best: Any,
+) -> Any:
     """With what came of it."""
-    served = [*best, *((collecting, serve(collecting)) for collecting in tried)]
+    served = []
+    for pair in chain(best, ((collecting, serve(collecting)) for collecting in tried)):
+        if is_enough(pair[1]):
+            return pair
+        served.append(pair)
     return min(served, key=lambda pair: pair[1].p99_ms)
