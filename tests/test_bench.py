@@ -202,6 +202,7 @@ def test_saturation_is_the_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPa
     assert result["online"]["saturation"] == {"recflow": recflow, "jax": jax, "serial": serial}
 
 
+@pytest.mark.usefixtures("one_try")
 @pytest.mark.parametrize("against", [(), ("jax",)])
 def test_online_can_do_without_plain_jax(against: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     expected, advanced = list[int](), list[None]()

@@ -24,7 +24,7 @@ from recflow_jax.measure import host, plots, report
 from recflow_jax.measure.apart import MOST_QUEUED, check_fits
 from recflow_jax.measure.ceilings import measure_ceilings
 from recflow_jax.measure.contenders import Lineup, Sets
-from recflow_jax.measure.contest import CONTENDERS, PLAIN, bench_online, measurements
+from recflow_jax.measure.contest import bench_online, contenders_of, measurements
 from recflow_jax.measure.corun import bench_corun
 from recflow_jax.measure.interactions import bench_interaction, bench_pooled_dot
 from recflow_jax.measure.kernels import bench_dense, bench_gather
@@ -324,7 +324,7 @@ def engine_options(batches: Sequence[int], backend: Backend) -> EngineOptions:
 
 
 def _checked(online: OnlineOptions, max_batch: int, against: Sequence[str]) -> OnlineOptions:
-    known = [LOWEST, *(name for name in CONTENDERS if name != PLAIN or name in against)]
+    known = (LOWEST, *contenders_of(against))
     if online.load_of not in known:
         raise ValueError(f"online: load_of is {online.load_of!r}, not one of {', '.join(known)}")
     if online.front_ends:
@@ -346,7 +346,7 @@ def _online(
         run.config, ids=run.ids, seed=run.seed, request_samples=online.request_samples
     )
     table = None if profile is None or online.front_ends else ProfileTable.load(profile)
-    steps = measurements(online, with_plain=PLAIN in lineup.rivals, foretells=table is not None)
+    steps = measurements(online, lineup.rivals, foretells=table is not None)
     with progress("online", steps) as advance:
         result = bench_online(
             *(segments, engine, lineup, run.params, pool),

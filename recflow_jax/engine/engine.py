@@ -77,7 +77,7 @@ class Engine(Closing):
         plans = plans_of(segments, options, table)
         segments.compile_all(progress, cuts=plans.cuts, co_runs=plans.co_runs)
         self._start(segments, options, plans, table, profile)
-        self._settle()
+        self._set_python_up()
 
     @classmethod
     def from_segments(
@@ -97,7 +97,7 @@ class Engine(Closing):
         plans = plans_of(segments, options, table)
         segments.compile_all(cuts=plans.cuts, co_runs=plans.co_runs)
         engine._start(segments, options, plans, table, profile)
-        engine._settle()
+        engine._set_python_up()
         return engine
 
     def _start(
@@ -134,7 +134,7 @@ class Engine(Closing):
         # An engine that is forgotten, or still open when Python ends, takes its threads with it.
         self._end = weakref.finalize(self, _close, self._ledger, self._threads, drain=False)
 
-    def _settle(self) -> None:
+    def _set_python_up(self) -> None:
         """What the options ask of this process's Python, until the engine is closed or gone."""
         self._thaw = HEAP.freeze(self) if self.options.freeze_heap else None
         interval_ms = self.options.switch_interval_ms

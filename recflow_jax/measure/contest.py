@@ -45,13 +45,17 @@ from recflow_jax.remote.front_ends import FrontEnds
 from scheduling import Collecting, ProfileTable
 
 SERIAL, PLAIN = "serial", "jax"
-CONTENDERS = (RECFLOW, SERIAL, PLAIN)
 TRY_SHARE = 0.4  # of a point's seconds: how long each of many tries lasts
 
 
-def measurements(options: OnlineOptions, *, with_plain: bool, foretells: bool) -> int:
-    """How often `bench_online` calls `advance`; foretells: with a profile table."""
-    points, contenders = len(options.qps or options.loads), 2 + with_plain
+def contenders_of(rivals: Sequence[str]) -> tuple[str, ...]:
+    """Who takes part where these are the engine's rivals: plain JAX only if it is one."""
+    return (RECFLOW, SERIAL, PLAIN) if PLAIN in rivals else (RECFLOW, SERIAL)
+
+
+def measurements(options: OnlineOptions, rivals: Sequence[str], *, foretells: bool) -> int:
+    """How often `bench_online` calls `advance`, at most; foretells: with a profile table."""
+    points, contenders = len(options.qps or options.loads), len(contenders_of(rivals))
     in_flight = options.serial_in_flight
     saturating = options.repeats * (contenders - 1 + len(in_flight))
     offered = options.repeats * (contenders + foretells)
@@ -75,7 +79,7 @@ def bench_online(
     """`engine` batches incrementally on `segments`. profile: to foretell by; not with front ends,
     of whose requests the engine sees bundles alone.
 
-    Plain JAX takes part if it is a rival in `lineup`.
+    Who takes part, see `contenders_of`.
     `advance` is called after each measurement, see `measurements`, and `keep` with what there is so
     far. Raises WrongAnswers before anything is timed, LoadError.
     """
@@ -117,7 +121,7 @@ def _servers(
         collecting = Collecting(wait_ms=0)
         serial = stack.enter_context(SerialServer.from_segments(segments, batching=collecting))
         servers: dict[str, Submit] = {RECFLOW: engine.submit, SERIAL: serial.submit}
-        if PLAIN in lineup.rivals:
+        if PLAIN in contenders_of(lineup.rivals):
             of = (lineup, requests, segments.options.max_batch, options.wait_ms)
             servers[PLAIN] = stack.enter_context(plain_server(*of)).submit
         yield servers, serial

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recflow_jax.remote.front_end import FrontEnd
 from recflow_jax.serving import heartbeat, listeners
 from recflow_jax.serving.background import in_thread
 from recflow_jax.serving.options import ServerOptions
@@ -105,13 +104,14 @@ class Server:
     def _letting_in(self) -> AbstractContextManager[Any]:
         """Front ends, as long as there are to be any."""
         model = self._service.control.model
-        if self._front_ends is None or model is None or isinstance(model.engine, FrontEnd):
+        if self._front_ends is None or model is None:
             return nullcontext()
-        # Where there is an engine, JAX is loaded.
+        # With JAX: front ends are let in where the engine is.
         from recflow_jax.engine.engine import Engine
         from recflow_jax.remote.front_ends import FrontEnds
 
-        assert isinstance(model.engine, Engine)
+        if not isinstance(model.engine, Engine):
+            return nullcontext()
         return FrontEnds(model.engine, self._front_ends)
 
     async def _beat_until(self, stop: asyncio.Event) -> None:
